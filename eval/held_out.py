@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from specdec import Engine, SamplingParams, SpeculationParams
-from specdec.batch import Extend, build_batch
 from specdec.eval.prompts import load_stdlib
+from specdec.inspection import teacher_forced
 from specdec.model.bundled.corpus import Document, load_documents
 from specdec.model.config import Glm4MoeConfig
 from specdec.model.layers import Router
@@ -131,36 +132,25 @@ def measure_text(engine: Engine, documents: list[Document]) -> TextFigures:
 
 def _score_window(engine: Engine, window: list[int]) -> tuple[float, int]:
     """-> nats of all tokens after the first, and how many first drafts equal the target's choice."""
-    model, cache, page_size = engine.runtime.model, engine.runtime.kv_cache, engine.config.page_size
-    assert model.mtp is not None
-    pages = list(range(-(-len(window) // page_size)))
-    batch = build_batch([Extend(window[:-1], 0, pages)], page_size, cache.device)
-    hidden = model.target(batch.input_ids, batch.positions, batch.metadata, cache)
-    logits = model.target.compute_logits(hidden)
-    nats = torch.nn.functional.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum").item()
-    if len(window) == 2:
-        return nats, 0
-    pairs = build_batch([Extend(window[1:-1], 0, pages)], page_size, cache.device)
-    embeds = model.target.embed(pairs.input_ids)
-    output = model.mtp.draft(hidden[:-1], embeds, pairs.positions, pairs.metadata, cache[-1])
-    drafts = greedy_tokens(model.target.compute_logits(output.normed))
-    return nats, int((drafts == greedy_tokens(logits[1:])).sum())
+    scored = torch.tensor(window[1:])
+    if len(window) == 2:  # a single row has no pair to draft from
+        logits = teacher_forced(engine.runtime, window)[0][:1]
+        return cross_entropy(logits, scored, reduction="sum").item(), 0
+    logits, draft_logits = teacher_forced(engine.runtime, window[:-1])
+    nats = cross_entropy(logits, scored, reduction="sum").item()
+    return nats, int((greedy_tokens(draft_logits) == greedy_tokens(logits[1:])).sum())
 
 
 def measure_acceptance(engine: Engine, temperature: float) -> AcceptanceFigures:
-    speculation = SpeculationParams(NUM_DRAFT_TOKENS)
+    speculation, prompts = SpeculationParams(NUM_DRAFT_TOKENS), [p.prompt for p in load_stdlib()]
     params = [
         SamplingParams(max_tokens=MAX_TOKENS, temperature=temperature, seed=i, speculation=speculation)
-        for i in range(len(load_stdlib()))
+        for i in range(len(prompts))
     ]
-    stats = [o.stats for o in engine.generate([p.prompt for p in load_stdlib()], params)]
+    stats = [o.stats for o in engine.generate(prompts, params)]
     drafted, reached, accepted = (
-        [sum(s[i] for s in lists if i < len(s)) for i in range(NUM_DRAFT_TOKENS)]
-        for lists in (
-            [s.drafted_per_position for s in stats],
-            [s.reached_per_position for s in stats],
-            [s.accepted_per_position for s in stats],
-        )
+        [sum(counts[i] for s in stats if len(counts := getattr(s, name)) > i) for i in range(NUM_DRAFT_TOKENS)]
+        for name in ("drafted_per_position", "reached_per_position", "accepted_per_position")
     )
     verifications = sum(s.num_drafts for s in stats)
     return AcceptanceFigures(

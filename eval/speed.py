@@ -27,14 +27,14 @@ class Cell:
     acceptance_length: float = 1.0
 
 
-def measure(engine: Engine, temperature: float, num_draft_tokens: int, cell: Cell) -> None:
+def measure(engine: Engine, prompts: list[str], temperature: float, num_draft_tokens: int, cell: Cell) -> None:
     speculation = SpeculationParams(num_draft_tokens)
     stats = []
-    for seed, prompt in enumerate(load_stdlib()[:NUM_PROMPTS]):
+    for seed, prompt in enumerate(prompts):
         params = SamplingParams(
             max_tokens=MAX_TOKENS, temperature=temperature, seed=seed, ignore_eos=True, speculation=speculation
         )
-        stats.append(engine.generate(prompt.prompt, params)[0].stats)
+        stats.append(engine.generate(prompt, params)[0].stats)
     tokens = sum(s.num_output_tokens - s.num_first_tokens for s in stats)
     cell.rates.append(tokens / sum(s.decode_s for s in stats))
     if num_draft_tokens:
@@ -69,9 +69,10 @@ def main() -> None:
         (name, temperature, k) for name in engines for temperature in (0.0, 1.0) for k in range(MOST_DRAFTS + 1)
     ]
     cells = {setting: Cell() for setting in settings}
+    prompts = [p.prompt for p in load_stdlib()[:NUM_PROMPTS]]
     for _ in range(args.repeats):
         for name, temperature, k in settings:
-            measure(engines[name], temperature, k, cells[name, temperature, k])
+            measure(engines[name], prompts, temperature, k, cells[name, temperature, k])
     print(table(cells))
 
 

@@ -8,10 +8,22 @@ H hidden, I expert width, E experts, k experts per token, V vocabulary. A KV cac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedPages:
+    """int64 on the CPU: query_starts, page_starts [B + 1], kv_lens [B], and all page tables in one row."""
+
+    query_starts: Tensor
+    kv_lens: Tensor
+    page_starts: Tensor
+    pages: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,16 @@ class AttentionMetadata:
     kv_lens: list[int]  # [B], kv_lens >= query_lens
     page_tables: list[list[int]]  # [B], at least ceil(kv_len / page_size) pages each
     slot_mapping: Tensor  # [T] int64: page * page_size + offset of each token
+
+    @cached_property
+    def packed(self) -> PackedPages:
+        """The lists as tensors, made once for all layers of a forward."""
+        return PackedPages(
+            query_starts=torch.tensor([0, *accumulate(self.query_lens)]),
+            kv_lens=torch.tensor(self.kv_lens),
+            page_starts=torch.tensor([0, *accumulate(map(len, self.page_tables))]),
+            pages=torch.tensor([page for table in self.page_tables for page in table]),
+        )
 
 
 @dataclass(frozen=True)

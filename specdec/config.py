@@ -159,9 +159,8 @@ class EngineConfig:
         _require_speculation(self.speculation)
         _require_int("max_num_seqs", self.max_num_seqs, 1)
         _require_int("page_size", self.page_size, 1)
-        least = self.max_num_seqs * (MAX_SPECULATIVE_TOKENS + 1)
         _require_int(
-            "max_num_batched_tokens", self.token_budget, least,
+            "max_num_batched_tokens", self.token_budget, self._least_token_budget,
             remedy=f", so that every one of max_num_seqs = {self.max_num_seqs} requests can be verified in one step",
         )  # fmt: skip
         for name in ("num_pages", "kv_cache_bytes"):
@@ -180,4 +179,8 @@ class EngineConfig:
         """max_num_batched_tokens, or its default."""
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
-        return max(2048, self.max_num_seqs * (MAX_SPECULATIVE_TOKENS + 1))
+        return max(2048, self._least_token_budget)
+
+    @property
+    def _least_token_budget(self) -> int:
+        return self.max_num_seqs * (MAX_SPECULATIVE_TOKENS + 1)

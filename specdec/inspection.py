@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from specdec.batch import Extend, build_batch
 from specdec.config import EngineConfig
@@ -161,22 +162,30 @@ def memory_table(config: Glm4MoeConfig, has_mtp: bool) -> list[MemoryLine]:
 
 
 @torch.inference_mode()
-def check_mtp(runtime: Runtime, checkpoint: Checkpoint, text: str = SAMPLE_TEXT) -> MTPCheck:
-    """Runs target and MTP layer over `text` once and compares their greedy choices for the same positions."""
+def teacher_forced(runtime: Runtime, token_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Target and MTP layer once over a text of n >= 2 tokens, from the pool's first pages on, which must be free.
+
+    -> the target's logits [n, V], row i for token i+1, and the first drafts' [n-1, V], row i for token i+2.
+    """
     model, cache = runtime.model, runtime.kv_cache
-    assert model.mtp is not None, "there is no MTP layer to check"
-    num_pages, page_size = cache.shape[1], cache.shape[3]
-    token_ids = checkpoint.encode(text)[: min(num_pages * page_size, runtime.max_model_len)]
-    pages = list(range(num_pages))
+    assert model.mtp is not None, "there is no MTP layer"
+    page_size = cache.shape[3]
+    pages = list(range(-(-len(token_ids) // page_size)))
     batch = build_batch([Extend(token_ids, 0, pages)], page_size, cache.device)
     hidden = model.target(batch.input_ids, batch.positions, batch.metadata, cache)
     pairs = build_batch([Extend(token_ids[1:], 0, pages)], page_size, cache.device)
     embeds = model.target.embed(pairs.input_ids)
     output = model.mtp.draft(hidden[:-1], embeds, pairs.positions, pairs.metadata, cache[-1])
+    return model.target.compute_logits(hidden), model.target.compute_logits(output.normed)
+
+
+def check_mtp(runtime: Runtime, checkpoint: Checkpoint, text: str = SAMPLE_TEXT) -> MTPCheck:
+    """Runs target and MTP layer over `text` once and compares their greedy choices for the same positions."""
+    limit = min(runtime.kv_cache.shape[1] * runtime.kv_cache.shape[3], runtime.max_model_len)
+    target_logits, draft_logits = teacher_forced(runtime, checkpoint.encode(text)[:limit])
     # Pair i predicts token i+2, as the target's row i+1 does.
-    choices = greedy_tokens(model.target.compute_logits(hidden[1:]))
-    drafts = greedy_tokens(model.target.compute_logits(output.normed))
-    shares = [torch.bincount(x, minlength=model.config.vocab_size).double() / len(x) for x in (choices, drafts)]
+    choices, drafts = greedy_tokens(target_logits[1:]), greedy_tokens(draft_logits)
+    shares = [torch.bincount(x, minlength=checkpoint.config.vocab_size).double() / len(x) for x in (choices, drafts)]
     return MTPCheck(
         num_positions=len(drafts),
         acceptance=(choices == drafts).double().mean().item(),

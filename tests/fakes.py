@@ -6,12 +6,28 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
+from specdec.kernels import KernelsUnavailableError
+from specdec.kernels.cpu.build import library_path
+
+
+def _why_no_compiler() -> str:
+    try:
+        library_path()
+    except KernelsUnavailableError as error:
+        return f"the C++ kernels cannot be compiled here: {error}"
+    return ""
+
+
+WHY_NO_COMPILER = _why_no_compiler()
+NEEDS_COMPILER = pytest.mark.skipif(WHY_NO_COMPILER != "", reason=WHY_NO_COMPILER)
+KERNELS = ["reference", pytest.param("cpu", marks=NEEDS_COMPILER)]
 SPECIAL_TOKENS = ["<|endoftext|>", "<|user|>", "<|assistant|>"]
 BYTE_VOCAB = 256 + len(SPECIAL_TOKENS)
 CHAT_TEMPLATE = (

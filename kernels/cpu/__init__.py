@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 LANES = 16
 
 _SIGNATURES = {
-    "sd_pack": [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int32],
+    "sd_pack": [c_void_p, c_int32, c_int64, c_int64, c_void_p],
     "sd_linear": [c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32],
     "sd_rms_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int32],
     "sd_add_rms_norm": [c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int32],
@@ -38,8 +37,6 @@ _SIGNATURES = {
 def load_library() -> ctypes.CDLL:
     """Compiles if need be, and declares every function. Raises KernelsUnavailableError."""
     library = ctypes.CDLL(str(library_path()))
-    library.sd_packed_bytes.restype = c_int64
-    library.sd_packed_bytes.argtypes = [c_int64, c_int64, c_int32]
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = None, arguments
@@ -75,12 +72,10 @@ class CpuKernels:
 
     def pack(self, weight: Tensor) -> PackedWeight:
         *stack, out, size_in = weight.shape
-        num_bytes = self._library.sd_packed_bytes(out, size_in, DTYPES[weight.dtype])
         matrices = weight.contiguous().view(-1, out, size_in)
-        data = torch.zeros(len(matrices), num_bytes // weight.itemsize, dtype=weight.dtype)
-        code = DTYPES[weight.dtype]
+        data = torch.zeros(len(matrices), -(-out // LANES) * LANES * size_in, dtype=weight.dtype)
         for matrix, packed in zip(matrices, data):
-            self._library.sd_pack(matrix.data_ptr(), code, out, size_in, packed.data_ptr(), code)
+            self._library.sd_pack(matrix.data_ptr(), DTYPES[weight.dtype], out, size_in, packed.data_ptr())
         return PackedWeight((*stack, out, size_in), data)
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -160,14 +155,11 @@ class CpuKernels:
 
     def paged_attention(self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata) -> Tensor:
         _, _, page_size, kv_heads, dim = kv_cache.shape
-        starts = torch.tensor([0, *accumulate(metadata.query_lens)])
-        page_starts = torch.tensor([0, *accumulate(map(len, metadata.page_tables))])
-        pages = torch.tensor([page for table in metadata.page_tables for page in table])
-        kv_lens = torch.tensor(metadata.kv_lens)
+        packed = metadata.packed
         out = torch.empty(q.shape)
         self._library.sd_attention(
             kv_cache.data_ptr(), DTYPES[kv_cache.dtype], page_size, kv_heads, dim, q.shape[1], q.data_ptr(),
-            q.stride(0), len(metadata.kv_lens), starts.data_ptr(), kv_lens.data_ptr(), page_starts.data_ptr(),
-            pages.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+            q.stride(0), len(metadata.kv_lens), packed.query_starts.data_ptr(), packed.kv_lens.data_ptr(),
+            packed.page_starts.data_ptr(), packed.pages.data_ptr(), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out

@@ -13,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fakes import planted_tensors, tiny_config, write_checkpoint, write_files, write_planted_checkpoint
+from fakes import (
+    KERNELS,
+    NEEDS_COMPILER,
+    planted_tensors,
+    tiny_config,
+    write_checkpoint,
+    write_files,
+    write_planted_checkpoint,
+)
 from specdec import (
     CacheFullError,
     CheckpointError,
@@ -37,7 +45,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_planted_checkpoint(tmp_path_factory.mktemp("planted"))
 
 
-@pytest.fixture(scope="module", params=["reference", "cpu"])
+@pytest.fixture(scope="module", params=KERNELS)
 def engine(planted: Path, request: pytest.FixtureRequest) -> Engine:
     return Engine.from_pretrained(planted, kernels=request.param)
 
@@ -492,15 +500,21 @@ def test_arguments_are_honoured_or_refused(planted: Path) -> None:
             Engine.from_pretrained(planted, **arguments)
     with pytest.raises(TypeError, match="max_seqs"):
         Engine.from_pretrained(planted, max_seqs=3)
-    for kernels, dtype in (("reference", torch.bfloat16), ("cpu", "bfloat16"), ("auto", torch.float64)):
+    for kernels, dtype in (("reference", torch.bfloat16), ("auto", torch.float64)):
         engine = Engine.from_pretrained(planted, kernels=kernels, dtype=dtype, kv_dtype="float32", kv_cache_bytes=10**6)
         assert engine.generate("abc", greedy(3, max_tokens=9))[0].stats.num_output_tokens == 9
-    with pytest.raises(ValueError, match=r"kernels='cpu' have weights in float32 or bfloat16, not torch.float16"):
-        Engine.from_pretrained(planted, kernels="cpu", dtype="float16")
-    with pytest.raises(ValueError, match=r"kv_dtype = torch.float16: kernels = 'cpu' know"):
-        Engine.from_pretrained(planted, kernels="cpu", kv_dtype="float16")
     engine = Engine.from_pretrained(planted, dtype=torch.bfloat16, kv_dtype="float32", kv_cache_bytes=10**6)
     assert engine.runtime.kv_cache.dtype == torch.float32
     assert engine.runtime.kv_cache.nbytes <= 10**6
     assert engine.runtime.model.target.kernels.dtype == torch.bfloat16
     assert len(engine.generate("abc", greedy(3, max_tokens=9))[0].token_ids) == 9
+
+
+@NEEDS_COMPILER
+def test_arguments_of_the_cpp_kernels_are_honoured_or_refused(planted: Path) -> None:
+    engine = Engine.from_pretrained(planted, kernels="cpu", dtype="bfloat16", kv_dtype="float32", kv_cache_bytes=10**6)
+    assert engine.generate("abc", greedy(3, max_tokens=9))[0].stats.num_output_tokens == 9
+    with pytest.raises(ValueError, match=r"kernels='cpu' have weights in float32 or bfloat16, not torch.float16"):
+        Engine.from_pretrained(planted, kernels="cpu", dtype="float16")
+    with pytest.raises(ValueError, match=r"kv_dtype = torch.float16: kernels = 'cpu' know"):
+        Engine.from_pretrained(planted, kernels="cpu", kv_dtype="float16")

@@ -9,18 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import tiny_config, write_checkpoint
+from fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
 from specdec.batch import Extend, build_batch
-from specdec.kernels import KernelsUnavailableError, select
-from specdec.kernels.cpu.build import library_path
+from specdec.kernels import select
 from specdec.kv_cache import PagePool, allocate_kv_cache
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
 
-try:
-    library_path()
-except KernelsUnavailableError as error:
-    pytest.skip(f"the C++ kernels cannot be compiled here: {error}", allow_module_level=True)
-
+pytestmark = NEEDS_COMPILER
 CPU = torch.device("cpu")
 NUM_SEQUENCES, LENGTH = 16, 70
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fakes import NEEDS_COMPILER
 from specdec import SpecdecWarning
 from specdec.kernels import KernelsUnavailableError, select
 from specdec.kernels.cpu import build
@@ -50,6 +51,7 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
     assert_falls_back("cannot be written.*SPECDEC_CACHE moves it")
 
 
+@NEEDS_COMPILER
 def test_several_processes_may_compile_at_once(tmp_path: Path) -> None:
     """Two start together on an empty cache; both compute, and one whole library is left."""
     script = (
@@ -65,6 +67,7 @@ def test_several_processes_may_compile_at_once(tmp_path: Path) -> None:
     assert build.library_path() == library
 
 
+@NEEDS_COMPILER
 def test_the_cache_is_keyed_by_sources_and_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = build._find_compiler()
     key = build._key(compiler)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fakes import random_tensors, tiny_config, write_checkpoint, write_files
+from fakes import KERNELS, random_tensors, tiny_config, write_checkpoint, write_files
 from specdec.batch import Extend, build_batch
 from specdec.kernels import select
 from specdec.kv_cache import allocate_kv_cache
@@ -64,7 +64,7 @@ def load_transformers(folder: Path, num_layers: int) -> Any:
     return cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_target_logits_equal_transformers(name: str, kernels: str, tmp_path: Path) -> None:
     config = tiny_config(**CONFIGS[name])
@@ -120,7 +120,7 @@ def test_fused_expert_tensors_equal_per_expert_ones(tmp_path: Path) -> None:
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", ["plain", "air-like", "groups", "all-dense", "tied", "odd-sizes", "narrow-rotary"])
 def test_mtp_logits_of_step_one_equal_transformers(name: str, kernels: str, tmp_path: Path) -> None:
     from transformers.modeling_layers import MtpModel

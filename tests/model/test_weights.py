@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fakes import layer_shapes, random_tensors, tiny_config, write_checkpoint, write_files
+from fakes import NEEDS_COMPILER, layer_shapes, random_tensors, tiny_config, write_checkpoint, write_files
 from specdec.kernels import select
 from specdec.model.errors import CheckpointError
 from specdec.model.weights import CheckpointIndex, LoadedModel, index_tensors, load_model
@@ -236,7 +236,8 @@ def test_weights_end_where_they_belong(tmp_path: Path, poisoned_empty: None) -> 
 
 
 @pytest.mark.parametrize(
-    ("kernels", "dtype"), [("reference", "float32"), ("reference", "bfloat16"), ("cpu", "bfloat16")]
+    ("kernels", "dtype"),
+    [("reference", "float32"), ("reference", "bfloat16"), pytest.param("cpu", "bfloat16", marks=NEEDS_COMPILER)],
 )
 def test_peak_memory_is_little_more_than_the_weights(tmp_path: Path, kernels: str, dtype: str) -> None:
     """Resident peak while loading, in a process of its own; the checkpoint is mapped as bf16."""

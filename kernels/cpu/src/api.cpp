@@ -73,22 +73,12 @@ void expert_gemm(const Assignments& a, const void* packed, int32_t dtype, int64_
 
 extern "C" {
 
-int64_t sd_packed_bytes(int64_t out, int64_t in, int32_t dtype) { return packed_size(out, in) * bytes(dtype); }
-
-// weight [out, in] fp32 or bf16 -> packed, zeroed by the caller
-void sd_pack(const void* weight, int32_t from, int64_t out, int64_t in, void* packed, int32_t to) {
-  auto pack = [&](auto* source, auto* target) { pack_rows(source, out, in, 0, target); };
-  auto from_source = [&](auto* source) {
-    if (to == BF16) {
-      pack(source, static_cast<bf16*>(packed));
-    } else {
-      pack(source, static_cast<float*>(packed));
-    }
-  };
-  if (from == BF16) {
-    from_source(static_cast<const bf16*>(weight));
+// weight [out, in] -> packed, zeroed by the caller, of the same dtype
+void sd_pack(const void* weight, int32_t dtype, int64_t out, int64_t in, void* packed) {
+  if (dtype == BF16) {
+    pack_rows(static_cast<const bf16*>(weight), out, in, static_cast<bf16*>(packed));
   } else {
-    from_source(static_cast<const float*>(weight));
+    pack_rows(static_cast<const float*>(weight), out, in, static_cast<float*>(packed));
   }
 }
 

@@ -153,12 +153,11 @@ inline void linear(const Linear& l, const float* x, int64_t ldx, float* y, int64
   if (l.bias) add_bias(l.bias, y, ldy, rows, blocks.begin * LANES, std::min(l.out, blocks.end * LANES));
 }
 
-template <class T, class W>
-void pack_rows(const T* source, int64_t rows, int64_t in, int64_t first, W* packed) {
+template <class W>
+void pack_rows(const W* source, int64_t rows, int64_t in, W* packed) {
   for (int64_t r = 0; r < rows; ++r) {
-    int64_t o = first + r;
-    W* p = packed + (o / LANES) * in * LANES + o % LANES;
-    for (int64_t i = 0; i < in; ++i) from_float(to_float(source[r * in + i]), p[i * LANES]);
+    W* p = packed + (r / LANES) * in * LANES + r % LANES;
+    for (int64_t i = 0; i < in; ++i) p[i * LANES] = source[r * in + i];
   }
 }
 
