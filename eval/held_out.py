@@ -26,7 +26,6 @@ from specdec.eval.prompts import load_stdlib
 from specdec.inspection import teacher_forced
 from specdec.model.bundled.corpus import Document, load_documents
 from specdec.model.config import Glm4MoeConfig
-from specdec.model.layers import Router
 from specdec.sampling import greedy_tokens
 
 NUM_DRAFT_TOKENS, MAX_TOKENS = 3, 128
@@ -60,35 +59,28 @@ class AcceptanceFigures:
 
 
 class ExpertCounter:
-    """Counts the experts that every router of target and MTP layer chooses, while it is entered."""
+    """Counts the experts that every layer of target and MTP layer chooses, while it is entered."""
 
     def __init__(self, engine: Engine) -> None:
         model = engine.runtime.model
         assert model.mtp is not None
-        layers = [*model.target.model.layers, model.mtp]
-        self.routers = {
-            "MTP layer" if layer is model.mtp else f"layer {i}": module
-            for i, layer in enumerate(layers)
-            for module in layer.modules()
-            if isinstance(module, Router)
-        }
-        self.counts = {
-            name: torch.zeros_like(r.e_score_correction_bias, dtype=torch.int64) for name, r in self.routers.items()
-        }
+        num_layers = model.config.num_hidden_layers
+        self.decoders = {model.target.decoder: [f"layer {i}" for i in range(num_layers)], model.mtp.decoder: ["MTP layer"]}
+        self.num_experts = model.config.n_routed_experts
+        self.counts: dict[str, Tensor] = {}
 
     def __enter__(self) -> ExpertCounter:
-        self._hooks = [r.register_forward_hook(self._count(name)) for name, r in self.routers.items()]
+        for decoder in self.decoders:
+            decoder.expert_trace = []
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _count(self, name: str) -> Any:
-        def hook(_: torch.nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
-            self.counts[name] += torch.bincount(output[0].flatten(), minlength=len(self.counts[name]))
-
-        return hook
+        for decoder, names in self.decoders.items():
+            chosen = torch.cat(decoder.expert_trace or [], 1)  # [layers, T, k]
+            decoder.expert_trace = None
+            for name, ids in zip(names, chosen, strict=True):
+                if (ids >= 0).all():
+                    self.counts[name] = torch.bincount(ids.flatten(), minlength=self.num_experts)
 
     def load(self) -> dict[str, list[float]]:
         return {name: (c / c.sum() * len(c)).tolist() for name, c in self.counts.items()}

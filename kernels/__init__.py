@@ -10,10 +10,18 @@ import warnings
 import torch
 
 from specdec.kernels.errors import KernelsUnavailableError, SpecdecWarning
-from specdec.kernels.interface import AttentionMetadata, Kernels, RoutingConfig
+from specdec.kernels.interface import AttentionMetadata, DecoderOutput, Kernels, RoutingConfig
 from specdec.kernels.reference import ReferenceKernels
 
-__all__ = ["AttentionMetadata", "Kernels", "KernelsUnavailableError", "RoutingConfig", "check_name", "select"]
+__all__ = [
+    "AttentionMetadata",
+    "DecoderOutput",
+    "Kernels",
+    "KernelsUnavailableError",
+    "RoutingConfig",
+    "check_name",
+    "select",
+]
 
 BACKENDS = ("auto", "reference", "cpu")
 
@@ -34,21 +42,24 @@ def select(
 
     dtype None leaves it to the backend: float32, or bfloat16 where it computes in float32 all the same and
     the checkpoint has no more. "auto" is the C++ backend on a CPU with a compiler, else the reference, with
-    a SpecdecWarning. What was asked for by name is used or refused, never replaced.
+    a SpecdecWarning. What was asked for by name is used or refused, never replaced. int8 quantises the
+    checkpoint's matrices as they are loaded, for the C++ backend only.
 
     Raises ValueError for an unknown name or a dtype that the backend does not store,
     KernelsUnavailableError where it cannot run.
     """
     check_name(requested)
-    fits_cpu = device.type == "cpu" and dtype in (None, torch.float32, torch.bfloat16)
+    fits_cpu = device.type == "cpu" and dtype in (None, torch.float32, torch.bfloat16, torch.int8)
     if requested == "cpu" or (requested == "auto" and fits_cpu):
         from specdec.kernels.cpu import CpuKernels
 
-        default = torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float32
+        stored = torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float32
         try:
-            return CpuKernels(default if dtype is None else dtype)
+            return CpuKernels(stored if dtype is None else dtype, load_dtype=stored)
         except KernelsUnavailableError as error:
-            if requested == "cpu":
+            if requested == "cpu" or dtype == torch.int8:
                 raise
             warnings.warn(f"using the slow reference kernels: {error}", SpecdecWarning, stacklevel=2)
+    if dtype == torch.int8:
+        raise ValueError("dtype = int8 needs kernels = 'cpu': the reference kernels do not quantise")
     return ReferenceKernels(device, torch.float32 if dtype is None else dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,10 +61,87 @@ class RoutingConfig:
     routed_scaling_factor: float
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionWeights:
+    """qkv: one packed matrix [(Hq + 2 Hkv) D, H]; qkv_bias [(Hq + 2 Hkv) D]; o: packed [H, Hq D]; norms [D]."""
+
+    qkv: Any
+    qkv_bias: Tensor | None
+    o: Any
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class MLPWeights:
+    """gate_up: by `pack_gate_up`, [2I, H] with the gate rows first; down: packed [H, I]. Or stacks of E of them."""
+
+    gate_up: Any
+    down: Any
+
+
+@dataclass(frozen=True, eq=False)
+class MoEWeights:
+    """router: packed [E, H]; correction_bias [E]; both at least fp32. The shared experts' output is not scaled."""
+
+    router: Any
+    correction_bias: Tensor
+    experts: MLPWeights
+    shared: MLPWeights
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    input_norm: Tensor
+    attention: AttentionWeights
+    post_attention_norm: Tensor
+    mlp: MLPWeights | MoEWeights
+
+
+@dataclass(frozen=True, eq=False)
+class FusionWeights:
+    """The MTP layer's input: eh_proj(concat[enorm(embedding), hnorm(previous)]), packed eh_proj [H, 2H]."""
+
+    enorm: Tensor
+    hnorm: Tensor
+    eh_proj: Any
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    num_experts: int
+    routing: RoutingConfig
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderWeights:
+    """embedding [V, H], not packed; cos_sin [max_positions, rotary_dim] fp32; fusion: the MTP layer has one."""
+
+    shape: DecoderShape
+    embedding: Tensor
+    fusion: FusionWeights | None
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    cos_sin: Tensor
+
+
+class DecoderOutput(NamedTuple):
+    """Hidden states [T, H] after the final norm, and before it."""
+
+    normed: Tensor
+    unnormed: Tensor
+
+
 class Kernels(Protocol):
     """A backend: chosen once by `specdec.kernels.select`, then called without further questions.
 
-    dtype: of the matrices. activation_dtype: of everything else that flows through the model, biases and
+    dtype: of the matrices as they are loaded. activation_dtype: of everything else that flows through the model, biases and
     norm weights included. cache_dtypes: what a KV cache may be stored in.
     """
 
@@ -74,8 +151,18 @@ class Kernels(Protocol):
     activation_dtype: torch.dtype
     cache_dtypes: tuple[torch.dtype, ...]
 
-    def pack(self, weight: Tensor) -> Any:
-        """A matrix [out, in], or a stack [E, out, in], in the form that `linear` and `moe` of this backend read."""
+    def pack(self, weight: Tensor, *, full_precision: bool = False) -> Any:
+        """A matrix [out, in], or a stack [E, out, in], in the form that this backend reads.
+
+        full_precision: never quantised (the router)."""
+        ...
+
+    def pack_gate_up(self, weight: Tensor) -> Any:
+        """The same for gate and up projections [2I, H], or [E, 2I, H], the gate rows first: for `mlp` and `moe`."""
+        ...
+
+    def prepare(self, decoder: DecoderWeights) -> Any:
+        """A decoder in the form that `decode` reads. It refers to the weights, so they must stay as they are."""
         ...
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
@@ -108,8 +195,12 @@ class Kernels(Protocol):
         """
         ...
 
+    def mlp(self, x: Tensor, gate_up: Any, down: Any) -> Tensor:
+        """x [T, H], gate_up by `pack_gate_up`, packed down -> down(silu(gate(x)) * up(x)) [T, H]."""
+        ...
+
     def moe(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Any, down: Any) -> Tensor:
-        """x [T, H], ids and weights [T, k], packed gate_up [E, 2I, H] and down [E, H, I] -> [T, H].
+        """x [T, H], ids and weights [T, k], stacks of gate_up by `pack_gate_up` and packed down -> [T, H].
 
         A row's contributions are added in ascending expert id.
         """
@@ -124,5 +215,42 @@ class Kernels(Protocol):
 
         Query i of sequence b sits at position kv_lens[b] - query_lens[b] + i and sees the keys up to it.
         Cache slots beyond kv_lens are never read.
+        """
+        ...
+
+    def decode(
+        self,
+        decoder: Any,
+        input_ids: Tensor,
+        previous: Tensor | None,
+        positions: Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
+        expert_ids: Tensor | None = None,
+    ) -> DecoderOutput:
+        """The whole of a prepared decoder: embed, fuse (MTP), layers, final norm.
+
+        input_ids, positions [T] int64; previous [T, H], if and only if the decoder has a fusion; kv_cache
+        [layers, pages, 2, page_size, Hkv, D], appended to. expert_ids [layers, T, k] int64 is filled with every
+        row's choices, where a layer has experts. Equals `specdec.kernels.composed.decode`, to the bit where the
+        backend is row-invariant.
+        """
+        ...
+
+    def head_argmax(self, x: Tensor, head: Any) -> Tensor:
+        """x [R, H], packed head [V, H] -> ids [R] int64: argmax of the logits, the lowest id among equals,
+        -1 where a logit is not finite."""
+        ...
+
+    def softmax(self, logits: Tensor, scales: Tensor) -> Tensor:
+        """logits [R, V], scales [R] (1 / temperature) -> softmax(logits * scale) [R, V]; -inf becomes 0."""
+        ...
+
+    def gumbel_argmax(self, logits: Tensor, scales: Tensor, seeds: list[int], positions: list[int]) -> Tensor:
+        """logits [R, V], scales [R] -> ids [R] int64: argmax of logits * scale + Gumbel noise, which is a sample of
+        softmax(logits * scale). -1 where a score is not finite.
+
+        The noise is a function of (seed, position, token) alone: token v takes word v % 4 of Philox4x32-10 with
+        counter (v // 4, position, 0, 0) and the 64-bit seed as key; G = -log(-log((word + 1/2) / 2^32)).
         """
         ...

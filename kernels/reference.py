@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.interface import AttentionMetadata, RoutingConfig
+from specdec.kernels import composed
+from specdec.kernels.interface import AttentionMetadata, DecoderOutput, DecoderWeights, RoutingConfig
+from specdec.kernels.philox import gumbel_noise
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,8 +29,14 @@ class ReferenceKernels:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.activation_dtype = device, dtype, dtype
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Tensor, *, full_precision: bool = False) -> Tensor:
         return weight
+
+    def pack_gate_up(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def prepare(self, decoder: DecoderWeights) -> DecoderWeights:
+        return decoder
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -69,12 +77,14 @@ class ReferenceKernels:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return expert_ids, weights * config.routed_scaling_factor
 
+    def mlp(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return composed.mlp(self, x, gate_up, down)
+
     def moe(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         out = torch.zeros_like(x, dtype=_accumulation_dtype(x.dtype))
         for expert in expert_ids.unique().tolist():
             rows, choices = (expert_ids == expert).nonzero(as_tuple=True)
-            inner = self.silu_and_mul(F.linear(x[rows], gate_up[expert]))
-            routed = F.linear(inner, down[expert])
+            routed = self.mlp(x[rows], gate_up[expert], down[expert])
             out[rows] += routed * expert_weights[rows, choices].unsqueeze(-1)
         return out.to(x.dtype)
 
@@ -100,6 +110,38 @@ class ReferenceKernels:
             probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             outputs.append((probs @ values).transpose(0, 1).to(q.dtype))
         return torch.cat(outputs)
+
+    def decode(
+        self,
+        decoder: DecoderWeights,
+        input_ids: Tensor,
+        previous: Tensor | None,
+        positions: Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
+        expert_ids: Tensor | None = None,
+    ) -> DecoderOutput:
+        return composed.decode(self, decoder, input_ids, previous, positions, metadata, kv_cache, expert_ids)
+
+    def head_argmax(self, x: Tensor, head: Tensor) -> Tensor:
+        logits = self.linear(x, head)
+        best = lowest_argmax(logits)
+        return best.where(logits.isfinite().all(-1), -1)
+
+    def softmax(self, logits: Tensor, scales: Tensor) -> Tensor:
+        return (logits * scales.unsqueeze(-1)).softmax(-1)
+
+    def gumbel_argmax(self, logits: Tensor, scales: Tensor, seeds: list[int], positions: list[int]) -> Tensor:
+        noise = torch.from_numpy(gumbel_noise(seeds, positions, logits.shape[-1])).to(logits.device)
+        scores = logits.double() * scales.double().unsqueeze(-1) + noise
+        return lowest_argmax(scores).where(scores.isfinite().all(-1), -1)
+
+
+def lowest_argmax(values: Tensor) -> Tensor:
+    """values [..., V] -> [...] int64: the argmax, the lowest id among equals (torch.argmax leaves that open)."""
+    ids = torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
+    is_best = values == values.amax(-1, keepdim=True)
+    return torch.where(is_best, ids, values.shape[-1] - 1).amin(-1).long()
 
 
 def _top_ids(scores: Tensor, k: int) -> Tensor:

@@ -6,25 +6,31 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels import AttentionMetadata, Kernels
+from specdec.kernels.interface import DecoderShape, DecoderWeights
 from specdec.model.config import Glm4MoeConfig
-from specdec.model.layers import DecoderLayer, Embedding, Linear, Matrices, RMSNorm, RotaryEmbedding
+from specdec.model.layers import Decoder, DecoderLayer, Embedding, Linear, Matrices, RMSNorm, RotaryEmbedding
+
+
+def decoder_shape(config: Glm4MoeConfig) -> DecoderShape:
+    return DecoderShape(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        num_experts=config.n_routed_experts,
+        routing=config.routing,
+    )
 
 
 class Glm4MoeModel(nn.Module):
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels, rotary: RotaryEmbedding) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
         super().__init__()
         self.embed_tokens = Embedding(kernels, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, kernels, rotary, dense=i < config.first_k_dense_replace)
+            DecoderLayer(config, kernels, dense=i < config.first_k_dense_replace)
             for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, kv_cache: Tensor) -> Tensor:
-        x = self.embed_tokens(input_ids)
-        for layer, layer_cache in zip(self.layers, kv_cache):
-            x = layer(x, positions, metadata, layer_cache)
-        return self.norm(x)
+        self.norm = RMSNorm(kernels, config.hidden_size)
 
 
 class TiedHead(Matrices):
@@ -40,34 +46,47 @@ class TiedHead(Matrices):
     def pack(self) -> None:
         self.packed["weight"] = self.kernels.pack(self._embedding[0].weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.linear(x, self.packed["weight"])
-
 
 class Glm4MoeForCausalLM(nn.Module):
     """The target. Its embeddings and head serve the MTP layer too."""
 
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels, rotary: RotaryEmbedding) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
         super().__init__()
         self.config, self.kernels = config, kernels
-        self.model = Glm4MoeModel(config, kernels, rotary)
+        self.model = Glm4MoeModel(config, kernels)
         self.lm_head: Linear | TiedHead
         if config.tie_word_embeddings:
             self.lm_head = TiedHead(kernels, self.model.embed_tokens)
         else:
             self.lm_head = Linear(kernels, config.hidden_size, config.vocab_size)
+        self.decoder: Decoder  # from `prepare` on
+
+    def prepare(self, rotary: RotaryEmbedding) -> None:
+        """Once all weights are packed."""
+        self.decoder = Decoder(
+            self.kernels,
+            DecoderWeights(
+                shape=decoder_shape(self.config),
+                embedding=self.model.embed_tokens.weight,
+                fusion=None,
+                layers=tuple(layer.weights() for layer in self.model.layers),
+                norm=self.model.norm.weight,
+                cos_sin=rotary.cos_sin,
+            ),
+        )
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, kv_cache: Tensor) -> Tensor:
         """Packed tokens [T] and positions [T] -> hidden states [T, H] after the final norm.
 
         kv_cache [num_layers or more, pages, 2, page_size, Hkv, D]; keys and values are appended to it.
         """
-        return self.model(input_ids, positions, metadata, kv_cache)
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        return self.model.embed_tokens(token_ids)
+        return self.decoder(input_ids, None, positions, metadata, kv_cache).normed
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> logits [R, V] in at least fp32."""
-        logits = self.lm_head(hidden)
+        logits = self.kernels.linear(hidden, self.lm_head.packed["weight"])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def choose_tokens(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H] -> the logits' argmax [R] int64, the lowest id among equals; -1 where one is not finite."""
+        return self.kernels.head_argmax(hidden, self.lm_head.packed["weight"])

@@ -2,9 +2,10 @@
 
 A module holds uninitialised weights and says through `slots` which tensors of a checkpoint fill
 them; `specdec.model.weights` fills every slot or raises, then calls `pack` once, which hands the
-matrices over to the backend. Projections that read the same input are stored as one matrix.
+matrices over to the backend. Projections that read the same input are stored as one matrix. The modules
+hold weights, by the checkpoint's names; `specdec.kernels.composed` says what is computed with them.
 
-Shapes: T packed tokens, H hidden, I MLP width, E experts, Hq/Hkv query/KV heads, D head_dim.
+Shapes: T packed tokens, H hidden, I MLP width, E experts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from specdec.kernels import AttentionMetadata, Kernels
+from specdec.kernels import AttentionMetadata, DecoderOutput, Kernels
+from specdec.kernels.interface import AttentionWeights, DecoderWeights, LayerWeights, MLPWeights, MoEWeights
 from specdec.model.config import Glm4MoeConfig
 
 
@@ -37,7 +39,7 @@ def iter_slots(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
 
 
 class Matrices(nn.Module):
-    """A module whose forward reads matrices in the backend's packed form."""
+    """A module that holds matrices, and from `pack` on their packed forms."""
 
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()
@@ -49,9 +51,12 @@ class Matrices(nn.Module):
         for name, weight in list(self.named_parameters(recurse=False)):
             if weight.dim() < 2:
                 continue
-            self.packed[name] = self.kernels.pack(weight)
+            self.packed[name] = self.pack_matrix(name, weight)
             if self.packed[name] is not weight:
                 setattr(self, name, None)
+
+    def pack_matrix(self, name: str, weight: Tensor) -> Any:
+        return self.kernels.pack(weight)
 
 
 def _weight(kernels: Kernels, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
@@ -60,20 +65,12 @@ def _weight(kernels: Kernels, *shape: int, dtype: torch.dtype | None = None) -> 
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, kernels: Kernels, size: int, eps: float) -> None:
+    def __init__(self, kernels: Kernels, size: int) -> None:
         super().__init__()
-        self.kernels, self.eps = kernels, eps
         self.weight = _weight(kernels, size, dtype=kernels.activation_dtype)
 
     def slots(self, name: str) -> dict[str, Tensor]:
         return {f"{name}.weight": self.weight}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (norm of the sum, the sum)."""
-        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Linear(Matrices):
@@ -98,17 +95,23 @@ class Linear(Matrices):
         return self.kernels.linear(x, self.packed["weight"], self.bias)
 
 
+class GateUp(Linear):
+    """The gate and up projections of an MLP, gate rows first."""
+
+    def __init__(self, kernels: Kernels, hidden_size: int, width: int) -> None:
+        super().__init__(kernels, hidden_size, 2 * width, parts={"gate_proj": width, "up_proj": width})
+
+    def pack_matrix(self, name: str, weight: Tensor) -> Any:
+        return self.kernels.pack_gate_up(weight)
+
+
 class Embedding(nn.Module):
     def __init__(self, kernels: Kernels, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.kernels = kernels
         self.weight = _weight(kernels, vocab_size, hidden_size)
 
     def slots(self, name: str) -> dict[str, Tensor]:
         return {f"{name}.weight": self.weight}
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return nn.functional.embedding(token_ids, self.weight).to(self.kernels.activation_dtype)
 
 
 class RotaryEmbedding:
@@ -122,14 +125,11 @@ class RotaryEmbedding:
 
 
 class Attention(nn.Module):
-    """GQA with optional bias and qk-norm; RoPE on the first rotary_dim dims of each head."""
+    """GQA with optional bias and qk-norm."""
 
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels, rotary: RotaryEmbedding) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.kernels, self.rotary = kernels, rotary
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.qkv_proj = Linear(
             kernels, config.hidden_size, q_size + 2 * kv_size, bias=config.attention_bias,
             parts={"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
@@ -137,18 +137,17 @@ class Attention(nn.Module):
         self.o_proj = Linear(kernels, q_size, config.hidden_size)
         self.use_qk_norm = config.use_qk_norm
         if self.use_qk_norm:
-            self.q_norm = RMSNorm(kernels, self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(kernels, self.head_dim, config.rms_norm_eps)
+            self.q_norm = RMSNorm(kernels, config.head_dim)
+            self.k_norm = RMSNorm(kernels, config.head_dim)
 
-    def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata, kv_cache: Tensor) -> Tensor:
-        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [T, Hq + 2 Hkv, D]
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
-        if self.use_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        self.kernels.rope_(q, k, positions, self.rotary.cos_sin)
-        self.kernels.append_kv(k, v, kv_cache, metadata.slot_mapping)
-        attended = self.kernels.paged_attention(q, kv_cache, metadata)
-        return self.o_proj(attended.flatten(1))
+    def weights(self) -> AttentionWeights:
+        return AttentionWeights(
+            qkv=self.qkv_proj.packed["weight"],
+            qkv_bias=self.qkv_proj.bias,
+            o=self.o_proj.packed["weight"],
+            q_norm=self.q_norm.weight if self.use_qk_norm else None,
+            k_norm=self.k_norm.weight if self.use_qk_norm else None,
+        )
 
 
 class MLP(nn.Module):
@@ -156,12 +155,11 @@ class MLP(nn.Module):
 
     def __init__(self, kernels: Kernels, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.gate_up_proj = Linear(kernels, hidden_size, 2 * width, parts={"gate_proj": width, "up_proj": width})
+        self.gate_up_proj = GateUp(kernels, hidden_size, width)
         self.down_proj = Linear(kernels, width, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(x)))
+    def weights(self) -> MLPWeights:
+        return MLPWeights(self.gate_up_proj.packed["weight"], self.down_proj.packed["weight"])
 
 
 class Router(Matrices):
@@ -169,7 +167,6 @@ class Router(Matrices):
 
     def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
         super().__init__(kernels)
-        self.routing = config.routing
         dtype = torch.promote_types(kernels.dtype, torch.float32)
         self.weight = _weight(kernels, config.n_routed_experts, config.hidden_size, dtype=dtype)
         self.e_score_correction_bias = _weight(kernels, config.n_routed_experts, dtype=dtype)
@@ -180,10 +177,8 @@ class Router(Matrices):
             f"{name}.e_score_correction_bias": self.e_score_correction_bias,
         }
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = x.to(self.e_score_correction_bias.dtype)
-        logits = self.kernels.linear(wide, self.packed["weight"])  # [T, E]
-        return self.kernels.route(logits, self.e_score_correction_bias, self.routing)
+    def pack_matrix(self, name: str, weight: Tensor) -> Any:
+        return self.kernels.pack(weight, full_precision=True)
 
 
 class Experts(Matrices):
@@ -208,12 +203,15 @@ class Experts(Matrices):
         """The stacked layout that transformers 5 keeps in memory and may write."""
         return {f"{name}.gate_up_proj": self.gate_up, f"{name}.down_proj": self.down}
 
-    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        return self.kernels.moe(x, expert_ids, expert_weights, self.packed["gate_up"], self.packed["down"])
+    def pack_matrix(self, name: str, weight: Tensor) -> Any:
+        return self.kernels.pack_gate_up(weight) if name == "gate_up" else self.kernels.pack(weight)
+
+    def weights(self) -> MLPWeights:
+        return MLPWeights(self.packed["gate_up"], self.packed["down"])
 
 
 class MoE(nn.Module):
-    """Routed experts plus the unscaled shared expert."""
+    """Routed experts plus shared ones."""
 
     def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
         super().__init__()
@@ -222,22 +220,58 @@ class MoE(nn.Module):
         shared_width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(kernels, config.hidden_size, shared_width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        expert_ids, expert_weights = self.gate(x)
-        return self.experts(x, expert_ids, expert_weights) + self.shared_experts(x)
+    def weights(self) -> MoEWeights:
+        return MoEWeights(
+            router=self.gate.packed["weight"],
+            correction_bias=self.gate.e_score_correction_bias,
+            experts=self.experts.weights(),
+            shared=self.shared_experts.weights(),
+        )
 
 
 class DecoderLayer(nn.Module):
-    """x += Attn(norm(x)); x += MLP(norm(x)), the MLP dense or a mixture of experts."""
+    """Attention and an MLP, dense or a mixture of experts; `specdec.kernels.composed` says what they compute."""
 
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels, rotary: RotaryEmbedding, *, dense: bool) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: Kernels, *, dense: bool) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, kernels, rotary)
-        self.post_attention_layernorm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(kernels, config.hidden_size)
+        self.self_attn = Attention(config, kernels)
+        self.post_attention_layernorm = RMSNorm(kernels, config.hidden_size)
         self.mlp = MLP(kernels, config.hidden_size, config.intermediate_size) if dense else MoE(config, kernels)
 
-    def forward(self, x: Tensor, positions: Tensor, metadata: AttentionMetadata, kv_cache: Tensor) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), positions, metadata, kv_cache)
-        normed, x = self.post_attention_layernorm.add(attended, x)
-        return x + self.mlp(normed)
+    def weights(self) -> LayerWeights:
+        return LayerWeights(
+            input_norm=self.input_layernorm.weight,
+            attention=self.self_attn.weights(),
+            post_attention_norm=self.post_attention_layernorm.weight,
+            mlp=self.mlp.weights(),
+        )
+
+
+class Decoder:
+    """A decoder as the backend runs it.
+
+    expert_trace: a list given here receives the experts [layers, T, k] int64 that every run chose, -1 in dense
+    layers.
+    """
+
+    def __init__(self, kernels: Kernels, weights: DecoderWeights) -> None:
+        self.kernels, self.weights = kernels, weights
+        self.prepared = kernels.prepare(weights)
+        self.expert_trace: list[Tensor] | None = None
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        previous: Tensor | None,
+        positions: Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
+    ) -> DecoderOutput:
+        """See `Kernels.decode`."""
+        chosen = None
+        if self.expert_trace is not None:
+            top_k = self.weights.shape.routing.num_experts_per_tok
+            chosen = input_ids.new_full((len(self.weights.layers), len(input_ids), top_k), -1)
+            self.expert_trace.append(chosen)
+        return self.kernels.decode(self.prepared, input_ids, previous, positions, metadata, kv_cache, chosen)

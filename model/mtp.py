@@ -10,21 +10,13 @@ layer's own previous output in its place (docs/mtp.md has the alignment table).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
 
 from specdec.kernels import AttentionMetadata, Kernels
+from specdec.kernels.interface import DecoderOutput, DecoderWeights, FusionWeights
 from specdec.model.config import Glm4MoeConfig
-from specdec.model.layers import DecoderLayer, Linear, RMSNorm, RotaryEmbedding
-
-
-class MTPOutput(NamedTuple):
-    """Both [T, H]: `normed` feeds the head and, by default, the next draft step; `unnormed` is the ablation."""
-
-    normed: Tensor
-    unnormed: Tensor
+from specdec.model.glm4_moe import Glm4MoeForCausalLM, decoder_shape
+from specdec.model.layers import Decoder, DecoderLayer, Linear, RMSNorm, RotaryEmbedding
 
 
 class SharedHead(nn.Module):
@@ -32,24 +24,39 @@ class SharedHead(nn.Module):
 
     def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.norm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(kernels, config.hidden_size)
 
 
 class MTPLayer(DecoderLayer):
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels, rotary: RotaryEmbedding) -> None:
-        super().__init__(config, kernels, rotary, dense=False)
-        self.enorm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
-        self.hnorm = RMSNorm(kernels, config.hidden_size, config.rms_norm_eps)
+    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
+        super().__init__(config, kernels, dense=False)
+        self.config, self.kernels = config, kernels
+        self.enorm = RMSNorm(kernels, config.hidden_size)
+        self.hnorm = RMSNorm(kernels, config.hidden_size)
         self.eh_proj = Linear(kernels, 2 * config.hidden_size, config.hidden_size)
         self.shared_head = SharedHead(config, kernels)
+        self.decoder: Decoder  # from `prepare` on
+
+    def prepare(self, target: Glm4MoeForCausalLM, rotary: RotaryEmbedding) -> None:
+        """Once all weights are packed; the embeddings are the target's."""
+        self.decoder = Decoder(
+            self.kernels,
+            DecoderWeights(
+                shape=decoder_shape(self.config),
+                embedding=target.model.embed_tokens.weight,
+                fusion=FusionWeights(self.enorm.weight, self.hnorm.weight, self.eh_proj.packed["weight"]),
+                layers=(self.weights(),),
+                norm=self.shared_head.norm.weight,
+                cos_sin=rotary.cos_sin,
+            ),
+        )
 
     def draft(
-        self, previous: Tensor, next_embeds: Tensor, positions: Tensor, metadata: AttentionMetadata, kv_cache: Tensor
-    ) -> MTPOutput:
-        """Pairs (previous [T, H], embedding of the next token [T, H]) at `positions` [T] -> outputs.
+        self, previous: Tensor, next_token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, kv_cache: Tensor
+    ) -> DecoderOutput:
+        """Pairs (previous [T, H], next token [T]) at `positions` [T] -> outputs [T, H].
 
-        kv_cache [pages, 2, page_size, Hkv, D] is the MTP layer's own; its rows are appended to it.
+        `normed` feeds the head and, by default, the next draft step; `unnormed` is the ablation. kv_cache
+        [pages, 2, page_size, Hkv, D] is the MTP layer's own; its rows are appended to it.
         """
-        pair = torch.cat([self.enorm(next_embeds), self.hnorm(previous)], -1)
-        unnormed = self(self.eh_proj(pair), positions, metadata, kv_cache)
-        return MTPOutput(self.shared_head.norm(unnormed), unnormed)
+        return self.decoder(next_token_ids, previous, positions, metadata, kv_cache.unsqueeze(0))

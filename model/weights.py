@@ -56,22 +56,25 @@ class LoadedModel:
     mtp: MTPLayer | None
 
 
-def build_model(config: Glm4MoeConfig, kernels: Kernels, *, with_mtp: bool, max_positions: int) -> LoadedModel:
+def build_model(config: Glm4MoeConfig, kernels: Kernels, *, with_mtp: bool) -> LoadedModel:
     """Modules with uninitialised weights, on the kernels' device (the meta device costs nothing)."""
-    rotary = RotaryEmbedding(config, max_positions, kernels.device)
-    target = Glm4MoeForCausalLM(config, kernels, rotary)
-    return LoadedModel(config, target, MTPLayer(config, kernels, rotary) if with_mtp else None)
+    target = Glm4MoeForCausalLM(config, kernels)
+    return LoadedModel(config, target, MTPLayer(config, kernels) if with_mtp else None)
 
 
 def load_model(index: CheckpointIndex, kernels: Kernels, *, max_model_len: int | None = None) -> LoadedModel:
     """Builds and fills a checkpoint's model. Raises CheckpointError naming the tensor or file at fault."""
-    max_positions = index.config.max_position_embeddings if max_model_len is None else max_model_len
-    loaded = build_model(index.config, kernels, with_mtp=index.has_mtp_layer, max_positions=max_positions)
+    loaded = build_model(index.config, kernels, with_mtp=index.has_mtp_layer)
     _fill(_Slots(loaded), index.tensors, ignored_names(index.config))
     for part in (loaded.target, loaded.mtp):
         for module in () if part is None else part.modules():
             if isinstance(module, Matrices):
                 module.pack()
+    max_positions = index.config.max_position_embeddings if max_model_len is None else max_model_len
+    rotary = RotaryEmbedding(index.config, max_positions, kernels.device)
+    loaded.target.prepare(rotary)
+    if loaded.mtp is not None:
+        loaded.mtp.prepare(loaded.target, rotary)
     return loaded
 
 

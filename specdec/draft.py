@@ -15,8 +15,10 @@ from torch import Tensor
 
 from specdec.batch import Extend, ForwardBatch, build_batch
 from specdec.config import Recycling
+from specdec.errors import ModelError
+from specdec.kernels import DecoderOutput
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
-from specdec.model.mtp import MTPLayer, MTPOutput
+from specdec.model.mtp import MTPLayer
 from specdec.rng import Stream, uniforms
 from specdec.sampling import greedy_tokens, sample, transform_logits
 from specdec.scheduler import ScheduledSequence
@@ -81,15 +83,15 @@ class MTPDrafter:
             sequences = [scheduled[b].sequence for b in active]
             if step > 0:
                 output = self._step(sequences, output, result.draft_token_ids[active, step - 1], step)
-            logits = self.target.compute_logits(output.normed[: len(active)])
+            hidden = output.normed[: len(active)]
             if result.draft_probs is None:
-                result.draft_token_ids[active, step] = greedy_tokens(logits)
+                result.draft_token_ids[active, step] = require_finite(self.target.choose_tokens(hidden))
             else:
-                tokens, probs = sample_drafts(sequences, logits, step)
+                tokens, probs = sample_drafts(sequences, self.target.compute_logits(hidden), step)
                 result.draft_token_ids[active, step], result.draft_probs[active, step] = tokens, probs
         return result
 
-    def _extend(self, sequences: Seq[Sequence]) -> MTPOutput:
+    def _extend(self, sequences: Seq[Sequence]) -> DecoderOutput:
         """Runs the pending pairs of every sequence, with true hidden states -> the last row of each, [B, H]."""
         hidden = [pending for s in sequences if (pending := s.pending_hidden) is not None]
         extends = []
@@ -99,9 +101,9 @@ class MTPDrafter:
         batch = build_batch(extends, self.page_size, self.kv_cache.device)
         output = self._run(torch.cat(hidden), batch)
         last = [start + extend_len - 1 for start, extend_len in zip(batch.row_starts, batch.metadata.query_lens)]
-        return MTPOutput(output.normed[last], output.unnormed[last])
+        return DecoderOutput(output.normed[last], output.unnormed[last])
 
-    def _step(self, sequences: Seq[Sequence], previous: MTPOutput, drafts: Tensor, step: int) -> MTPOutput:
+    def _step(self, sequences: Seq[Sequence], previous: DecoderOutput, drafts: Tensor, step: int) -> DecoderOutput:
         """One more row per sequence: (the layer's own previous output, the draft before)."""
         recycled = previous.normed if self.recycling == "post_norm" else previous.unnormed
         extends = [
@@ -110,9 +112,15 @@ class MTPDrafter:
         batch = build_batch(extends, self.page_size, self.kv_cache.device)
         return self._run(recycled[: len(sequences)], batch)
 
-    def _run(self, hidden: Tensor, batch: ForwardBatch) -> MTPOutput:
-        embeds = self.target.embed(batch.input_ids)
-        return self.mtp.draft(hidden, embeds, batch.positions, batch.metadata, self.kv_cache)
+    def _run(self, hidden: Tensor, batch: ForwardBatch) -> DecoderOutput:
+        return self.mtp.draft(hidden, batch.input_ids, batch.positions, batch.metadata, self.kv_cache)
+
+
+def require_finite(token_ids: Tensor) -> Tensor:
+    """What `choose_tokens` chose; ModelError where it could not."""
+    if (token_ids < 0).any():
+        raise ModelError("the MTP layer's logits are not finite: its weights are broken, or its dtype overflows")
+    return token_ids
 
 
 def sample_drafts(sequences: Seq[Sequence], logits: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -174,8 +174,7 @@ def teacher_forced(runtime: Runtime, token_ids: list[int]) -> tuple[Tensor, Tens
     batch = build_batch([Extend(token_ids, 0, pages)], page_size, cache.device)
     hidden = model.target(batch.input_ids, batch.positions, batch.metadata, cache)
     pairs = build_batch([Extend(token_ids[1:], 0, pages)], page_size, cache.device)
-    embeds = model.target.embed(pairs.input_ids)
-    output = model.mtp.draft(hidden[:-1], embeds, pairs.positions, pairs.metadata, cache[-1])
+    output = model.mtp.draft(hidden[:-1], pairs.input_ids, pairs.positions, pairs.metadata, cache[-1])
     return model.target.compute_logits(hidden), model.target.compute_logits(output.normed)
 
 

@@ -157,7 +157,7 @@ def load_runtime(
 def weight_bytes(config: Glm4MoeConfig, kernels: Kernels, with_mtp: bool) -> int:
     """Bytes of all weights in the kernels' dtype, counted on modules that take no memory."""
     meta = select(torch.device("meta"), kernels.dtype, "reference")
-    model = build_model(config, meta, with_mtp=with_mtp, max_positions=1)
+    model = build_model(config, meta, with_mtp=with_mtp)
     modules = [model.target] if model.mtp is None else [model.target, model.mtp]
     return sum(p.nbytes for module in modules for p in module.parameters())
 

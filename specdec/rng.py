@@ -14,11 +14,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
-_LOW = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
-_ROUNDS = 10
+from specdec.kernels.philox import philox, split_seed
 
 
 class Stream(IntEnum):
@@ -27,17 +23,6 @@ class Stream(IntEnum):
     DRAFT = 1
     ACCEPT = 2
     RESIDUAL = 3
-
-
-def philox(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """counter [..., 4], key [..., 2] -> [..., 4], each word uniform on 0 .. 2**32 - 1."""
-    c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
-    k0, k1 = (key[..., i].astype(np.uint64) for i in range(2))
-    for _ in range(_ROUNDS):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return np.stack([c0, c1, c2, c3], -1).astype(np.uint32)
 
 
 def uniforms(
@@ -52,8 +37,7 @@ def uniforms(
         np.asarray(seeds, np.uint64), np.asarray(positions, np.uint64), np.asarray(iteration_starts, np.uint64)
     )
     counter = np.stack([np.zeros_like(position), position, start, np.full_like(position, stream)], -1)
-    key = np.stack([seed & _LOW, seed >> _SHIFT], -1)
-    words = philox(counter.astype(np.uint32), key.astype(np.uint32)).astype(np.uint64)
+    words = philox(counter.astype(np.uint32), split_seed(seed)).astype(np.uint64)
     return ((words[..., 0] << np.uint64(21)) ^ (words[..., 1] >> np.uint64(11))).astype(np.float64) * 2.0**-53
 
 

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.config import SamplingParams
-
-
-def greedy_tokens(logits: Tensor) -> Tensor:
-    """logits [..., V] -> [...] int64: the argmax, the lowest id among equals."""
-    # torch.argmax leaves open which of several equals it returns
-    ids = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
-    is_best = logits == logits.amax(-1, keepdim=True)
-    return torch.where(is_best, ids, logits.shape[-1] - 1).amin(-1).long()
+from specdec.kernels.reference import lowest_argmax as greedy_tokens
 
 
 def transform_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -20,7 +20,7 @@ from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.rng import Stream, uniforms
 from specdec.sampling import transform_logits
 from specdec.scheduler import ScheduledSequence
-from specdec.verify import PAD, VerifyResult, verify_greedy, verify_token
+from specdec.verify import PAD, VerifyResult, verify_choices, verify_token
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,58 @@ class TargetVerifier:
             chosen = [b for b, s in enumerate(scheduled) if s.samples and rule_of(s) == name]
             if not chosen:
                 continue
-            # Row r of a sequence follows r drafts; padding repeats its last row.
-            last_new = [row_starts[b] + scheduled[b].num_new_tokens - 1 for b in chosen]
             counts = [scheduled[b].num_draft_tokens for b in chosen]
-            rows = [first + min(r, k) for first, k in zip(last_new, counts) for r in range(num_rows)]
-            distinct, padded = np.unique(rows, return_inverse=True)
-            logits = self.target.compute_logits(hidden[distinct.tolist()])[padded.tolist()]
-            if not torch.isfinite(logits).all():
-                raise ModelError("the target's logits are not finite: its weights are broken, or its dtype overflows")
-            logits = logits.unflatten(0, (len(chosen), num_rows))
-            result = rule([scheduled[b] for b in chosen], logits, _select(drafts, chosen))
+            firsts = [row_starts[b] + scheduled[b].num_new_tokens - 1 for b in chosen]
+            deciding = DecidingRows.of(self.target, hidden, firsts, counts, num_rows)
+            result = rule(deciding, [scheduled[b] for b in chosen], _select(drafts, chosen))
             accepted[chosen], output[chosen] = result.num_accepted_tokens, result.output_token_ids
         return VerifyResult(accepted, output)
+
+
+@dataclass(frozen=True)
+class DecidingRows:
+    """The rows that decide tokens: of each sequence the last new token's and its drafts', k+1 in all.
+
+    hidden [N, H] has them without padding; `padding` [B * (K+1)] leads from there to K+1 rows per sequence, the
+    last repeated.
+    """
+
+    target: Glm4MoeForCausalLM
+    hidden: Tensor
+    padding: list[int]
+    num_rows: int
+
+    @classmethod
+    def of(
+        cls, target: Glm4MoeForCausalLM, hidden: Tensor, firsts: list[int], counts: list[int], num_rows: int
+    ) -> DecidingRows:
+        rows: list[int] = []
+        padding: list[int] = []
+        for first, count in zip(firsts, counts):
+            padding += [len(rows) + min(r, count) for r in range(num_rows)]
+            rows += range(first, first + count + 1)
+        return cls(target, hidden if len(rows) == len(hidden) else hidden[rows], padding, num_rows)
+
+    def choices(self) -> Tensor:
+        """The target's argmax [B, K+1]."""
+        chosen = self.target.choose_tokens(self.hidden)
+        _require_finite(bool((chosen >= 0).all()))
+        return self._pad(chosen)
+
+    def logits(self) -> Tensor:
+        """[B, K+1, V]"""
+        logits = self.target.compute_logits(self.hidden)
+        _require_finite(bool(torch.isfinite(logits).all()))
+        return self._pad(logits)
+
+    def _pad(self, rows: Tensor) -> Tensor:
+        padded = rows if len(self.padding) == len(rows) else rows[self.padding]
+        return padded.unflatten(0, (-1, self.num_rows))
+
+
+def _require_finite(finite: bool) -> None:
+    if not finite:
+        raise ModelError("the target's logits are not finite: its weights are broken, or its dtype overflows")
 
 
 def rule_of(scheduled: ScheduledSequence) -> str:
@@ -85,17 +125,17 @@ def _select(drafts: DraftResult, chosen: list[int]) -> DraftResult:
     return DraftResult(drafts.draft_token_ids[chosen], drafts.num_draft_tokens[chosen], probs)
 
 
-def _greedy(scheduled: Seq[ScheduledSequence], logits: Tensor, drafts: DraftResult) -> VerifyResult:
-    return verify_greedy(logits, drafts.draft_token_ids, drafts.num_draft_tokens)
+def _greedy(rows: DecidingRows, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> VerifyResult:
+    return verify_choices(rows.choices(), drafts.draft_token_ids, drafts.num_draft_tokens)
 
 
-def _token(scheduled: Seq[ScheduledSequence], logits: Tensor, drafts: DraftResult) -> VerifyResult:
-    num_rows = logits.shape[1]
-    params = [s.sequence.params for s in scheduled for _ in range(num_rows)]
-    target_probs = transform_logits(logits.flatten(0, 1), params).unflatten(0, (-1, num_rows))
+def _token(rows: DecidingRows, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> VerifyResult:
+    params = [s.sequence.params for s in scheduled for _ in range(rows.num_rows)]
+    logits = rows.logits()
+    target_probs = transform_logits(logits.flatten(0, 1), params).unflatten(0, (-1, rows.num_rows))
     starts = np.array([[len(s.sequence.token_ids)] for s in scheduled])
     seeds = np.array([[s.sequence.seed] for s in scheduled], np.uint64)
-    positions = starts + np.arange(num_rows)
+    positions = starts + np.arange(rows.num_rows)
     accept = uniforms(seeds, Stream.ACCEPT, positions[:, :-1], starts)
     last = uniforms(seeds, Stream.RESIDUAL, positions, starts)
     return verify_token(
@@ -108,7 +148,7 @@ def _token(scheduled: Seq[ScheduledSequence], logits: Tensor, drafts: DraftResul
     )
 
 
-RULES: dict[str, Callable[[Seq[ScheduledSequence], Tensor, DraftResult], VerifyResult]] = {
+RULES: dict[str, Callable[[DecidingRows, Seq[ScheduledSequence], DraftResult], VerifyResult]] = {
     "greedy": _greedy,
     "token": _token,
 }

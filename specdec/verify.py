@@ -34,7 +34,11 @@ def verify_greedy(target_logits: Tensor, draft_token_ids: Tensor, num_draft_toke
 
     target_logits [B, K+1, V], draft_token_ids [B, K] int64, num_draft_tokens [B] int64.
     """
-    choices = greedy_tokens(target_logits)  # [B, K+1]
+    return verify_choices(greedy_tokens(target_logits), draft_token_ids, num_draft_tokens)
+
+
+def verify_choices(choices: Tensor, draft_token_ids: Tensor, num_draft_tokens: Tensor) -> VerifyResult:
+    """Accepts drafts while they equal the target's own choices [B, K+1] int64, then emits its next choice."""
     accepted = count_accepted(draft_token_ids == choices[:, :-1], num_draft_tokens)
     last = choices.gather(1, accepted.unsqueeze(1)).squeeze(1)
     return emit(draft_token_ids, accepted, last)

@@ -1,58 +1,31 @@
 """C++ kernels for the CPU: each weight is read once for all rows, and a row's bits do not depend on its neighbours.
 
-Weights are fp32 or bf16, packed once at load; activations and accumulation are fp32.
+Weights are fp32, bf16 or int8, packed once at load; activations and accumulation are fp32.
 """
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from ctypes import byref
 
 import torch
 from torch import Tensor
 
-from specdec.kernels.cpu.build import library_path
-from specdec.kernels.interface import AttentionMetadata, RoutingConfig
+from specdec.kernels.cpu import native
+from specdec.kernels.cpu.weights import (
+    DTYPES,
+    LANES,
+    PackedWeight,
+    PreparedDecoder,
+    address,
+    blocks,
+    mlp_struct,
+    pack,
+    pack_gate_up,
+    routing_struct,
+)
+from specdec.kernels.interface import AttentionMetadata, DecoderOutput, DecoderWeights, RoutingConfig
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-LANES = 16
-
-_SIGNATURES = {
-    "sd_pack": [c_void_p, c_int32, c_int64, c_int64, c_void_p],
-    "sd_linear": [c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32],
-    "sd_rms_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int32],
-    "sd_add_rms_norm": [c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int32],
-    "sd_rope": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int32],
-    "sd_silu_and_mul": [c_void_p, c_int64, c_int64, c_void_p, c_int32],
-    "sd_route": [c_void_p, c_void_p, *[c_int64] * 5, c_int32, c_float, c_void_p, c_void_p, c_int32],
-    "sd_moe": [c_void_p, c_void_p, c_void_p, *[c_int64] * 5, c_void_p, c_void_p, c_int32, c_void_p, c_int32],
-    "sd_append": [c_void_p, c_int32, *[c_int64] * 3, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64],
-    "sd_attention": [
-        c_void_p, c_int32, *[c_int64] * 4, c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_void_p, c_int32,
-    ],
-}  # fmt: skip
-
-
-def load_library() -> ctypes.CDLL:
-    """Compiles if need be, and declares every function. Raises KernelsUnavailableError."""
-    library = ctypes.CDLL(str(library_path()))
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = None, arguments
-    return library
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """`shape` as before packing, [out, in] or [E, out, in]; `data` holds [ceil(out / 16)][in][16] per matrix."""
-
-    shape: tuple[int, ...]
-    data: Tensor
-
-    @property
-    def dtype_code(self) -> int:
-        return DTYPES[self.data.dtype]
+_num_threads = torch.get_num_threads
 
 
 class CpuKernels:
@@ -60,40 +33,42 @@ class CpuKernels:
 
     name = "cpu"
     activation_dtype = torch.float32
-    cache_dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)
+    cache_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        """dtype: of the weights, float32 or bfloat16. Raises
-        KernelsUnavailableError, and ValueError for another dtype."""
-        if dtype not in DTYPES:
-            raise ValueError(f"kernels='cpu' have weights in float32 or bfloat16, not {dtype}")
-        self.device, self.dtype = torch.device("cpu"), dtype
-        self._library = load_library()
+    def __init__(self, weight_dtype: torch.dtype, load_dtype: torch.dtype = torch.bfloat16) -> None:
+        """weight_dtype: float32, bfloat16, or int8, which is quantised from load_dtype, per output channel.
 
-    def pack(self, weight: Tensor) -> PackedWeight:
-        *stack, out, size_in = weight.shape
-        matrices = weight.contiguous().view(-1, out, size_in)
-        data = torch.zeros(len(matrices), -(-out // LANES) * LANES * size_in, dtype=weight.dtype)
-        for matrix, packed in zip(matrices, data):
-            self._library.sd_pack(matrix.data_ptr(), DTYPES[weight.dtype], out, size_in, packed.data_ptr())
-        return PackedWeight((*stack, out, size_in), data)
+        Raises KernelsUnavailableError, and ValueError for another dtype.
+        """
+        if weight_dtype not in DTYPES:
+            raise ValueError(f"kernels='cpu' have weights in float32, bfloat16 or int8, not {weight_dtype}")
+        self.device, self.weight_dtype = torch.device("cpu"), weight_dtype
+        self.dtype = load_dtype if weight_dtype == torch.int8 else weight_dtype
+        self._library = native.load_library()
+
+    def pack(self, weight: Tensor, *, full_precision: bool = False) -> PackedWeight:
+        return pack(self._library, weight, weight.dtype if full_precision else self.weight_dtype)
+
+    def pack_gate_up(self, weight: Tensor) -> PackedWeight:
+        return pack_gate_up(self._library, weight, self.weight_dtype)
+
+    def prepare(self, decoder: DecoderWeights) -> PreparedDecoder:
+        return PreparedDecoder(decoder)
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         x = x.contiguous()
-        out, size_in = weight.shape
-        y = torch.empty(x.shape[0], -(-out // LANES) * LANES)
+        y = torch.empty(x.shape[0], blocks(weight.shape[0]) * LANES)
         self._library.sd_linear(
-            weight.data.data_ptr(), weight.dtype_code, None if bias is None else bias.data_ptr(), out, size_in,
-            x.data_ptr(), x.shape[0], y.data_ptr(), y.shape[1], torch.get_num_threads(),
-        )  # fmt: skip
-        return y if out == y.shape[1] else y[:, :out].contiguous()
+            byref(weight.matrix(bias)), x.data_ptr(), x.shape[0], y.data_ptr(), y.shape[1], _num_threads()
+        )
+        return _cut(y, weight.shape[0])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
         size = x.shape[-1]
         self._library.sd_rms_norm(
-            x.data_ptr(), weight.data_ptr(), eps, x.numel() // size, size, y.data_ptr(), torch.get_num_threads()
+            x.data_ptr(), weight.data_ptr(), eps, x.numel() // size, size, y.data_ptr(), _num_threads()
         )
         return y
 
@@ -101,8 +76,8 @@ class CpuKernels:
         x, residual = x.contiguous(), residual.contiguous()
         y, total = torch.empty_like(x), torch.empty_like(x)
         self._library.sd_add_rms_norm(
-            x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, x.shape[0], x.shape[1],
-            y.data_ptr(), total.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, x.shape[0], x.shape[1], y.data_ptr(),
+            total.data_ptr(), _num_threads(),
         )  # fmt: skip
         return y, total
 
@@ -111,14 +86,14 @@ class CpuKernels:
             assert x.stride()[1:] == (x.shape[2], 1), "heads lie side by side"
             self._library.sd_rope(
                 x.data_ptr(), *x.shape, x.stride(0), positions.data_ptr(), cos_sin.data_ptr(), cos_sin.shape[1],
-                torch.get_num_threads(),
+                _num_threads(),
             )  # fmt: skip
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         gate_up = gate_up.contiguous()
         rows, both = gate_up.shape
         y = torch.empty(rows, both // 2)
-        self._library.sd_silu_and_mul(gate_up.data_ptr(), rows, both // 2, y.data_ptr(), torch.get_num_threads())
+        self._library.sd_silu_and_mul(gate_up.data_ptr(), rows, both // 2, y.data_ptr(), _num_threads())
         return y
 
     def route(self, router_logits: Tensor, correction_bias: Tensor, config: RoutingConfig) -> tuple[Tensor, Tensor]:
@@ -126,40 +101,101 @@ class CpuKernels:
         rows, k = logits.shape[0], config.num_experts_per_tok
         ids, weights = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
         self._library.sd_route(
-            logits.data_ptr(), correction_bias.data_ptr(), rows, logits.shape[1], k, config.n_group, config.topk_group,
-            config.norm_topk_prob, config.routed_scaling_factor, ids.data_ptr(), weights.data_ptr(),
-            torch.get_num_threads(),
+            logits.data_ptr(), correction_bias.data_ptr(), rows, byref(routing_struct(config, logits.shape[1])), ids.data_ptr(),
+            weights.data_ptr(), _num_threads(),
         )  # fmt: skip
         return ids, weights
+
+    def mlp(self, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty(x.shape[0], blocks(x.shape[1]) * LANES)
+        self._library.sd_mlp(byref(mlp_struct(gate_up, down)), x.data_ptr(), x.shape[0], y.data_ptr(), _num_threads())
+        return _cut(y, x.shape[1])
 
     def moe(
         self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: PackedWeight, down: PackedWeight
     ) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
-        num_experts, hidden, width = down.shape
         self._library.sd_moe(
-            x.data_ptr(), expert_ids.data_ptr(), expert_weights.data_ptr(), *expert_ids.shape, num_experts, hidden,
-            width, gate_up.data.data_ptr(), down.data.data_ptr(), down.dtype_code, y.data_ptr(),
-            torch.get_num_threads(),
+            byref(mlp_struct(gate_up, down)), down.shape[0], x.data_ptr(), expert_ids.data_ptr(),
+            expert_weights.data_ptr(), *expert_ids.shape, y.data_ptr(), _num_threads(),
         )  # fmt: skip
         return y
 
     def append_kv(self, k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-        assert kv_cache.is_contiguous()
-        _, _, page_size, kv_heads, dim = kv_cache.shape
         self._library.sd_append(
-            kv_cache.data_ptr(), DTYPES[kv_cache.dtype], page_size, kv_heads, dim, k.data_ptr(), v.data_ptr(),
-            k.stride(0), v.stride(0), slot_mapping.data_ptr(), len(slot_mapping),
+            byref(_cache(kv_cache)), k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), slot_mapping.data_ptr(),
+            len(slot_mapping),
         )  # fmt: skip
 
     def paged_attention(self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata) -> Tensor:
-        _, _, page_size, kv_heads, dim = kv_cache.shape
-        packed = metadata.packed
         out = torch.empty(q.shape)
         self._library.sd_attention(
-            kv_cache.data_ptr(), DTYPES[kv_cache.dtype], page_size, kv_heads, dim, q.shape[1], q.data_ptr(),
-            q.stride(0), len(metadata.kv_lens), packed.query_starts.data_ptr(), packed.kv_lens.data_ptr(),
-            packed.page_starts.data_ptr(), packed.pages.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+            byref(_cache(kv_cache)), byref(_batch(metadata)), q.shape[1], q.data_ptr(), q.stride(0), out.data_ptr(),
+            _num_threads(),
         )  # fmt: skip
         return out
+
+    def decode(
+        self,
+        decoder: PreparedDecoder,
+        input_ids: Tensor,
+        previous: Tensor | None,
+        positions: Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
+        expert_ids: Tensor | None = None,
+    ) -> DecoderOutput:
+        assert (previous is None) == (decoder.weights.fusion is None), "previous states and a fusion belong together"
+        previous = None if previous is None else previous.contiguous()
+        normed, unnormed = torch.empty(2, len(input_ids), decoder.weights.embedding.shape[1])
+        forward = native.Forward(
+            len(input_ids), input_ids.data_ptr(), positions.data_ptr(), metadata.slot_mapping.data_ptr(),
+            address(previous), _batch(metadata), _cache(kv_cache[0]), kv_cache.stride(0), normed.data_ptr(),
+            unnormed.data_ptr(), address(expert_ids),
+        )  # fmt: skip
+        self._library.sd_decode(byref(decoder.struct), byref(forward), _num_threads())
+        return DecoderOutput(normed, unnormed)
+
+    def head_argmax(self, x: Tensor, head: PackedWeight) -> Tensor:
+        x = x.contiguous()
+        ids = torch.empty(x.shape[0], dtype=torch.int64)
+        self._library.sd_head_argmax(byref(head.matrix()), x.data_ptr(), x.shape[0], ids.data_ptr(), _num_threads())
+        return ids
+
+    def softmax(self, logits: Tensor, scales: Tensor) -> Tensor:
+        logits, scales = logits.contiguous(), scales.contiguous()
+        probs = torch.empty_like(logits)
+        self._library.sd_softmax(
+            logits.data_ptr(), scales.data_ptr(), *logits.shape, probs.data_ptr(), _num_threads()
+        )
+        return probs
+
+    def gumbel_argmax(self, logits: Tensor, scales: Tensor, seeds: list[int], positions: list[int]) -> Tensor:
+        logits, scales = logits.contiguous(), scales.contiguous()
+        keys, at = torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions, dtype=torch.int64)
+        ids = torch.empty(len(logits), dtype=torch.int64)
+        self._library.sd_gumbel_argmax(
+            logits.data_ptr(), scales.data_ptr(), keys.data_ptr(), at.data_ptr(), *logits.shape, ids.data_ptr(),
+            _num_threads(),
+        )  # fmt: skip
+        return ids
+
+
+def _cut(y: Tensor, size: int) -> Tensor:
+    return y if size == y.shape[1] else y[:, :size].contiguous()
+
+
+def _cache(kv_cache: Tensor) -> native.Cache:
+    """One layer's, [pages, 2, page_size, Hkv, D]."""
+    assert kv_cache.is_contiguous()
+    return native.Cache(kv_cache.data_ptr(), DTYPES[kv_cache.dtype], *kv_cache.shape[2:])
+
+
+def _batch(metadata: AttentionMetadata) -> native.Batch:
+    packed = metadata.packed
+    return native.Batch(
+        len(metadata.kv_lens), packed.query_starts.data_ptr(), packed.kv_lens.data_ptr(),
+        packed.page_starts.data_ptr(), packed.pages.data_ptr(),
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 from specdec.kernels.errors import KernelsUnavailableError
 
 SOURCES = Path(__file__).parent / "src"
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
 COMPILERS = ("g++", "clang++")
 
 

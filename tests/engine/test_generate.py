@@ -34,7 +34,8 @@ from specdec import (
 from specdec.batch import Extend, build_batch
 from specdec.draft import DraftResult, MTPDrafter
 from specdec.kv_cache import allocate_kv_cache
-from specdec.model.mtp import MTPLayer, MTPOutput
+from specdec.kernels import DecoderOutput
+from specdec.model.mtp import MTPLayer
 from specdec.scheduler import ScheduledSequence
 
 PROMPTS = ["a", "hello world", "x" * 70, "The quick brown fox", "\n\n", "0123456789" * 5, "zz top"]
@@ -97,7 +98,7 @@ def test_each_draft_step_is_fed_what_it_should(tmp_path: Path, monkeypatch: pyte
     calls = []
     draft = MTPLayer.draft
 
-    def recording(self: MTPLayer, previous: torch.Tensor, *arguments: object) -> MTPOutput:
+    def recording(self: MTPLayer, previous: torch.Tensor, *arguments: object) -> DecoderOutput:
         calls.append((previous, draft(self, previous, *arguments)))
         return calls[-1][1]
 
@@ -514,7 +515,7 @@ def test_arguments_are_honoured_or_refused(planted: Path) -> None:
 def test_arguments_of_the_cpp_kernels_are_honoured_or_refused(planted: Path) -> None:
     engine = Engine.from_pretrained(planted, kernels="cpu", dtype="bfloat16", kv_dtype="float32", kv_cache_bytes=10**6)
     assert engine.generate("abc", greedy(3, max_tokens=9))[0].stats.num_output_tokens == 9
-    with pytest.raises(ValueError, match=r"kernels='cpu' have weights in float32 or bfloat16, not torch.float16"):
+    with pytest.raises(ValueError, match=r"kernels='cpu' have weights in float32, bfloat16 or int8, not torch.float16"):
         Engine.from_pretrained(planted, kernels="cpu", dtype="float16")
     with pytest.raises(ValueError, match=r"kv_dtype = torch.float16: kernels = 'cpu' know"):
         Engine.from_pretrained(planted, kernels="cpu", kv_dtype="float16")

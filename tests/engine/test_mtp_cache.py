@@ -32,12 +32,12 @@ class RecordedHead:
 
     def __init__(self, model: LoadedModel) -> None:
         self.target = model.target
-        self.config, self.kernels, self.embed = model.config, model.target.kernels, model.target.embed
+        self.config, self.kernels = model.config, model.target.kernels
         self.logits: list[Tensor] = []
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
+    def choose_tokens(self, hidden: Tensor) -> Tensor:
         self.logits.append(self.target.compute_logits(hidden))
-        return self.logits[-1]
+        return self.target.choose_tokens(hidden)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def recompute(model: LoadedModel, token_ids: list[int], hidden: Tensor, drafts: 
     tokens, inputs, logits = token_ids[1:], hidden, []
     for draft in [*drafts, None]:
         batch = build_batch([Extend(tokens, 0, [0])], length, CPU)
-        output = model.mtp.draft(inputs, model.target.embed(batch.input_ids), batch.positions, batch.metadata, cache)
+        output = model.mtp.draft(inputs, batch.input_ids, batch.positions, batch.metadata, cache)
         logits.append(model.target.compute_logits(output.normed[-1:])[0])
         if draft is not None:
             tokens, inputs = [*tokens, draft], torch.cat([inputs, output.normed[-1:]])

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from specdec.rng import Stream, draw_seed, philox, uniforms
+from specdec.kernels.philox import philox
+from specdec.rng import Stream, draw_seed, uniforms
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 VECTORS = [

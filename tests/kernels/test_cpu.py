@@ -62,7 +62,7 @@ def test_moe_is_right_and_row_invariant(dtype: torch.dtype, hidden: int, width: 
     )
     x, weights = randn(40, hidden), randn(40, k, seed=3).abs()
     ids = torch.stack([torch.randperm(experts, generator=torch.Generator().manual_seed(t))[:k] for t in range(40)])
-    packed = kernels.pack(gate_up), kernels.pack(down)
+    packed = kernels.pack_gate_up(gate_up), kernels.pack(down)
     whole = kernels.moe(x, ids, weights, *packed)
     expected = EXACT.moe(x.double(), ids, weights.double(), gate_up.double(), down.double())
     torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=1e-5)

@@ -133,8 +133,7 @@ def test_mtp_logits_of_step_one_equal_transformers(name: str, kernels: str, tmp_
     hidden, cache = forward(model, token_ids)
     pairs = build_batch([Extend(token_ids[1:], 0, list(range(cache.shape[1])))], PAGE_SIZE, torch.device("cpu"))
     with torch.inference_mode():
-        embeds = model.target.embed(pairs.input_ids)
-        output = model.mtp.draft(hidden[:-1], embeds, pairs.positions, pairs.metadata, cache[-1])
+        output = model.mtp.draft(hidden[:-1], pairs.input_ids, pairs.positions, pairs.metadata, cache[-1])
         ours = model.target.compute_logits(output.normed)
 
         main = load_transformers(tmp_path, config["num_hidden_layers"])

@@ -25,7 +25,8 @@ def test_router_equals_the_fp32_reference_under_large_biases() -> None:
     router.e_score_correction_bias.copy_(bias)
     router.pack()
 
-    chosen = router(x)[0].sort(-1).values
+    logits = router.kernels.linear(x.float(), router.packed["weight"])
+    chosen = router.kernels.route(logits, router.e_score_correction_bias, config.routing)[0].sort(-1).values
     choice = (x.double() @ weight.double().T).sigmoid() + bias.double()
     ordered = choice.sort(-1, descending=True)
     margins = ordered.values[:, TOP_K - 1] - ordered.values[:, TOP_K]

@@ -1,11 +1,10 @@
 // Causal attention over a paged cache, online softmax over tiles of keys at absolute positions.
 //
 // A query row sees its keys in tiles [0, 64), [64, 128), ...: scores, maximum, rescaling and sums of a tile
-// depend on that row and its visible keys alone. Keys beyond a row are never multiplied in, so uninitialised
-// slots (even NaN) cannot matter.
+// depend on that row and its visible keys alone. Scores and weighted values are products with the tile's keys
+// and values packed like weights, so their order of summation is that of a linear layer. Keys beyond a row are
+// never multiplied into its output, so what lies in them (even NaN) cannot matter.
 #pragma once
-
-#include <vector>
 
 #include "ops.h"
 
@@ -14,6 +13,7 @@ namespace specdec {
 constexpr int64_t KEY_TILE = 64;
 constexpr int64_t QUERY_ROWS = 16;  // query rows of one task; a task covers all heads of one KV head
 
+// One layer's cache. Mirrored by specdec.kernels.cpu.native.Cache.
 struct Cache {
   void* data;  // [pages, 2, page_size, kv_heads, head_dim]
   int32_t dtype;
@@ -24,6 +24,7 @@ struct Cache {
   }
 };
 
+// The sequences of a forward. Mirrored by specdec.kernels.cpu.native.Batch.
 struct Batch {
   int64_t num_sequences;
   const int64_t* query_starts;  // [B + 1]
@@ -33,7 +34,7 @@ struct Batch {
 };
 
 template <class C>
-inline void append(const Cache& cache, int64_t slot, int64_t head, const float* k, const float* v) {
+inline void append_row(const Cache& cache, int64_t slot, int64_t head, const float* k, const float* v) {
   C* data = static_cast<C*>(cache.data);
   int64_t page = slot / cache.page_size, at = slot % cache.page_size;
   C *kd = data + cache.offset(page, 0, at, head), *vd = data + cache.offset(page, 1, at, head);
@@ -43,112 +44,160 @@ inline void append(const Cache& cache, int64_t slot, int64_t head, const float* 
   }
 }
 
-// Scratch of one thread.
-struct AttentionScratch {
-  std::vector<float> scores, accumulator, best, total;
-  std::vector<float> query;
-};
-
-template <class C>
-inline void attend_task(const Cache& cache, const Batch& b, int64_t sequence, int64_t row0, int64_t row1, int64_t kv_head,
-                        int64_t group, const float* q, int64_t q_stride, float* out, int64_t out_stride,
-                        AttentionScratch& scratch) {
-  const C* data = static_cast<const C*>(cache.data);
-  const int64_t dim = cache.head_dim, vectors = (dim + LANES - 1) / LANES, padded = vectors * LANES;
-  const int64_t query_len = b.query_starts[sequence + 1] - b.query_starts[sequence];
-  const int64_t first_position = b.kv_lens[sequence] - query_len;
-  const int64_t* pages = b.pages + b.page_starts[sequence];
-  const int64_t rows = (row1 - row0) * group;  // (query row, head of the group)
-  const float scale = 1.0f / std::sqrt(float(dim));
-
-  scratch.query.resize(rows * padded);
-  scratch.scores.resize(rows * KEY_TILE);
-  scratch.accumulator.assign(rows * padded, 0.0f);
-  scratch.best.assign(rows, -INFINITY);
-  scratch.total.assign(rows, 0.0f);
-  for (int64_t m = 0; m < rows; ++m) {
-    const float* source = q + (b.query_starts[sequence] + row0 + m / group) * q_stride + (kv_head * group + m % group) * dim;
-    float* target = scratch.query.data() + m * padded;
-    for (int64_t d = 0; d < padded; ++d) target[d] = d < dim ? source[d] * scale : 0.0f;
-  }
-
-  const int64_t end = first_position + row1;  // keys visible to the last row
-  for (int64_t start = 0; start < end; start += KEY_TILE) {
-    const int64_t count = std::min(KEY_TILE, end - start);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t at = start + j;
-      const C* key = data + cache.offset(pages[at / cache.page_size], 0, at % cache.page_size, kv_head);
-      V kv[16];
-      const int64_t held = std::min<int64_t>(vectors, 16);
-      for (int64_t i = 0; i < held; ++i) kv[i] = load_n(key + i * LANES, int(std::min<int64_t>(LANES, dim - i * LANES)));
-      for (int64_t m = 0; m < rows; ++m) {
-        const float* query = scratch.query.data() + m * padded;
-        V sum = set1(0.0f);
-        for (int64_t i = 0; i < held; ++i) sum = fma(kv[i], load(query + i * LANES), sum);
-        for (int64_t i = held; i < vectors; ++i)
-          sum = fma(load_n(key + i * LANES, int(std::min<int64_t>(LANES, dim - i * LANES))), load(query + i * LANES), sum);
-        scratch.scores[m * KEY_TILE + j] = reduce_add(sum);
-      }
-    }
-    for (int64_t m = 0; m < rows; ++m) {
-      const int64_t visible = std::min(count, first_position + row0 + m / group + 1 - start);
-      if (visible <= 0) continue;
-      float* scores = scratch.scores.data() + m * KEY_TILE;
-      float best = scratch.best[m];
-      for (int64_t j = 0; j < visible; ++j) best = scores[j] > best ? scores[j] : best;
-      V shift = set1(best), sum = set1(0.0f);
-      for_vectors(visible, [&](int64_t j, int n) {
-        V p = exp(sub(load_n(scores + j, n, -INFINITY), shift));
-        sum = add(sum, p);
-        store_n(scores + j, p, n);
-      });
-      float keep = std::exp(scratch.best[m] - best);
-      scratch.best[m] = best;
-      scratch.total[m] = scratch.total[m] * keep + reduce_add(sum);
-      float* accumulator = scratch.accumulator.data() + m * padded;
-      V k = set1(keep);
-      for (int64_t i = 0; i < padded; i += LANES) store(accumulator + i, mul(load(accumulator + i), k));
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t at = start + j;
-      const C* value = data + cache.offset(pages[at / cache.page_size], 1, at % cache.page_size, kv_head);
-      const int64_t first_row = std::max<int64_t>(0, at - first_position - row0);  // the first row that sees this key
-      for (int64_t i = 0; i < vectors; ++i) {
-        V v = load_n(value + i * LANES, int(std::min<int64_t>(LANES, dim - i * LANES)));
-        for (int64_t m = first_row * group; m < rows; ++m) {
-          float* accumulator = scratch.accumulator.data() + m * padded + i * LANES;
-          store(accumulator, fma(set1(scratch.scores[m * KEY_TILE + j]), v, load(accumulator)));
-        }
-      }
-    }
-  }
-  for (int64_t m = 0; m < rows; ++m) {
-    float* target = out + (b.query_starts[sequence] + row0 + m / group) * out_stride + (kv_head * group + m % group) * dim;
-    V total = set1(scratch.total[m]);
-    for_vectors(dim, [&](int64_t i, int n) {
-      store_n(target + i, div(load(scratch.accumulator.data() + m * padded + i), total), n);
-    });
+// One head of one token: k and v are [head_dim].
+inline void append(const Cache& cache, int64_t slot, int64_t head, const float* k, const float* v) {
+  if (cache.dtype == BF16) {
+    append_row<bf16>(cache, slot, head, k, v);
+  } else {
+    append_row<float>(cache, slot, head, k, v);
   }
 }
 
+struct AttentionScratch {
+  std::vector<float> query, keys, values, scores, accumulator, best, total;
+};
+
+// Query rows [row0, row1) of one sequence with all query heads of one KV head. Row m of the scratch is
+// (query row m / group, head m % group).
+template <class C>
+struct AttentionTask {
+  const Cache& cache;
+  const int64_t* pages;
+  int64_t row0, row1, first_position;  // position of the sequence's first query
+  int64_t kv_head, group;
+  const float* q;  // query row 0 of the sequence, [heads, dim] per row
+  int64_t q_stride;
+  float* out;
+  int64_t out_stride;
+  AttentionScratch& s;
+
+  int64_t dim() const { return cache.head_dim; }
+  int64_t rows() const { return (row1 - row0) * group; }
+  const C* slot(int64_t position, int64_t kind) const {
+    return static_cast<const C*>(cache.data) +
+           cache.offset(pages[position / cache.page_size], kind, position % cache.page_size, kv_head);
+  }
+
+  void run() {
+    const int64_t width = padded(dim());
+    s.query.resize(rows() * width);
+    s.keys.resize(KEY_TILE * width);
+    s.values.resize(KEY_TILE * width);
+    s.scores.resize(rows() * KEY_TILE);
+    s.accumulator.assign(rows() * width, 0.0f);
+    s.best.assign(rows(), -INFINITY);
+    s.total.assign(rows(), 0.0f);
+    const V scale = set1(1.0f / std::sqrt(float(dim())));
+    for (int64_t m = 0; m < rows(); ++m) {
+      const float* source = q + (row0 + m / group) * q_stride + (kv_head * group + m % group) * dim();
+      for_vectors(dim(), [&](int64_t d, int n) { store(&s.query[m * width + d], mul(load_n(source + d, n), scale)); });
+    }
+    const int64_t end = first_position + row1;  // keys visible to the last row
+    for (int64_t start = 0; start < end; start += KEY_TILE) run_tile(start, std::min(KEY_TILE, end - start));
+    for (int64_t m = 0; m < rows(); ++m) {
+      float* target = out + (row0 + m / group) * out_stride + (kv_head * group + m % group) * dim();
+      const V total = set1(s.total[m]);
+      for_vectors(dim(), [&](int64_t d, int n) { store_n(target + d, div(load(&s.accumulator[m * width + d]), total), n); });
+    }
+  }
+
+  void run_tile(int64_t start, int64_t count) {
+    const int64_t width = padded(dim());
+    pack_keys(start, count);
+    pack_values(start, count);
+    const Matrix keys{s.keys.data(), nullptr, nullptr, KEY_TILE, dim(), FP32};
+    gemm(keys, 0, num_blocks(count), {s.query.data(), width, nullptr, rows()}, s.scores.data(), KEY_TILE);
+    for (int64_t m = 0; m < rows(); ++m) update_softmax(m, visible(m / group, start, count));
+    for (int64_t row = 0; row < row1 - row0;) {  // query rows that see equally many keys of this tile
+      const int64_t keys_seen = visible(row, start, count);
+      int64_t next = row + 1;
+      while (next < row1 - row0 && visible(next, start, count) == keys_seen) ++next;
+      if (keys_seen > 0) add_values(row * group, (next - row) * group, keys_seen);
+      row = next;
+    }
+  }
+
+  int64_t visible(int64_t row, int64_t start, int64_t count) const {
+    return std::clamp<int64_t>(first_position + row0 + row + 1 - start, 0, count);
+  }
+
+  // [4][dim][16]: sixteen keys side by side
+  void pack_keys(int64_t start, int64_t count) {
+    for (int64_t j = 0; j < count; j += LANES) {
+      const C* key[LANES];
+      const int n = int(std::min<int64_t>(LANES, count - j));
+      for (int i = 0; i < LANES; ++i) key[i] = slot(start + j + std::min(i, n - 1), 0);  // repeated, and never visible
+      for_vectors(dim(), [&](int64_t d, int width) {
+        V rows[LANES];
+        alignas(64) float columns[LANES * LANES];
+        for (int i = 0; i < LANES; ++i) rows[i] = load_n(key[i] + d, width);
+        transpose(rows, columns);
+        std::memcpy(&s.keys[(j * dim()) + d * LANES], columns, sizeof(float) * width * LANES);
+      });
+    }
+  }
+
+  // [dim / 16][64][16]: sixteen dimensions side by side
+  void pack_values(int64_t start, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+      const C* value = slot(start + j, 1);
+      for_vectors(dim(), [&](int64_t d, int n) { store(&s.values[d * KEY_TILE + j * LANES], load_n(value + d, n)); });
+    }
+  }
+
+  // Scores of row m become exp(score - best); what was summed so far is rescaled to the new maximum.
+  void update_softmax(int64_t m, int64_t keys_seen) {
+    if (keys_seen <= 0) return;
+    float* scores = &s.scores[m * KEY_TILE];
+    float best = s.best[m];
+    for (int64_t j = 0; j < keys_seen; ++j) best = scores[j] > best ? scores[j] : best;
+    const V shift = set1(best);
+    V sum = set1(0.0f);
+    for_vectors(keys_seen, [&](int64_t j, int n) {
+      V p = exp(sub(load_n(scores + j, n, -INFINITY), shift));
+      sum = add(sum, p);
+      store_n(scores + j, p, n);
+    });
+    const float keep = std::exp(s.best[m] - best);
+    s.best[m] = best;
+    s.total[m] = s.total[m] * keep + reduce_add(sum);
+    const int64_t width = padded(dim());
+    for (int64_t d = 0; d < width; d += LANES) {
+      float* a = &s.accumulator[m * width + d];
+      store(a, mul(load(a), set1(keep)));
+    }
+  }
+
+  void add_values(int64_t first, int64_t count, int64_t keys_seen) {
+    const int64_t width = padded(dim());
+    Pass<float>{s.values.data(), KEY_TILE * LANES, num_blocks(dim()), keys_seen, true, nullptr,
+                &s.accumulator[first * width], width}
+        .run({&s.scores[first * KEY_TILE], KEY_TILE, nullptr, count}, 0);
+  }
+};
+
 // One thread's share of the tasks (sequence, block of query rows, KV head).
 inline void attend(const Cache& cache, const Batch& b, int64_t heads, const float* q, int64_t q_stride, float* out,
-                   int64_t out_stride, int thread, int num_threads, AttentionScratch& scratch) {
-  const int64_t group = heads / cache.kv_heads;
+                   int64_t out_stride, const Team& team) {
+  static thread_local AttentionScratch scratch;
   int64_t task = 0;
   for (int64_t s = 0; s < b.num_sequences; ++s) {
-    const int64_t query_len = b.query_starts[s + 1] - b.query_starts[s];
-    for (int64_t row = 0; row < query_len; row += QUERY_ROWS) {
-      const int64_t end = std::min(query_len, row + QUERY_ROWS);
+    const int64_t first = b.query_starts[s], query_len = b.query_starts[s + 1] - first;
+    for (int64_t row = 0; row < query_len; row += QUERY_ROWS)
       for (int64_t head = 0; head < cache.kv_heads; ++head, ++task) {
-        if (task % num_threads != thread) continue;
+        if (task % team.size != team.thread) continue;
+        auto run = [&](auto type) {
+          AttentionTask<decltype(type)>{cache, b.pages + b.page_starts[s], row, std::min(query_len, row + QUERY_ROWS),
+                                        b.kv_lens[s] - query_len, head, heads / cache.kv_heads, q + first * q_stride, q_stride,
+                                        out + first * out_stride, out_stride, scratch}
+              .run();
+        };
         if (cache.dtype == BF16) {
-          attend_task<bf16>(cache, b, s, row, end, head, group, q, q_stride, out, out_stride, scratch);
+          run(bf16{});
         } else {
-          attend_task<float>(cache, b, s, row, end, head, group, q, q_stride, out, out_stride, scratch);
+          run(float{});
         }
       }
-    }
   }
 }
 

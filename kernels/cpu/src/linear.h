@@ -7,9 +7,43 @@
 
 #include <algorithm>
 
-#include "simd.h"
+#include "team.h"
 
 namespace specdec {
+
+enum DType : int32_t { FP32 = 0, BF16 = 1, INT8 = 2 };
+
+inline int64_t num_blocks(int64_t out) { return (out + LANES - 1) / LANES; }
+inline int64_t padded(int64_t size) { return num_blocks(size) * LANES; }
+
+
+// A packed weight. Mirrored by specdec.kernels.cpu.native.Matrix.
+struct Matrix {
+  const void* data;
+  const float* scales;  // int8 only: one per output, padded like them; the product is scale * (q . x)
+  const float* bias;    // [out], or null
+  int64_t out, in;
+  int32_t dtype;
+
+  int64_t blocks() const { return num_blocks(out); }
+
+  // The e-th of a stack of equal matrices.
+  Matrix expert(int64_t e) const {
+    const int64_t size = padded(out) * in, bytes = dtype == FP32 ? 4 : dtype == BF16 ? 2 : 1;
+    return {static_cast<const char*>(data) + e * size * bytes, scales ? scales + e * padded(out) : nullptr, nullptr, out, in,
+            dtype};
+  }
+};
+
+// Rows of x: the index-th ones, or 0, 1, ... where there is no index.
+struct Rows {
+  const float* x;
+  int64_t stride;
+  const int64_t* index;
+  int64_t count;
+
+  const float* operator[](int64_t r) const { return x + (index ? index[r] : r) * stride; }
+};
 
 #if defined(__AVX512F__)
 constexpr int MAX_TILE_ROWS = 8;
@@ -18,28 +52,30 @@ constexpr int tile_blocks(int rows) { return rows <= 4 ? 4 : 2; }
 constexpr int MAX_TILE_ROWS = 6;
 constexpr int tile_blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 3 : rows == 3 ? 2 : 1; }
 #endif
-constexpr int64_t GROUP_BLOCKS = 4;   // weights of so many blocks stay in L2 while the rows pass
-constexpr int64_t K_CHUNK = 512;      // inputs per pass where there are many rows
-constexpr int64_t MANY_ROWS = 24;
-
-inline int64_t num_blocks(int64_t out) { return (out + LANES - 1) / LANES; }
+constexpr int64_t GROUP_BLOCKS = 4;  // weights of so many blocks stay in cache while the rows pass
+constexpr int64_t K_CHUNK = 256;     // inputs per pass where there are many rows
+constexpr int64_t MANY_ROWS = 24;    // from here on weights are widened to fp32 once for all tiles
 
 // R rows x NB blocks over inputs [0, k). Accumulators start at zero, or where the pass before left them in y,
 // whose rows have room for whole blocks. Everything is unrolled, or the accumulators would live on the stack.
-template <int R, int NB, bool RESUME, class W>
-inline void tile(const W* w, int64_t block_stride, const float* x, int64_t ldx, int64_t k, float* y, int64_t ldy) {
+template <int R, int NB, class W>
+inline void tile(const W* w, int64_t block_stride, const float* const* x, int64_t k, bool resume, const float* scales,
+                 float* y, int64_t ldy) {
   V acc[R][NB];
+  const float* row[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    row[r] = x[r];
 #pragma GCC unroll 4
-    for (int n = 0; n < NB; ++n) acc[r][n] = RESUME ? load(y + r * ldy + n * LANES) : set1(0.0f);
+    for (int n = 0; n < NB; ++n) acc[r][n] = resume ? load(y + r * ldy + n * LANES) : set1(0.0f);
+  }
   for (int64_t i = 0; i < k; ++i) {
     V wv[NB];
 #pragma GCC unroll 4
     for (int n = 0; n < NB; ++n) wv[n] = load(w + n * block_stride + i * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      V xv = set1(x[r * ldx + i]);
+      V xv = set1(row[r][i]);
 #pragma GCC unroll 4
       for (int n = 0; n < NB; ++n) acc[r][n] = fma(wv[n], xv, acc[r][n]);
     }
@@ -47,115 +83,129 @@ inline void tile(const W* w, int64_t block_stride, const float* x, int64_t ldx, 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < NB; ++n) store(y + r * ldy + n * LANES, acc[r][n]);
+    for (int n = 0; n < NB; ++n)
+      store(y + r * ldy + n * LANES, scales ? mul(acc[r][n], load(scales + n * LANES)) : acc[r][n]);
 }
 
+// A pass over some inputs of some output blocks.
 template <class W>
-struct Gemm {
-  const W* packed;
-  int64_t in;
-  const float* x;
-  int64_t ldx;
-  float* y;
+struct Pass {
+  const W* w;             // the first block's weights for the first input
+  int64_t block_stride;   // between blocks
+  int64_t blocks, k;
+  bool resume;            // y holds what earlier inputs gave
+  const float* scales;    // the first block's, on the last pass; else null
+  float* y;               // the first block's outputs of row 0
   int64_t ldy;
 
-  template <int R, int NB>
-  void run_tile(int64_t row, int64_t block, int64_t k0, int64_t k1) const {
-    const W* w = packed + (block * in + k0) * LANES;
-    float* out = y + row * ldy + block * LANES;
-    if (k0 > 0) {
-      tile<R, NB, true>(w, in * LANES, x + row * ldx + k0, ldx, k1 - k0, out, ldy);
-    } else {
-      tile<R, NB, false>(w, in * LANES, x + row * ldx, ldx, k1, out, ldy);
-    }
-  }
-
   template <int R>
-  void run_rows(int64_t row, int64_t b0, int64_t b1, int64_t k0, int64_t k1) const {
+  void run_rows(const float* const* x, int64_t row) const {
     constexpr int NB = tile_blocks(R);
-    int64_t b = b0;
-    for (; b + NB <= b1; b += NB) run_tile<R, NB>(row, b, k0, k1);
-    for (; b < b1; ++b) run_tile<R, 1>(row, b, k0, k1);
+    int64_t b = 0;
+    for (; b + NB <= blocks; b += NB) run_tile<R, NB>(x, row, b);
+    for (; b < blocks; ++b) run_tile<R, 1>(x, row, b);
   }
 
-  void dispatch(int rows, int64_t row, int64_t b0, int64_t b1, int64_t k0, int64_t k1) const {
-    switch (rows) {
-      case 1: return run_rows<1>(row, b0, b1, k0, k1);
-      case 2: return run_rows<2>(row, b0, b1, k0, k1);
-      case 3: return run_rows<3>(row, b0, b1, k0, k1);
-      case 4: return run_rows<4>(row, b0, b1, k0, k1);
-      case 5: return run_rows<5>(row, b0, b1, k0, k1);
-      case 6: return run_rows<6>(row, b0, b1, k0, k1);
+  template <int R, int NB>
+  void run_tile(const float* const* x, int64_t row, int64_t b) const {
+    tile<R, NB>(w + b * block_stride, block_stride, x, k, resume, scales ? scales + b * LANES : nullptr,
+                y + row * ldy + b * LANES, ldy);
+  }
+
+  // Inputs [k0, k0 + k) of all rows, in tiles of nearly equal height.
+  void run(const Rows& rows, int64_t k0) const {
+    const int64_t tiles = (rows.count + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = rows.count * t / tiles, last = rows.count * (t + 1) / tiles;
+      const float* x[MAX_TILE_ROWS];
+      for (int64_t r = first; r < last; ++r) x[r - first] = rows[r] + k0;
+      switch (last - first) {
+        case 1: run_rows<1>(x, first); break;
+        case 2: run_rows<2>(x, first); break;
+        case 3: run_rows<3>(x, first); break;
+        case 4: run_rows<4>(x, first); break;
+        case 5: run_rows<5>(x, first); break;
+        case 6: run_rows<6>(x, first); break;
 #if defined(__AVX512F__)
-      case 7: return run_rows<7>(row, b0, b1, k0, k1);
-      case 8: return run_rows<8>(row, b0, b1, k0, k1);
+        case 7: run_rows<7>(x, first); break;
+        case 8: run_rows<8>(x, first); break;
 #endif
-    }
-  }
-
-  // Output blocks [b0, b1) of all rows.
-  void run(int64_t rows, int64_t b0, int64_t b1) const {
-    int64_t chunk = rows >= MANY_ROWS ? K_CHUNK : in;
-    int64_t tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
-    for (int64_t k0 = 0; k0 < in; k0 += chunk) {
-      int64_t k1 = std::min(in, k0 + chunk);
-      for (int64_t b = b0; b < b1; b += GROUP_BLOCKS) {
-        int64_t row = 0;
-        for (int64_t t = 0; t < tiles; ++t) {  // tiles of nearly equal height
-          int64_t next = rows * (t + 1) / tiles;
-          dispatch(int(next - row), row, b, std::min(b1, b + GROUP_BLOCKS), k0, k1);
-          row = next;
-        }
       }
     }
   }
 };
 
-enum DType : int32_t { FP32 = 0, BF16 = 1 };
+// A piece of a matrix in fp32: a copy, or the matrix itself.
+template <class W>
+struct Widened {
+  const float* data;
+  int64_t block_stride = K_CHUNK * LANES;
 
-struct Linear {
-  const void* packed;
-  const float* bias;  // or null
-  int64_t out, in;
-  int32_t dtype;
+  Widened(const W* w, int64_t stride, int64_t blocks, int64_t k) {
+    alignas(64) static thread_local float copy[GROUP_BLOCKS * K_CHUNK * LANES];
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t i = 0; i < k; ++i) store(copy + (b * K_CHUNK + i) * LANES, load(w + b * stride + i * LANES));
+    data = copy;
+  }
+};
+template <>
+struct Widened<float> {
+  const float* data;
+  int64_t block_stride;
+
+  Widened(const float* w, int64_t stride, int64_t, int64_t) : data(w), block_stride(stride) {}
 };
 
-inline void gemm(const void* packed, int32_t dtype, int64_t in, const float* x, int64_t ldx, float* y, int64_t ldy,
-                 int64_t rows, int64_t b0, int64_t b1) {
-  if (rows == 0 || b0 >= b1) return;
-  if (dtype == BF16) {
-    Gemm<bf16>{static_cast<const bf16*>(packed), in, x, ldx, y, ldy}.run(rows, b0, b1);
-  } else {
-    Gemm<float>{static_cast<const float*>(packed), in, x, ldx, y, ldy}.run(rows, b0, b1);
+// y[r][0 ..] = output blocks [b0, b1) of every row; y's rows have room for whole blocks.
+template <class W>
+inline void gemm_typed(const Matrix& m, int64_t b0, int64_t b1, const Rows& rows, float* y, int64_t ldy) {
+  const W* w = static_cast<const W*>(m.data);
+  const int64_t stride = m.in * LANES;
+  const float* scales = m.scales ? m.scales + b0 * LANES : nullptr;
+  if (rows.count < MANY_ROWS) {
+    for (int64_t b = b0; b < b1; b += GROUP_BLOCKS) {
+      const int64_t n = std::min(GROUP_BLOCKS, b1 - b), at = (b - b0) * LANES;
+      Pass<W>{w + b * stride, stride, n, m.in, false, scales ? scales + at : nullptr, y + at, ldy}.run(rows, 0);
+    }
+    return;
   }
+  for (int64_t b = b0; b < b1; b += GROUP_BLOCKS)
+    for (int64_t k0 = 0; k0 < m.in; k0 += K_CHUNK) {
+      const int64_t n = std::min(GROUP_BLOCKS, b1 - b), k = std::min(K_CHUNK, m.in - k0), at = (b - b0) * LANES;
+      const Widened<W> wide(w + b * stride + k0 * LANES, stride, n, k);
+      const float* last_scales = scales && k0 + k == m.in ? scales + at : nullptr;
+      Pass<float>{wide.data, wide.block_stride, n, k, k0 > 0, last_scales, y + at, ldy}.run(rows, k0);
+    }
 }
 
-inline void add_bias(const float* bias, float* y, int64_t ldy, int64_t rows, int64_t n0, int64_t n1) {
+inline void add_bias(const float* bias, int64_t size, int64_t rows, float* y, int64_t ldy) {
   for (int64_t r = 0; r < rows; ++r)
-    for_vectors(n1 - n0, [&](int64_t i, int n) {
-      float* p = y + r * ldy + n0 + i;
-      store_n(p, add(load_n(p, n), load_n(bias + n0 + i, n)), n);
+    for_vectors(size, [&](int64_t i, int n) {
+      float* p = y + r * ldy + i;
+      store_n(p, add(load_n(p, n), load_n(bias + i, n)), n);
     });
 }
 
-struct Range {
-  int64_t begin, end;
-};
-inline Range share(int64_t total, int thread, int num_threads) {
-  return {total * thread / num_threads, total * (thread + 1) / num_threads};
+inline void gemm(const Matrix& m, int64_t b0, int64_t b1, const Rows& rows, float* y, int64_t ldy) {
+  if (rows.count == 0 || b0 >= b1) return;
+  switch (m.dtype) {
+    case FP32: gemm_typed<float>(m, b0, b1, rows, y, ldy); break;
+    case BF16: gemm_typed<bf16>(m, b0, b1, rows, y, ldy); break;
+    case INT8: gemm_typed<int8>(m, b0, b1, rows, y, ldy); break;
+  }
+  if (m.bias) add_bias(m.bias + b0 * LANES, std::min(m.out, b1 * LANES) - b0 * LANES, rows.count, y, ldy);
 }
 
 // One thread's share of a linear layer, split by output blocks.
-inline void linear(const Linear& l, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t rows, int thread,
-                   int num_threads) {
-  Range blocks = share(num_blocks(l.out), thread, num_threads);
-  gemm(l.packed, l.dtype, l.in, x, ldx, y, ldy, rows, blocks.begin, blocks.end);
-  if (l.bias) add_bias(l.bias, y, ldy, rows, blocks.begin * LANES, std::min(l.out, blocks.end * LANES));
+inline void linear(const Matrix& m, const Rows& rows, float* y, int64_t ldy, const Team& team) {
+  const Range blocks = team.share(m.blocks());
+  gemm(m, blocks.begin, blocks.end, rows, y + blocks.begin * LANES, ldy);
 }
 
+// weight [out, in] -> packed, zeroed by the caller
 template <class W>
-void pack_rows(const W* source, int64_t rows, int64_t in, W* packed) {
-  for (int64_t r = 0; r < rows; ++r) {
+void pack_rows(const W* source, int64_t out, int64_t in, W* packed) {
+  for (int64_t r = 0; r < out; ++r) {
     W* p = packed + (r / LANES) * in * LANES + r % LANES;
     for (int64_t i = 0; i < in; ++i) p[i * LANES] = source[r * in + i];
   }

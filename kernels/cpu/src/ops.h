@@ -2,6 +2,8 @@
 // bits depend on nothing else.
 #pragma once
 
+#include <vector>
+
 #include "linear.h"
 
 namespace specdec {
@@ -40,50 +42,54 @@ inline void silu_and_mul(const float* gate, const float* up, int64_t size, float
   for_vectors(size, [&](int64_t i, int n) { store_n(y + i, mul(silu(load_n(gate + i, n)), load_n(up + i, n)), n); });
 }
 
+// Mirrored by specdec.kernels.cpu.native.Routing.
 struct Routing {
   int64_t num_experts, top_k, n_group, topk_group;
   int32_t norm_topk_prob;
   float scaling;
 };
 
-// The k best of `scores`, the lowest id among equals, in descending order.
+// The k best of `scores` in descending order, the lowest id first among equals.
 inline void top_ids(const float* scores, int64_t size, int64_t k, int64_t* ids) {
-  for (int64_t j = 0; j < k; ++j) {
-    int64_t best = -1;
-    for (int64_t i = 0; i < size; ++i) {
-      bool taken = false;
-      for (int64_t t = 0; t < j; ++t) taken |= ids[t] == i;
-      if (!taken && (best < 0 || scores[i] > scores[best])) best = i;
-    }
-    ids[j] = best;
+  for (int64_t i = 0; i < size; ++i) {
+    int64_t at = std::min(i, k);
+    if (at == k && !(scores[i] > scores[ids[k - 1]])) continue;
+    if (at == k) --at;
+    for (; at > 0 && scores[i] > scores[ids[at - 1]]; --at) ids[at] = ids[at - 1];
+    ids[at] = i;
   }
 }
 
-// One row: logits [E] -> expert ids [k] and weights [k]. `scratch` holds 3 * E floats.
+struct RouteScratch {
+  std::vector<float> scores, choice, groups;
+  std::vector<int64_t> kept;
+};
+
+// One row: logits [E] -> expert ids [k] and weights [k].
 inline void route(const Routing& r, const float* logits, const float* bias, int64_t* ids, float* weights,
-                  float* scratch) {
-  int64_t e = r.num_experts;
-  float *scores = scratch, *choice = scratch + e, *group_scores = scratch + 2 * e;
+                  RouteScratch& scratch) {
+  const int64_t e = r.num_experts;
+  scratch.scores.resize(e);
+  scratch.choice.resize(e);
+  float *scores = scratch.scores.data(), *choice = scratch.choice.data();
   for_vectors(e, [&](int64_t i, int n) {
     V s = div(set1(1.0f), add(set1(1.0f), exp(sub(set1(0.0f), load_n(logits + i, n)))));
     store_n(scores + i, s, n);
     store_n(choice + i, add(s, load_n(bias + i, n)), n);
   });
   if (r.topk_group < r.n_group) {
-    int64_t size = e / r.n_group;
+    const int64_t size = e / r.n_group;
+    scratch.groups.resize(r.n_group);
+    scratch.kept.resize(r.topk_group);
     for (int64_t g = 0; g < r.n_group; ++g) {
       int64_t two[2];
       top_ids(choice + g * size, size, 2, two);
-      group_scores[g] = choice[g * size + two[0]] + choice[g * size + two[1]];
+      scratch.groups[g] = choice[g * size + two[0]] + choice[g * size + two[1]];
     }
-    int64_t kept[64];
-    top_ids(group_scores, r.n_group, r.topk_group, kept);
-    for (int64_t g = 0; g < r.n_group; ++g) {
-      bool keep = false;
-      for (int64_t j = 0; j < r.topk_group; ++j) keep |= kept[j] == g;
-      if (!keep)
-        for (int64_t i = 0; i < size; ++i) choice[g * size + i] = -INFINITY;
-    }
+    top_ids(scratch.groups.data(), r.n_group, r.topk_group, scratch.kept.data());
+    for (int64_t g = 0; g < r.n_group; ++g)
+      if (std::find(scratch.kept.begin(), scratch.kept.end(), g) == scratch.kept.end())
+        std::fill(choice + g * size, choice + (g + 1) * size, -INFINITY);
   }
   top_ids(choice, e, r.top_k, ids);
   float sum = 0.0f;

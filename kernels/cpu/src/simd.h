@@ -19,8 +19,10 @@ constexpr int LANES = 16;
 struct bf16 {
   uint16_t bits;
 };
+using int8 = int8_t;
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8 x) { return float(x); }
 inline float to_float(bf16 x) {
   uint32_t u = uint32_t(x.bits) << 16;
   float f;
@@ -50,6 +52,9 @@ inline V load(const bf16* p) {
   __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
+inline V load(const int8* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void store(float* p, V x) { _mm512_storeu_ps(p, x.v); }
 inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -77,6 +82,10 @@ inline V load(const bf16* p) {
   __m256i lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(h));
   __m256i hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+}
+inline V load(const int8* p) {
+  __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8)))};
 }
 inline void store(float* p, V x) {
   _mm256_storeu_ps(p, x.a);
@@ -114,6 +123,7 @@ inline V each(F f) {
 inline V set1(float x) { return each([&](int) { return x; }); }
 inline V load(const float* p) { return each([&](int i) { return p[i]; }); }
 inline V load(const bf16* p) { return each([&](int i) { return to_float(p[i]); }); }
+inline V load(const int8* p) { return each([&](int i) { return float(p[i]); }); }
 inline void store(float* p, V x) { std::memcpy(p, x.v, sizeof x.v); }
 inline V fma(V a, V b, V c) { return each([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); }); }
 inline V add(V a, V b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
@@ -134,6 +144,73 @@ inline V scale_pow2(V x, V n) {
 }
 
 #endif
+
+// out[c * 16 + r] = rows[r][c], 16 x 16 values.
+inline void transpose(const V* rows, float* out) {
+#if defined(__AVX512F__)
+  __m512 t[LANES], u[LANES];
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  auto lo = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  auto hi = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4) {  // u[i + c]: columns c, c + 4, c + 8, c + 12 of rows i .. i + 3
+    u[i] = lo(t[i], t[i + 2]);
+    u[i + 1] = hi(t[i], t[i + 2]);
+    u[i + 2] = lo(t[i + 1], t[i + 3]);
+    u[i + 3] = hi(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    __m512 a = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), b = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+    __m512 d = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd), e = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+    _mm512_storeu_ps(out + c * LANES, _mm512_shuffle_f32x4(a, b, 0x88));
+    _mm512_storeu_ps(out + (4 + c) * LANES, _mm512_shuffle_f32x4(d, e, 0x88));
+    _mm512_storeu_ps(out + (8 + c) * LANES, _mm512_shuffle_f32x4(a, b, 0xdd));
+    _mm512_storeu_ps(out + (12 + c) * LANES, _mm512_shuffle_f32x4(d, e, 0xdd));
+  }
+#elif defined(__AVX2__) && defined(__FMA__)
+  auto lo = [](__m256 a, __m256 b) {
+    return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+  };
+  auto hi = [](__m256 a, __m256 b) {
+    return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+  };
+  for (int half = 0; half < 2; ++half)  // columns
+    for (int first = 0; first < LANES; first += 8) {
+      __m256 t[8], u[8];
+#pragma GCC unroll 4
+      for (int i = 0; i < 8; i += 2) {
+        __m256 x = half ? rows[first + i].b : rows[first + i].a, y = half ? rows[first + i + 1].b : rows[first + i + 1].a;
+        t[i] = _mm256_unpacklo_ps(x, y);
+        t[i + 1] = _mm256_unpackhi_ps(x, y);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 8; i += 4) {
+        u[i] = lo(t[i], t[i + 2]);
+        u[i + 1] = hi(t[i], t[i + 2]);
+        u[i + 2] = lo(t[i + 1], t[i + 3]);
+        u[i + 3] = hi(t[i + 1], t[i + 3]);
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) {
+        float* column = out + (half * 8 + c) * LANES + first;
+        _mm256_storeu_ps(column, _mm256_permute2f128_ps(u[c], u[4 + c], 0x20));
+        _mm256_storeu_ps(column + 4 * LANES, _mm256_permute2f128_ps(u[c], u[4 + c], 0x31));
+      }
+    }
+#else
+  for (int r = 0; r < LANES; ++r)
+    for (int c = 0; c < LANES; ++c) out[c * LANES + r] = rows[r].v[c];
+#endif
+}
 
 // n < 16 values, the rest `fill`.
 template <class T>
@@ -214,6 +291,44 @@ inline V exp(V x) {
 #else
   return each([&](int i) { return x.v[i] < -87.0f ? 0.0f : result.v[i]; });
 #endif
+}
+
+// A positive normal x = m * 2^e with m in [sqrt(1/2), sqrt(2)): stores m - 1, returns e.
+inline V split(V x, V& m_minus_1) {
+  float values[LANES], exponents[LANES];
+  store(values, x);
+  for (int i = 0; i < LANES; ++i) {
+    uint32_t u;
+    std::memcpy(&u, &values[i], 4);
+    uint32_t shifted = u - 0x3f3504f3;  // the bits of sqrt(1/2)
+    exponents[i] = float(int32_t(shifted) >> 23);
+    u = (shifted & 0x007fffff) + 0x3f3504f3;
+    std::memcpy(&values[i], &u, 4);
+  }
+  m_minus_1 = sub(load(values), set1(1.0f));
+  return load(exponents);
+}
+
+// log(2^e * (1 + r)), |r| < 0.42, to about 1 ulp (the polynomial of Cephes' logf).
+inline V log_scaled(V e, V r) {
+  V p = set1(7.0376836292e-2f);
+  p = fma(p, r, set1(-1.1514610310e-1f));
+  p = fma(p, r, set1(1.1676998740e-1f));
+  p = fma(p, r, set1(-1.2420140846e-1f));
+  p = fma(p, r, set1(1.4249322787e-1f));
+  p = fma(p, r, set1(-1.6668057665e-1f));
+  p = fma(p, r, set1(2.0000714765e-1f));
+  p = fma(p, r, set1(-2.4999993993e-1f));
+  p = fma(p, r, set1(3.3333331174e-1f));
+  V square = mul(r, r);
+  V tail = fma(mul(p, r), square, mul(e, set1(-2.12194440e-4f)));
+  tail = fma(square, set1(-0.5f), tail);
+  return fma(e, set1(0.693359375f), add(r, tail));
+}
+
+inline V log(V x) {
+  V r, e = split(x, r);
+  return log_scaled(e, r);
 }
 
 }  // namespace specdec

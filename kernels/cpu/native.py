@@ -1,0 +1,94 @@
+"""The C interface of src/api.cpp in ctypes: structures field by field, functions argument by argument."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from typing import ClassVar
+
+from specdec.kernels.cpu.build import library_path
+
+
+class Matrix(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("data", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("out", c_int64), ("size_in", c_int64),
+        ("dtype", c_int32),
+    ]  # fmt: skip
+
+
+class MLP(ctypes.Structure):
+    _fields_: ClassVar = [("gate_up", Matrix), ("down", Matrix)]
+
+
+class Routing(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("num_experts", c_int64), ("top_k", c_int64), ("n_group", c_int64), ("topk_group", c_int64),
+        ("norm_topk_prob", c_int32), ("scaling", c_float),
+    ]  # fmt: skip
+
+
+class Cache(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("data", c_void_p), ("dtype", c_int32), ("page_size", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64),
+    ]  # fmt: skip
+
+
+class Batch(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("num_sequences", c_int64), ("query_starts", c_void_p), ("kv_lens", c_void_p), ("page_starts", c_void_p),
+        ("pages", c_void_p),
+    ]  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("input_norm", c_void_p), ("post_attention_norm", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p),
+        ("qkv", Matrix), ("o", Matrix), ("mlp", MLP), ("experts", MLP), ("router", Matrix),
+        ("correction_bias", c_void_p),
+    ]  # fmt: skip
+
+
+class Decoder(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("embedding", c_void_p), ("embedding_dtype", c_int32), ("hidden", c_int64), ("heads", c_int64),
+        ("kv_heads", c_int64), ("head_dim", c_int64), ("rotary_dim", c_int64), ("eps", c_float),
+        ("cos_sin", c_void_p), ("enorm", c_void_p), ("hnorm", c_void_p), ("eh_proj", Matrix),
+        ("layers", POINTER(Layer)), ("num_layers", c_int64), ("routing", Routing), ("norm", c_void_p),
+    ]  # fmt: skip
+
+
+class Forward(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("rows", c_int64), ("input_ids", c_void_p), ("positions", c_void_p), ("slots", c_void_p),
+        ("previous", c_void_p), ("batch", Batch), ("cache", Cache), ("layer_stride", c_int64), ("normed", c_void_p),
+        ("unnormed", c_void_p), ("expert_ids", c_void_p),
+    ]  # fmt: skip
+
+
+_P, _I, _T = c_void_p, c_int64, c_int32  # pointer, size, number of threads
+_SIGNATURES: dict[str, list[type]] = {
+    "sd_pack": [_P, c_int32, _I, _I, _P],
+    "sd_linear": [_P, _P, _I, _P, _I, _T],
+    "sd_rms_norm": [_P, _P, c_float, _I, _I, _P, _T],
+    "sd_add_rms_norm": [_P, _P, _P, c_float, _I, _I, _P, _P, _T],
+    "sd_rope": [_P, _I, _I, _I, _I, _P, _P, _I, _T],
+    "sd_silu_and_mul": [_P, _I, _I, _P, _T],
+    "sd_route": [_P, _P, _I, _P, _P, _P, _T],
+    "sd_mlp": [_P, _P, _I, _P, _T],
+    "sd_moe": [_P, _I, _P, _P, _P, _I, _I, _P, _T],
+    "sd_append": [_P, _P, _P, _I, _I, _P, _I],
+    "sd_attention": [_P, _P, _I, _P, _I, _P, _T],
+    "sd_decode": [_P, _P, _T],
+    "sd_head_argmax": [_P, _P, _I, _P, _T],
+    "sd_softmax": [_P, _P, _I, _I, _P, _T],
+    "sd_gumbel_argmax": [_P, _P, _P, _P, _I, _I, _P, _T],
+}
+
+
+def load_library() -> ctypes.CDLL:
+    """Compiles if need be, and declares every function. Raises KernelsUnavailableError."""
+    library = ctypes.CDLL(str(library_path()))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = None, arguments
+    return library
