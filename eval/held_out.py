@@ -71,13 +71,13 @@ class ExpertCounter:
 
     def __enter__(self) -> ExpertCounter:
         for decoder in self.decoders:
-            decoder.expert_trace = []
+            decoder.trace = []
         return self
 
     def __exit__(self, *_: object) -> None:
         for decoder, names in self.decoders.items():
-            chosen = torch.cat(decoder.expert_trace or [], 1)  # [layers, T, k]
-            decoder.expert_trace = None
+            chosen = torch.cat([run.expert_ids for run in decoder.trace or []], 1)  # [layers, T, k]
+            decoder.trace = None
             for name, ids in zip(names, chosen, strict=True):
                 if (ids >= 0).all():
                     self.counts[name] = torch.bincount(ids.flatten(), minlength=self.num_experts)

@@ -42,12 +42,11 @@ class AttentionMetadata:
     @cached_property
     def packed(self) -> PackedPages:
         """The lists as tensors, made once for all layers of a forward."""
-        return PackedPages(
-            query_starts=torch.tensor([0, *accumulate(self.query_lens)]),
-            kv_lens=torch.tensor(self.kv_lens),
-            page_starts=torch.tensor([0, *accumulate(map(len, self.page_tables))]),
-            pages=torch.tensor([page for table in self.page_tables for page in table]),
-        )
+        num = len(self.kv_lens)
+        lists = [0, *accumulate(self.query_lens), *self.kv_lens, 0, *accumulate(map(len, self.page_tables))]
+        for table in self.page_tables:
+            lists += table
+        return PackedPages(*torch.tensor(lists).split([num + 1, num, num + 1, len(lists) - 3 * num - 2]))
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,10 @@ class Kernels(Protocol):
 
     def pack_gate_up(self, weight: Tensor) -> Any:
         """The same for gate and up projections [2I, H], or [E, 2I, H], the gate rows first: for `mlp` and `moe`."""
+        ...
+
+    def num_bytes(self, packed: Any) -> int:
+        """Bytes of a packed weight."""
         ...
 
     def prepare(self, decoder: DecoderWeights) -> Any:

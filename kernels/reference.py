@@ -35,6 +35,9 @@ class ReferenceKernels:
     def pack_gate_up(self, weight: Tensor) -> Tensor:
         return weight
 
+    def num_bytes(self, packed: Tensor) -> int:
+        return packed.nbytes
+
     def prepare(self, decoder: DecoderWeights) -> DecoderWeights:
         return decoder
 

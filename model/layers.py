@@ -11,6 +11,7 @@ Shapes: T packed tokens, H hidden, I MLP width, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -248,17 +249,22 @@ class DecoderLayer(nn.Module):
         )
 
 
-class Decoder:
-    """A decoder as the backend runs it.
+@dataclass(frozen=True)
+class DecoderRun:
+    """What one run of a decoder read: the experts [layers, T, k] int64 that its rows chose, -1 in dense layers, and
+    each sequence's keys."""
 
-    expert_trace: a list given here receives the experts [layers, T, k] int64 that every run chose, -1 in dense
-    layers.
-    """
+    expert_ids: Tensor
+    kv_lens: list[int]
+
+
+class Decoder:
+    """A decoder as the backend runs it. trace: a list given here receives every run."""
 
     def __init__(self, kernels: Kernels, weights: DecoderWeights) -> None:
         self.kernels, self.weights = kernels, weights
         self.prepared = kernels.prepare(weights)
-        self.expert_trace: list[Tensor] | None = None
+        self.trace: list[DecoderRun] | None = None
 
     def __call__(
         self,
@@ -270,8 +276,8 @@ class Decoder:
     ) -> DecoderOutput:
         """See `Kernels.decode`."""
         chosen = None
-        if self.expert_trace is not None:
+        if self.trace is not None:
             top_k = self.weights.shape.routing.num_experts_per_tok
             chosen = input_ids.new_full((len(self.weights.layers), len(input_ids), top_k), -1)
-            self.expert_trace.append(chosen)
+            self.trace.append(DecoderRun(chosen, metadata.kv_lens))
         return self.kernels.decode(self.prepared, input_ids, previous, positions, metadata, kv_cache, chosen)

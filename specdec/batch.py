@@ -47,14 +47,15 @@ def build_batch(extends: Seq[Extend], page_size: int, device: torch.device) -> F
             extend.page_table[position // page_size] * page_size + position % page_size
             for position in range(extend.start, extend.end)
         ]
+    packed = torch.tensor([input_ids, positions, slots], dtype=torch.int64, device=device)
     return ForwardBatch(
-        input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        input_ids=packed[0],
+        positions=packed[1],
         metadata=AttentionMetadata(
             query_lens=[len(extend.token_ids) for extend in extends],
             kv_lens=[extend.end for extend in extends],
             page_tables=[extend.page_table for extend in extends],
-            slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+            slot_mapping=packed[2],
         ),
         row_starts=row_starts,
     )

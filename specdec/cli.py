@@ -31,7 +31,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+eval_app = typer.Typer(help="Measure an engine.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
 err = Console(stderr=True, highlight=False)
+
+
+DTYPE_HELP = "auto, bfloat16, float16, float32, float64, or int8 (quantised as it is loaded)."
 
 
 class InvalidOption(Exception):
@@ -121,7 +126,7 @@ def generate(
     no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode plainly; the same as -k 0.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")] = False,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32 or float64.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     kernels: Annotated[str, typer.Option(help="auto, reference or cpu (C++).")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
@@ -319,6 +324,61 @@ def _size(num_bytes: int) -> str:
             return f"{size:.4g} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
+
+
+@eval_app.command()
+def speed(
+    model: Annotated[str, typer.Option(help="'bundled', a checkpoint folder, or a Hub id.")] = "bundled",
+    kernels: Annotated[str, typer.Option(help="auto, reference or cpu (C++).")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Requests at once.")] = "1,2,4,8,16",
+    draft_lengths: Annotated[str, typer.Option(help="K, with 0 for plain decoding.")] = "0,1,2,3,4,5",
+    prefill_lengths: Annotated[str, typer.Option(help="Prompt lengths; those beyond the context are left out.")] = "512,2048",
+    temperature: Annotated[float, typer.Option(help="0 is greedy. Peers are always greedy.")] = 0.0,
+    num_prompts: Annotated[int, typer.Option(help="Prompts per setting, in groups of the batch size.")] = 4,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Tokens generated from every prompt.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Passes through all settings.")] = 5,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PYTHON: transformers, llamacpp or vllm in that interpreter.", show_default=False),
+    ] = None,
+    peer_draft_lengths: Annotated[str, typer.Option(help="K of the peers, clipped to what they can.")] = "0,1,3",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+) -> None:
+    """Measure decoding with and without speculation, what it reads, and other engines beside it."""
+    with user_errors():
+        from specdec.eval.peers import parse_peer
+        from specdec.eval.speed import SpeedOptions, as_lengths, measure_speed
+        from specdec.eval.speed_report import as_json as report_as_json
+        from specdec.eval.speed_report import print_report
+
+        try:
+            options = SpeedOptions(
+                model=model,
+                kernels=kernels,
+                dtype=dtype,
+                num_threads=threads,
+                batch_sizes=as_lengths(batch_sizes, "--batch-sizes"),
+                draft_lengths=as_lengths(draft_lengths, "--draft-lengths"),
+                prefill_lengths=as_lengths(prefill_lengths, "--prefill-lengths"),
+                temperature=temperature,
+                num_prompts=num_prompts,
+                prompt_tokens=prompt_tokens,
+                max_tokens=max_tokens,
+                repeats=repeats,
+                peers=tuple(parse_peer(text) for text in peer or ()),
+                peer_draft_lengths=as_lengths(peer_draft_lengths, "--peer-draft-lengths"),
+            )
+        except ValueError as error:
+            raise InvalidOption(str(error)) from error
+        with err.status("measuring") as status:
+            report = measure_speed(options, progress=lambda text: status.update(escape(text)))
+        if as_json:
+            print(json.dumps(report_as_json(report), indent=2))
+        else:
+            print_report(report, Console(highlight=False))
 
 
 def main() -> None:

@@ -13,14 +13,12 @@ from specdec.target import TargetResult
 
 def commit(scheduled: Seq[ScheduledSequence], result: TargetResult) -> None:
     """Applies one step's result to its sequences."""
-    accepted = result.verified.num_accepted_tokens.tolist()
-    output = result.verified.output_token_ids.tolist()
-    for s, num_accepted, token_ids, hidden in zip(scheduled, accepted, output, result.hidden, strict=True):
-        samples = s.samples
+    for s, token_ids, hidden in zip(scheduled, result.output_token_ids, result.hidden, strict=True):
+        num_accepted = max(0, len(token_ids) - 1)
         _commit_cache_rows(s.sequence, s.num_new_tokens + num_accepted, hidden)
-        if samples:
+        if token_ids:
             s.sequence.stats.record_verification(s.num_draft_tokens, num_accepted)
-            _commit_tokens(s.sequence, token_ids[: num_accepted + 1])
+            _commit_tokens(s.sequence, token_ids)
 
 
 def abort(sequence: Sequence) -> None:

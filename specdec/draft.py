@@ -28,14 +28,13 @@ from specdec.verify import point_masses
 
 @dataclass(frozen=True)
 class DraftResult:
-    """Drafts of all scheduled sequences, padded with token 0 to the longest chain.
+    """Drafts of all scheduled sequences, as many as each was scheduled for.
 
-    draft_probs is the distribution each draft was really drawn from (one-hot for a greedy draft); None
-    where all drafts are greedy.
+    draft_probs is the distribution each draft was really drawn from (one-hot for a greedy draft), with rows to
+    spare where a sequence has fewer than K; None where all drafts are greedy.
     """
 
-    draft_token_ids: Tensor  # [B, K] int64
-    num_draft_tokens: Tensor  # [B] int64
+    draft_token_ids: list[list[int]]  # [B] of up to K
     draft_probs: Tensor | None  # [B, K, V]
 
 
@@ -52,8 +51,7 @@ class NoDrafter:
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
         assert all(s.num_draft_tokens == 0 for s in scheduled), "drafts were scheduled without a drafter"
-        num_draft_tokens = torch.zeros(len(scheduled), dtype=torch.int64)
-        return DraftResult(num_draft_tokens.new_empty(len(scheduled), 0), num_draft_tokens, None)
+        return DraftResult([[] for _ in scheduled], None)
 
 
 class MTPDrafter:
@@ -71,25 +69,36 @@ class MTPDrafter:
         self.recycling = recycling
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
-        result = _empty_result(scheduled, self.target)
+        token_ids: list[list[int]] = [[] for _ in scheduled]
+        probs = self._room_for_probs(scheduled)
         # Longest chain first: the sequences still drafting at any step are a prefix of `order`.
         order = [b for b, s in enumerate(scheduled) if s.sequence.pending_hidden is not None]
         order.sort(key=lambda b: -scheduled[b].num_draft_tokens)
         if not order:
-            return result
+            return DraftResult(token_ids, None)
         output = self._extend([scheduled[b].sequence for b in order])
-        for step in range(result.draft_token_ids.shape[1]):
+        for step in range(scheduled[order[0]].num_draft_tokens):
             active = [b for b in order if scheduled[b].num_draft_tokens > step]
             sequences = [scheduled[b].sequence for b in active]
             if step > 0:
-                output = self._step(sequences, output, result.draft_token_ids[active, step - 1], step)
+                output = self._step(sequences, output, [token_ids[b][-1] for b in active], step)
             hidden = output.normed[: len(active)]
-            if result.draft_probs is None:
-                result.draft_token_ids[active, step] = require_finite(self.target.choose_tokens(hidden))
+            if probs is None:
+                tokens = require_finite(self.target.choose_tokens(hidden))
             else:
-                tokens, probs = sample_drafts(sequences, self.target.compute_logits(hidden), step)
-                result.draft_token_ids[active, step], result.draft_probs[active, step] = tokens, probs
-        return result
+                tokens, probs[active, step] = sample_drafts(sequences, self.target.compute_logits(hidden), step)
+            for b, token in zip(active, tokens.tolist()):
+                token_ids[b].append(token)
+        return DraftResult(token_ids, probs)
+
+    def _room_for_probs(self, scheduled: Seq[ScheduledSequence]) -> Tensor | None:
+        """[B, K, V] where a sequence samples its drafts."""
+        if not any(s.sequence.samples_drafts for s in scheduled):
+            return None
+        kernels = self.target.kernels
+        dtype = torch.promote_types(kernels.activation_dtype, torch.float32)
+        most = max(s.num_draft_tokens for s in scheduled)
+        return torch.zeros(len(scheduled), most, self.target.config.vocab_size, dtype=dtype, device=kernels.device)
 
     def _extend(self, sequences: Seq[Sequence]) -> DecoderOutput:
         """Runs the pending pairs of every sequence, with true hidden states -> the last row of each, [B, H]."""
@@ -99,15 +108,19 @@ class MTPDrafter:
             first = s.num_mtp_tokens
             extends.append(Extend(s.token_ids[first + 1 : first + 1 + len(rows)], first, s.page_table))
         batch = build_batch(extends, self.page_size, self.kv_cache.device)
-        output = self._run(torch.cat(hidden), batch)
+        output = self._run(hidden[0] if len(hidden) == 1 else torch.cat(hidden), batch)
+        if len(extends) == 1:
+            return DecoderOutput(output.normed[-1:], output.unnormed[-1:])
         last = [start + extend_len - 1 for start, extend_len in zip(batch.row_starts, batch.metadata.query_lens)]
         return DecoderOutput(output.normed[last], output.unnormed[last])
 
-    def _step(self, sequences: Seq[Sequence], previous: DecoderOutput, drafts: Tensor, step: int) -> DecoderOutput:
+    def _step(
+        self, sequences: Seq[Sequence], previous: DecoderOutput, drafts: list[int], step: int
+    ) -> DecoderOutput:
         """One more row per sequence: (the layer's own previous output, the draft before)."""
         recycled = previous.normed if self.recycling == "post_norm" else previous.unnormed
         extends = [
-            Extend([draft], len(s.token_ids) - 2 + step, s.page_table) for s, draft in zip(sequences, drafts.tolist())
+            Extend([draft], len(s.token_ids) - 2 + step, s.page_table) for s, draft in zip(sequences, drafts)
         ]
         batch = build_batch(extends, self.page_size, self.kv_cache.device)
         return self._run(recycled[: len(sequences)], batch)
@@ -118,7 +131,7 @@ class MTPDrafter:
 
 def require_finite(token_ids: Tensor) -> Tensor:
     """What `choose_tokens` chose; ModelError where it could not."""
-    if (token_ids < 0).any():
+    if token_ids.min() < 0:
         raise ModelError("the MTP layer's logits are not finite: its weights are broken, or its dtype overflows")
     return token_ids
 
@@ -137,15 +150,3 @@ def sample_drafts(sequences: Seq[Sequence], logits: Tensor, step: int) -> tuple[
         probs[drawn] = transform_logits(logits[drawn], [sequences[b].params for b in drawn])
         tokens[drawn] = sample(probs[drawn], torch.from_numpy(u).to(logits.device))
     return tokens, probs
-
-
-def _empty_result(scheduled: Seq[ScheduledSequence], target: Glm4MoeForCausalLM) -> DraftResult:
-    device, dtype = target.kernels.device, torch.promote_types(target.kernels.activation_dtype, torch.float32)
-    counts = torch.tensor([s.num_draft_tokens for s in scheduled], dtype=torch.int64, device=device)
-    shape = (len(scheduled), int(counts.max()))
-    samples = any(s.sequence.samples_drafts for s in scheduled)
-    return DraftResult(
-        draft_token_ids=torch.zeros(shape, dtype=torch.int64, device=device),
-        num_draft_tokens=counts,
-        draft_probs=torch.zeros(*shape, target.config.vocab_size, dtype=dtype, device=device) if samples else None,
-    )

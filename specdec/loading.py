@@ -99,14 +99,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str | torch.dtype, name: str = "dtype") -> torch.dtype:
+WEIGHT_DTYPES = DTYPES | {"int8": torch.int8}
+
+
+def resolve_dtype(
+    dtype: str | torch.dtype, name: str = "dtype", choices: dict[str, torch.dtype] = WEIGHT_DTYPES
+) -> torch.dtype:
     """A torch dtype or its name, other than "auto"."""
-    if dtype in DTYPES.values():
-        assert isinstance(dtype, torch.dtype)
+    if isinstance(dtype, torch.dtype) and dtype in choices.values():
         return dtype
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return DTYPES[dtype]
-    raise ValueError(f"{name} = {dtype!r} is unknown: choose one of auto, {', '.join(DTYPES)}")
+    if isinstance(dtype, str) and dtype in choices:
+        return choices[dtype]
+    raise ValueError(f"{name} = {dtype!r} is unknown: choose one of auto, {', '.join(choices)}")
 
 
 def check_num_threads(num_threads: int) -> None:
@@ -135,7 +139,7 @@ def load_runtime(
     checkpoint: Checkpoint, config: EngineConfig, backend: Kernels, kv_dtype: str | torch.dtype = "auto"
 ) -> Runtime:
     """Checks that weights and cache fit into memory, then loads the one and allocates the other."""
-    cache_dtype = backend.activation_dtype if kv_dtype == "auto" else resolve_dtype(kv_dtype, "kv_dtype")
+    cache_dtype = backend.activation_dtype if kv_dtype == "auto" else resolve_dtype(kv_dtype, "kv_dtype", DTYPES)
     if cache_dtype not in backend.cache_dtypes:
         raise ValueError(f"kv_dtype = {cache_dtype}: kernels = {backend.name!r} know {backend.cache_dtypes}")
     max_model_len = _max_model_len(checkpoint.config, config)

@@ -20,16 +20,17 @@ from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.rng import Stream, uniforms
 from specdec.sampling import transform_logits
 from specdec.scheduler import ScheduledSequence
-from specdec.verify import PAD, VerifyResult, verify_choices, verify_token
+from specdec.sequence import Sequence
+from specdec.verify import match_choices, verify_token
 
 
 @dataclass(frozen=True)
 class TargetResult:
-    """`verified` covers the scheduled sequences that sample (the others are all `PAD`); `hidden[b]` holds
-    the target's hidden states of sequence b's rows: its new tokens, then its drafts."""
+    """output_token_ids[b]: what sequence b emits, its accepted drafts and one token more; empty where it does not
+    sample. hidden[b]: the target's hidden states of its rows, the new tokens and then the drafts."""
 
-    verified: VerifyResult
-    hidden: list[Tensor]  # [B] of [num_new_tokens + num_draft_tokens, H]
+    output_token_ids: list[list[int]]
+    hidden: Seq[Tensor]  # [B] of [num_new_tokens + num_draft_tokens, H]
 
 
 class TargetVerifier:
@@ -39,74 +40,76 @@ class TargetVerifier:
     def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
         batch = self._build_batch(scheduled, drafts)
         hidden = self.target(batch.input_ids, batch.positions, batch.metadata, self.kv_cache)
-        verified = self._apply_rules(scheduled, drafts, hidden, batch.row_starts)
-        return TargetResult(verified, list(hidden.split(batch.metadata.query_lens)))
+        output = self._apply_rules(scheduled, drafts, hidden, batch.row_starts)
+        return TargetResult(output, hidden.split(batch.metadata.query_lens))
 
     def _build_batch(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> ForwardBatch:
         extends = []
-        for s, draft_ids in zip(scheduled, drafts.draft_token_ids.tolist()):
+        for s, draft_ids in zip(scheduled, drafts.draft_token_ids):
             start = s.sequence.num_computed_tokens
             new = s.sequence.token_ids[start : start + s.num_new_tokens]
-            extends.append(Extend(new + draft_ids[: s.num_draft_tokens], start, s.sequence.page_table))
+            extends.append(Extend(new + draft_ids, start, s.sequence.page_table))
         return build_batch(extends, self.page_size, self.kv_cache.device)
 
     def _apply_rules(
         self, scheduled: Seq[ScheduledSequence], drafts: DraftResult, hidden: Tensor, row_starts: list[int]
-    ) -> VerifyResult:
-        num_rows = drafts.draft_token_ids.shape[1] + 1
-        accepted = torch.zeros(len(scheduled), dtype=torch.int64, device=hidden.device)
-        output = torch.full((len(scheduled), num_rows), PAD, dtype=torch.int64, device=hidden.device)
+    ) -> list[list[int]]:
+        output: list[list[int]] = [[] for _ in scheduled]
         for name, rule in RULES.items():
             chosen = [b for b, s in enumerate(scheduled) if s.samples and rule_of(s) == name]
-            if not chosen:
-                continue
-            counts = [scheduled[b].num_draft_tokens for b in chosen]
-            firsts = [row_starts[b] + scheduled[b].num_new_tokens - 1 for b in chosen]
-            deciding = DecidingRows.of(self.target, hidden, firsts, counts, num_rows)
-            result = rule(deciding, [scheduled[b] for b in chosen], _select(drafts, chosen))
-            accepted[chosen], output[chosen] = result.num_accepted_tokens, result.output_token_ids
-        return VerifyResult(accepted, output)
+            if chosen:
+                last_new = [row_starts[b] + scheduled[b].num_new_tokens - 1 for b in chosen]
+                rows = DecidingRows(self.target, hidden, last_new, [drafts.draft_token_ids[b] for b in chosen])
+                probs = None if drafts.draft_probs is None else drafts.draft_probs[chosen]
+                for b, token_ids in zip(chosen, rule(rows, [scheduled[b].sequence for b in chosen], probs)):
+                    output[b] = token_ids
+        return output
 
 
 @dataclass(frozen=True)
 class DecidingRows:
-    """The rows that decide tokens: of each sequence the last new token's and its drafts', k+1 in all.
+    """The rows that decide tokens: of each sequence its last new token's and its drafts'.
 
-    hidden [N, H] has them without padding; `padding` [B * (K+1)] leads from there to K+1 rows per sequence, the
-    last repeated.
+    hidden [T, H] of the whole forward; last_new [B]: each sequence's last new token's row, which its drafts'
+    rows follow.
     """
 
     target: Glm4MoeForCausalLM
     hidden: Tensor
-    padding: list[int]
-    num_rows: int
+    last_new: list[int]
+    draft_token_ids: list[list[int]]
 
-    @classmethod
-    def of(
-        cls, target: Glm4MoeForCausalLM, hidden: Tensor, firsts: list[int], counts: list[int], num_rows: int
-    ) -> DecidingRows:
-        rows: list[int] = []
-        padding: list[int] = []
-        for first, count in zip(firsts, counts):
-            padding += [len(rows) + min(r, count) for r in range(num_rows)]
-            rows += range(first, first + count + 1)
-        return cls(target, hidden if len(rows) == len(hidden) else hidden[rows], padding, num_rows)
-
-    def choices(self) -> Tensor:
-        """The target's argmax [B, K+1]."""
-        chosen = self.target.choose_tokens(self.hidden)
-        _require_finite(bool((chosen >= 0).all()))
-        return self._pad(chosen)
+    def choices(self) -> list[list[int]]:
+        """The target's argmax for each sequence's rows, [B] of [k+1]."""
+        chosen = self.target.choose_tokens(self._deciding()).tolist()
+        _require_finite(min(chosen) >= 0)
+        rows = iter(chosen)
+        return [[next(rows) for _ in range(len(drafts) + 1)] for drafts in self.draft_token_ids]
 
     def logits(self) -> Tensor:
-        """[B, K+1, V]"""
-        logits = self.target.compute_logits(self.hidden)
+        """[B, K+1, V], each sequence's last row repeated where it has fewer than K drafts."""
+        logits = self.target.compute_logits(self._deciding())
         _require_finite(bool(torch.isfinite(logits).all()))
-        return self._pad(logits)
+        most = max(map(len, self.draft_token_ids))
+        padded, first = [], 0
+        for drafts in self.draft_token_ids:
+            padded += [first + min(r, len(drafts)) for r in range(most + 1)]
+            first += len(drafts) + 1
+        return logits[padded].unflatten(0, (-1, most + 1))
 
-    def _pad(self, rows: Tensor) -> Tensor:
-        padded = rows if len(self.padding) == len(rows) else rows[self.padding]
-        return padded.unflatten(0, (-1, self.num_rows))
+    def padded_drafts(self) -> tuple[Tensor, Tensor]:
+        """-> draft_token_ids [B, K], padded with 0, and num_draft_tokens [B]."""
+        counts = [len(drafts) for drafts in self.draft_token_ids]
+        padded = [drafts + [0] * (max(counts) - len(drafts)) for drafts in self.draft_token_ids]
+        device = self.hidden.device
+        ids = torch.tensor(padded, dtype=torch.int64, device=device).view(len(counts), max(counts))
+        return ids, torch.tensor(counts, dtype=torch.int64, device=device)
+
+    def _deciding(self) -> Tensor:
+        rows: list[int] = []
+        for first, drafts in zip(self.last_new, self.draft_token_ids):
+            rows += range(first, first + len(drafts) + 1)
+        return self.hidden if len(rows) == len(self.hidden) else self.hidden[rows]
 
 
 def _require_finite(finite: bool) -> None:
@@ -120,35 +123,32 @@ def rule_of(scheduled: ScheduledSequence) -> str:
     return "greedy" if sequence.params.greedy else sequence.speculation.verification
 
 
-def _select(drafts: DraftResult, chosen: list[int]) -> DraftResult:
-    probs = None if drafts.draft_probs is None else drafts.draft_probs[chosen]
-    return DraftResult(drafts.draft_token_ids[chosen], drafts.num_draft_tokens[chosen], probs)
+def _greedy(rows: DecidingRows, sequences: Seq[Sequence], draft_probs: Tensor | None) -> list[list[int]]:
+    return [match_choices(choices, drafts) for choices, drafts in zip(rows.choices(), rows.draft_token_ids)]
 
 
-def _greedy(rows: DecidingRows, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> VerifyResult:
-    return verify_choices(rows.choices(), drafts.draft_token_ids, drafts.num_draft_tokens)
-
-
-def _token(rows: DecidingRows, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> VerifyResult:
-    params = [s.sequence.params for s in scheduled for _ in range(rows.num_rows)]
+def _token(rows: DecidingRows, sequences: Seq[Sequence], draft_probs: Tensor | None) -> list[list[int]]:
     logits = rows.logits()
-    target_probs = transform_logits(logits.flatten(0, 1), params).unflatten(0, (-1, rows.num_rows))
-    starts = np.array([[len(s.sequence.token_ids)] for s in scheduled])
-    seeds = np.array([[s.sequence.seed] for s in scheduled], np.uint64)
-    positions = starts + np.arange(rows.num_rows)
+    num_rows = logits.shape[1]
+    params = [s.params for s in sequences for _ in range(num_rows)]
+    target_probs = transform_logits(logits.flatten(0, 1), params).unflatten(0, (-1, num_rows))
+    starts = np.array([[len(s.token_ids)] for s in sequences])
+    seeds = np.array([[s.seed] for s in sequences], np.uint64)
+    positions = starts + np.arange(num_rows)
     accept = uniforms(seeds, Stream.ACCEPT, positions[:, :-1], starts)
     last = uniforms(seeds, Stream.RESIDUAL, positions, starts)
-    return verify_token(
+    draft_token_ids, num_draft_tokens = rows.padded_drafts()
+    result = verify_token(
         target_probs,
-        drafts.draft_token_ids,
-        drafts.draft_probs,
-        drafts.num_draft_tokens,
+        draft_token_ids,
+        None if draft_probs is None else draft_probs[:, : num_rows - 1],
+        num_draft_tokens,
         torch.from_numpy(accept).to(logits.device),
         torch.from_numpy(last).to(logits.device),
     )
+    counts = result.num_accepted_tokens.tolist()
+    return [ids[: n + 1] for n, ids in zip(counts, result.output_token_ids.tolist())]
 
 
-RULES: dict[str, Callable[[DecidingRows, Seq[ScheduledSequence], DraftResult], VerifyResult]] = {
-    "greedy": _greedy,
-    "token": _token,
-}
+Rule = Callable[[DecidingRows, Seq[Sequence], Tensor | None], list[list[int]]]
+RULES: dict[str, Rule] = {"greedy": _greedy, "token": _token}

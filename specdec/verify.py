@@ -11,6 +11,7 @@ drafts are padded; `num_draft_tokens` tells. Everything is dtype-generic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -34,14 +35,19 @@ def verify_greedy(target_logits: Tensor, draft_token_ids: Tensor, num_draft_toke
 
     target_logits [B, K+1, V], draft_token_ids [B, K] int64, num_draft_tokens [B] int64.
     """
-    return verify_choices(greedy_tokens(target_logits), draft_token_ids, num_draft_tokens)
-
-
-def verify_choices(choices: Tensor, draft_token_ids: Tensor, num_draft_tokens: Tensor) -> VerifyResult:
-    """Accepts drafts while they equal the target's own choices [B, K+1] int64, then emits its next choice."""
+    choices = greedy_tokens(target_logits)  # [B, K+1]
     accepted = count_accepted(draft_token_ids == choices[:, :-1], num_draft_tokens)
     last = choices.gather(1, accepted.unsqueeze(1)).squeeze(1)
     return emit(draft_token_ids, accepted, last)
+
+
+def match_choices(choices: Seq[int], draft_token_ids: Seq[int]) -> list[int]:
+    """One sequence's greedy verification on the host: the target's choices [k+1] and the drafts [k] -> the tokens
+    emitted, which are the choices up to and including the first that the drafts did not foresee."""
+    accepted = 0
+    while accepted < len(draft_token_ids) and draft_token_ids[accepted] == choices[accepted]:
+        accepted += 1
+    return list(choices[: accepted + 1])
 
 
 def verify_token(

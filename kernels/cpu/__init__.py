@@ -5,12 +5,16 @@ Weights are fp32, bf16 or int8, packed once at load; activations and accumulatio
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import byref
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.kernels.cpu import native
+from specdec.kernels.cpu.native import NativeTime
 from specdec.kernels.cpu.weights import (
     DTYPES,
     LANES,
@@ -44,13 +48,16 @@ class CpuKernels:
             raise ValueError(f"kernels='cpu' have weights in float32, bfloat16 or int8, not {weight_dtype}")
         self.device, self.weight_dtype = torch.device("cpu"), weight_dtype
         self.dtype = load_dtype if weight_dtype == torch.int8 else weight_dtype
-        self._library = native.load_library()
+        self._library: Any = native.load_library()
 
     def pack(self, weight: Tensor, *, full_precision: bool = False) -> PackedWeight:
         return pack(self._library, weight, weight.dtype if full_precision else self.weight_dtype)
 
     def pack_gate_up(self, weight: Tensor) -> PackedWeight:
         return pack_gate_up(self._library, weight, self.weight_dtype)
+
+    def num_bytes(self, packed: PackedWeight) -> int:
+        return packed.data.nbytes + (0 if packed.scales is None else packed.scales.nbytes)
 
     def prepare(self, decoder: DecoderWeights) -> PreparedDecoder:
         return PreparedDecoder(decoder)
@@ -149,7 +156,8 @@ class CpuKernels:
     ) -> DecoderOutput:
         assert (previous is None) == (decoder.weights.fusion is None), "previous states and a fusion belong together"
         previous = None if previous is None else previous.contiguous()
-        normed, unnormed = torch.empty(2, len(input_ids), decoder.weights.embedding.shape[1])
+        shape = (len(input_ids), decoder.weights.embedding.shape[1])
+        normed, unnormed = torch.empty(shape), torch.empty(shape)
         forward = native.Forward(
             len(input_ids), input_ids.data_ptr(), positions.data_ptr(), metadata.slot_mapping.data_ptr(),
             address(previous), _batch(metadata), _cache(kv_cache[0]), kv_cache.stride(0), normed.data_ptr(),
@@ -171,6 +179,21 @@ class CpuKernels:
             logits.data_ptr(), scales.data_ptr(), *logits.shape, probs.data_ptr(), _num_threads()
         )
         return probs
+
+    def read(self, buffer: Tensor) -> None:
+        """Reads every byte of a contiguous tensor once, on all threads: a probe of the memory's bandwidth."""
+        result = torch.empty(1, dtype=torch.int64)
+        self._library.sd_read(buffer.data_ptr(), buffer.nbytes // 8, result.data_ptr(), _num_threads())
+
+    @contextmanager
+    def timed(self) -> Iterator[NativeTime]:
+        """Adds up the time spent in the C++ library while it is entered."""
+        library, time = self._library, NativeTime()
+        self._library = native.TimedLibrary(library, time)
+        try:
+            yield time
+        finally:
+            self._library = library
 
     def gumbel_argmax(self, logits: Tensor, scales: Tensor, seeds: list[int], positions: list[int]) -> Tensor:
         logits, scales = logits.contiguous(), scales.contiguous()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from time import perf_counter
 from typing import ClassVar
 
 from specdec.kernels.cpu.build import library_path
@@ -81,6 +84,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "sd_decode": [_P, _P, _T],
     "sd_head_argmax": [_P, _P, _I, _P, _T],
     "sd_softmax": [_P, _P, _I, _I, _P, _T],
+    "sd_read": [_P, _I, _P, _T],
     "sd_gumbel_argmax": [_P, _P, _P, _P, _I, _I, _P, _T],
 }
 
@@ -92,3 +96,29 @@ def load_library() -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = None, arguments
     return library
+
+
+@dataclass
+class NativeTime:
+    """Seconds spent in the library, and calls."""
+
+    seconds: float = 0.0
+    num_calls: int = 0
+
+
+class TimedLibrary:
+    """The library's functions, with the time that they take added to `time`."""
+
+    def __init__(self, library: ctypes.CDLL, time: NativeTime) -> None:
+        for name in _SIGNATURES:
+            setattr(self, name, _timed(getattr(library, name), time))
+
+
+def _timed(function: Callable[..., None], time: NativeTime) -> Callable[..., None]:
+    def call(*arguments: object) -> None:
+        start = perf_counter()
+        function(*arguments)
+        time.seconds += perf_counter() - start
+        time.num_calls += 1
+
+    return call

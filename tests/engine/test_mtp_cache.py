@@ -21,7 +21,6 @@ from specdec.scheduler import ScheduledSequence
 from specdec.sequence import Sequence
 from specdec.target import TargetResult
 from specdec.text import OutputText
-from specdec.verify import PAD, VerifyResult
 
 CPU = torch.device("cpu")
 NUM_HISTORIES, BATCH_SIZE, NUM_ITERATIONS, MAX_TOKENS = 2000, 4, 6, 80
@@ -58,20 +57,18 @@ def make_sequence(rng: random.Random, num_prompt: int, num_draft: int, pages: li
 
 def commit_random(
     scheduled: Seq[ScheduledSequence],
-    draft_ids: Tensor,
+    draft_ids: list[list[int]],
     accepted: list[int],
     hidden: dict[int, list[Tensor]],
     rng: random.Random,
 ) -> None:
     """Commits `accepted` drafts and a random token, with random target hidden states for all rows."""
-    output = torch.full((len(scheduled), draft_ids.shape[1] + 1), PAD)
-    rows = []
+    output, rows = [], []
     for b, s in enumerate(scheduled):
         rows.append(torch.randn(s.num_new_tokens + s.num_draft_tokens, 32))
         hidden[b] += rows[b][: s.num_new_tokens + accepted[b]]
-        output[b, : accepted[b]] = draft_ids[b, : accepted[b]]
-        output[b, accepted[b]] = rng.randrange(259)
-    commit(scheduled, TargetResult(VerifyResult(torch.tensor(accepted), output), rows))
+        output.append([*draft_ids[b][: accepted[b]], rng.randrange(259)])
+    commit(scheduled, TargetResult(output, rows))
 
 
 def recompute(model: LoadedModel, token_ids: list[int], hidden: Tensor, drafts: list[int]) -> list[Tensor]:
@@ -116,7 +113,7 @@ def test_incremental_logits_equal_full_recomputation(model: LoadedModel) -> None
             if iteration == NUM_ITERATIONS - 1:
                 order = sorted(range(BATCH_SIZE), key=lambda b: -counts[b])
                 for b, k in enumerate(counts):
-                    chain = drafts.draft_token_ids[b, : max(0, k - 1)].tolist()
+                    chain = drafts.draft_token_ids[b][: max(0, k - 1)]
                     expected = recompute(model, sequences[b].token_ids, torch.stack(hidden[b]), chain)
                     for step in range(k):
                         difference = (recorded.logits[step][order.index(b)] - expected[step]).abs().max()

@@ -2,6 +2,8 @@
 //
 // A call splits its work among `threads` OpenMP threads in a way that changes no result. Arrays are dense and
 // row-major unless a stride is given (in elements).
+#include <functional>
+
 #include "decoder.h"
 #include "sampling.h"
 
@@ -143,6 +145,18 @@ void sd_gumbel_argmax(const float* logits, const float* scales, const uint64_t* 
     const Best best = gumbel_argmax(logits + r * size, scales[r], size, seeds[r], uint32_t(positions[r]));
     ids[r] = best.finite ? best.id : -1;
   });
+}
+
+// Reads `size` 64-bit words; their exclusive or goes to `result`, or the compiler would leave the reading out.
+void sd_read(const uint64_t* words, int64_t size, uint64_t* result, int32_t threads) {
+  std::vector<uint64_t> sums(threads);
+  parallel(threads, size, [&](const Team& team) {
+    const Range mine = team.share(size);
+    uint64_t sum = 0;
+    for (int64_t i = mine.begin; i < mine.end; ++i) sum ^= words[i];
+    sums[team.thread] = sum;
+  });
+  *result = std::accumulate(sums.begin(), sums.end(), uint64_t{0}, std::bit_xor<uint64_t>());
 }
 
 }  // extern "C"

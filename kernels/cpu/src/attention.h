@@ -73,10 +73,6 @@ struct AttentionTask {
 
   int64_t dim() const { return cache.head_dim; }
   int64_t rows() const { return (row1 - row0) * group; }
-  const C* slot(int64_t position, int64_t kind) const {
-    return static_cast<const C*>(cache.data) +
-           cache.offset(pages[position / cache.page_size], kind, position % cache.page_size, kv_head);
-  }
 
   void run() {
     const int64_t width = padded(dim());
@@ -103,8 +99,10 @@ struct AttentionTask {
 
   void run_tile(int64_t start, int64_t count) {
     const int64_t width = padded(dim());
-    pack_keys(start, count);
-    pack_values(start, count);
+    const C* key[KEY_TILE];
+    find_keys(start, count, key);
+    pack_keys(key, count);
+    pack_values(key, count);
     const Matrix keys{s.keys.data(), nullptr, nullptr, KEY_TILE, dim(), FP32};
     gemm(keys, 0, num_blocks(count), {s.query.data(), width, nullptr, rows()}, s.scores.data(), KEY_TILE);
     for (int64_t m = 0; m < rows(); ++m) update_softmax(m, visible(m / group, start, count));
@@ -121,26 +119,34 @@ struct AttentionTask {
     return std::clamp<int64_t>(first_position + row0 + row + 1 - start, 0, count);
   }
 
+  void find_keys(int64_t start, int64_t count, const C** key) const {
+    int64_t page = start / cache.page_size, slot = start % cache.page_size;
+    for (int64_t j = 0; j < count; ++j) {
+      key[j] = static_cast<const C*>(cache.data) + cache.offset(pages[page], 0, slot, kv_head);
+      if (++slot == cache.page_size) slot = 0, ++page;
+    }
+  }
+
   // [4][dim][16]: sixteen keys side by side
-  void pack_keys(int64_t start, int64_t count) {
+  void pack_keys(const C* const* key, int64_t count) {
     for (int64_t j = 0; j < count; j += LANES) {
-      const C* key[LANES];
-      const int n = int(std::min<int64_t>(LANES, count - j));
-      for (int i = 0; i < LANES; ++i) key[i] = slot(start + j + std::min(i, n - 1), 0);  // repeated, and never visible
-      for_vectors(dim(), [&](int64_t d, int width) {
+      float* block = &s.keys[j * dim()];
+      for_vectors(dim(), [&](int64_t d, int n) {
         V rows[LANES];
-        alignas(64) float columns[LANES * LANES];
-        for (int i = 0; i < LANES; ++i) rows[i] = load_n(key[i] + d, width);
+        for (int i = 0; i < LANES; ++i) rows[i] = load_n(key[std::min(j + i, count - 1)] + d, n);  // repeated: never visible
+        if (n == LANES) return transpose(rows, block + d * LANES);
+        float columns[LANES * LANES];
         transpose(rows, columns);
-        std::memcpy(&s.keys[(j * dim()) + d * LANES], columns, sizeof(float) * width * LANES);
+        std::memcpy(block + d * LANES, columns, sizeof(float) * n * LANES);
       });
     }
   }
 
   // [dim / 16][64][16]: sixteen dimensions side by side
-  void pack_values(int64_t start, int64_t count) {
+  void pack_values(const C* const* key, int64_t count) {
+    const int64_t to_value = cache.offset(0, 1, 0, 0);
     for (int64_t j = 0; j < count; ++j) {
-      const C* value = slot(start + j, 1);
+      const C* value = key[j] + to_value;
       for_vectors(dim(), [&](int64_t d, int n) { store(&s.values[d * KEY_TILE + j * LANES], load_n(value + d, n)); });
     }
   }

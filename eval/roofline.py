@@ -1,0 +1,122 @@
+"""What decoding reads from memory, and how fast the machine can read at all.
+
+Decoding is bound by the weights it reads, so the least time of a step is its bytes over the read bandwidth.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec import Engine
+from specdec.kernels import Kernels
+from specdec.kernels.interface import LayerWeights, MLPWeights, MoEWeights
+from specdec.model.layers import Decoder
+
+PROBE_BYTES = 2**30
+PROBE_REPEATS = 7
+
+
+def read_bandwidth(kernels: Kernels, num_bytes: int = PROBE_BYTES, repeats: int = PROBE_REPEATS) -> float:
+    """Bytes per second of reading `num_bytes` of memory once, on all threads; the best of `repeats`."""
+    buffer = torch.zeros(num_bytes // 8, dtype=torch.int64)
+    read = getattr(kernels, "read", Tensor.sum)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        read(buffer)
+        times.append(time.perf_counter() - start)
+    return buffer.nbytes / min(times)
+
+
+@dataclass
+class StepBytes:
+    """Bytes read and forwards run; num_expert_reads: distinct experts, added up over layers and forwards."""
+
+    weights: int = 0
+    kv_cache: int = 0
+    num_target_forwards: int = 0
+    num_mtp_forwards: int = 0
+    num_expert_reads: int = 0
+    num_layer_runs: int = 0
+
+    def __sub__(self, other: StepBytes) -> StepBytes:
+        return StepBytes(**{name: value - getattr(other, name) for name, value in vars(self).items()})
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache
+
+
+@contextmanager
+def traced(engine: Engine) -> Iterator[StepBytes]:
+    """Counts what the engine reads while it is entered; the counts are there once it is left.
+
+    Every forward is taken to read the head once, as decoding does; prefill that decides nothing reads less.
+    """
+    model, kv_cache = engine.runtime.model, engine.runtime.kv_cache
+    decoders = [model.target.decoder] + ([] if model.mtp is None else [model.mtp.decoder])
+    head = model.target.kernels.num_bytes(model.target.lm_head.packed["weight"])
+    kv_row = kv_cache[0, 0].nbytes // kv_cache.shape[3]
+    for decoder in decoders:
+        decoder.trace = []
+    counts = StepBytes()
+    try:
+        yield counts
+    finally:
+        for decoder in decoders:
+            runs, decoder.trace = decoder.trace or [], None
+            for run in runs:
+                counts.weights += head + _fixed_bytes(decoder)
+                counts.kv_cache += sum(run.kv_lens) * kv_row * len(decoder.weights.layers)
+                for layer, ids in zip(decoder.weights.layers, run.expert_ids):
+                    if isinstance(layer.mlp, MoEWeights):
+                        distinct = len(ids.unique())
+                        counts.weights += distinct * _expert_bytes(decoder.kernels, layer.mlp)
+                        counts.num_expert_reads += distinct
+                        counts.num_layer_runs += 1
+            if decoder is model.target.decoder:
+                counts.num_target_forwards += len(runs)
+            else:
+                counts.num_mtp_forwards += len(runs)
+
+
+def _fixed_bytes(decoder: Decoder) -> int:
+    """What every run reads: all weights but routed experts and embeddings."""
+    weights, kernels = decoder.weights, decoder.kernels
+    total = sum(_layer_bytes(kernels, layer) for layer in weights.layers) + weights.norm.nbytes
+    if weights.fusion is not None:
+        total += kernels.num_bytes(weights.fusion.eh_proj) + weights.fusion.enorm.nbytes + weights.fusion.hnorm.nbytes
+    return total
+
+
+def _layer_bytes(kernels: Kernels, layer: LayerWeights) -> int:
+    total = sum(kernels.num_bytes(w) for w in (layer.attention.qkv, layer.attention.o))
+    total += layer.input_norm.nbytes + layer.post_attention_norm.nbytes
+    mlp = layer.mlp
+    if isinstance(mlp, MoEWeights):
+        total += kernels.num_bytes(mlp.router) + mlp.correction_bias.nbytes
+        mlp = mlp.shared
+    return total + _mlp_bytes(kernels, mlp)
+
+
+def _mlp_bytes(kernels: Kernels, mlp: MLPWeights) -> int:
+    return kernels.num_bytes(mlp.gate_up) + kernels.num_bytes(mlp.down)
+
+
+def _expert_bytes(kernels: Kernels, moe: MoEWeights) -> int:
+    return _mlp_bytes(kernels, moe.experts) // len(moe.correction_bias)
+
+
+def describe(samples: list[float]) -> tuple[float, float, float]:
+    """(lower quartile, median, upper quartile)."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, median, high
