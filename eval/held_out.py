@@ -15,7 +15,6 @@ import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +64,10 @@ class ExpertCounter:
         model = engine.runtime.model
         assert model.mtp is not None
         num_layers = model.config.num_hidden_layers
-        self.decoders = {model.target.decoder: [f"layer {i}" for i in range(num_layers)], model.mtp.decoder: ["MTP layer"]}
+        self.decoders = {
+            model.target.decoder: [f"layer {i}" for i in range(num_layers)],
+            model.mtp.decoder: ["MTP layer"],
+        }
         self.num_experts = model.config.n_routed_experts
         self.counts: dict[str, Tensor] = {}
 

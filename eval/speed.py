@@ -70,7 +70,9 @@ class SpeedOptions:
                 if not low <= value <= high:
                     raise ValueError(f"{name}: {value} must be from {low} to {high}")
         if not self.batch_sizes or 0 not in self.draft_lengths:
-            raise ValueError("batch_sizes must not be empty, and draft_lengths must have 0: it is what others are compared to")
+            raise ValueError(
+                "batch_sizes must not be empty, and draft_lengths must have 0: it is what others are compared to"
+            )
 
 
 @dataclass
@@ -118,7 +120,9 @@ class Subject:
     def __init__(self, engine: Engine, options: SpeedOptions) -> None:
         self.engine, self.options = engine, options
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, num_draft_tokens: int) -> tuple[float, list[GenerationOutput]]:
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int, num_draft_tokens: int
+    ) -> tuple[float, list[GenerationOutput]]:
         params = [
             SamplingParams(
                 max_tokens=max_tokens, temperature=self.options.temperature, seed=seed, ignore_eos=True,
@@ -228,7 +232,9 @@ def measure_speed(options: SpeedOptions, progress: Callable[[str], None] = lambd
     for cell in report.decoding:
         if cell.engine == ours.name:
             ours.inspect(_groups(prompts, cell.batch_size, options.num_prompts), cell)
-            cell.predicted = report.costs.predict(cell.batch_size, cell.num_draft_tokens, cell.mean_acceptance_length or 1.0)
+            cell.predicted = report.costs.predict(
+                cell.batch_size, cell.num_draft_tokens, cell.mean_acceptance_length or 1.0
+            )
     return report
 
 
@@ -250,7 +256,8 @@ def _measure_decoding(
     report.decoding = [cell for _, cell in cells]
     for repeat in range(options.repeats + 1):  # the first one warms up
         for subject, cell in cells:
-            progress(f"repeat {repeat} of {options.repeats}: {cell.engine}, batch {cell.batch_size}, K {cell.num_draft_tokens}")
+            what = f"{cell.engine}, batch {cell.batch_size}, K {cell.num_draft_tokens}"
+            progress(f"repeat {repeat} of {options.repeats}: {what}")
             groups = _groups(prompts, cell.batch_size, options.num_prompts)
             subject.measure(groups[:1] if repeat == 0 else groups, cell)
             if repeat == 0:

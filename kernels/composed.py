@@ -5,6 +5,7 @@ Shapes: T packed tokens, H hidden, D head_dim, Hq/Hkv query/KV heads, E experts,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from specdec.kernels.interface import (
     MLPWeights,
     MoEWeights,
 )
+
+Choose = Callable[[int, Tensor], Tensor]
+"""(step, normed [B', H]) -> ids [B'] of the sequences that still draft."""
 
 
 def mlp(kernels: Kernels, x: Tensor, gate_up: Any, down: Any) -> Tensor:
@@ -49,6 +53,50 @@ def decode(
         chosen = None if expert_ids is None else expert_ids[i]
         x = _layer(kernels, decoder, layer, x, positions, metadata, kv_cache[i], chosen)
     return DecoderOutput(kernels.rms_norm(x, decoder.norm, decoder.shape.rms_norm_eps), x)
+
+
+def draft_chain(
+    kernels: Kernels,
+    decoder: Any,
+    last: DecoderOutput,
+    positions: list[int],
+    page_tables: list[list[int]],
+    kv_cache: Tensor,
+    counts: list[int],
+    choose: Choose,
+    *,
+    recycle_unnormed: bool,
+    expert_ids: Tensor | None = None,
+) -> Tensor:
+    """`Kernels.draft_chain` with any choice of tokens."""
+    drafts = torch.full((len(counts), counts[0]), -1, dtype=torch.int64, device=kv_cache.device)
+    for step in range(counts[0]):
+        active = sum(count > step for count in counts)
+        if step > 0:
+            hidden = last.unnormed if recycle_unnormed else last.normed
+            at = [position + step for position in positions[:active]]
+            metadata = _single_rows(at, page_tables[:active], kv_cache)
+            last = kernels.decode(
+                decoder, drafts[:active, step - 1].contiguous(), hidden[:active],
+                torch.tensor(at, device=kv_cache.device), metadata, kv_cache,
+                None if expert_ids is None else expert_ids[step - 1, :, :active],
+            )  # fmt: skip
+        drafts[:active, step] = choose(step, last.normed[:active])
+        if drafts[:active, step].min() < 0:
+            break
+    return drafts
+
+
+def _single_rows(positions: list[int], page_tables: list[list[int]], kv_cache: Tensor) -> AttentionMetadata:
+    """One row per sequence, at the given positions."""
+    size = kv_cache.shape[3]
+    slots = [table[at // size] * size + at % size for at, table in zip(positions, page_tables)]
+    return AttentionMetadata(
+        query_lens=[1] * len(positions),
+        kv_lens=[at + 1 for at in positions],
+        page_tables=page_tables,
+        slot_mapping=torch.tensor(slots, device=kv_cache.device),
+    )
 
 
 def _fuse(kernels: Kernels, shape: DecoderShape, fusion: FusionWeights, embeds: Tensor, previous: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ H hidden, I expert width, E experts, k experts per token, V vocabulary. A KV cac
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -14,16 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class PackedPages:
-    """int64 on the CPU: query_starts, page_starts [B + 1], kv_lens [B], and all page tables in one row."""
-
-    query_starts: Tensor
-    kv_lens: Tensor
-    page_starts: Tensor
-    pages: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,13 +31,13 @@ class AttentionMetadata:
     slot_mapping: Tensor  # [T] int64: page * page_size + offset of each token
 
     @cached_property
-    def packed(self) -> PackedPages:
-        """The lists as tensors, made once for all layers of a forward."""
-        num = len(self.kv_lens)
+    def packed(self) -> array[int]:
+        """The lists as int64 in one row, made once for all layers of a forward: query_starts [B + 1], kv_lens [B],
+        page_starts [B + 1], then all page tables."""
         lists = [0, *accumulate(self.query_lens), *self.kv_lens, 0, *accumulate(map(len, self.page_tables))]
         for table in self.page_tables:
             lists += table
-        return PackedPages(*torch.tensor(lists).split([num + 1, num, num + 1, len(lists) - 3 * num - 2]))
+        return array("q", lists)
 
 
 @dataclass(frozen=True)
@@ -140,8 +131,8 @@ class DecoderOutput(NamedTuple):
 class Kernels(Protocol):
     """A backend: chosen once by `specdec.kernels.select`, then called without further questions.
 
-    dtype: of the matrices as they are loaded. activation_dtype: of everything else that flows through the model, biases and
-    norm weights included. cache_dtypes: what a KV cache may be stored in.
+    dtype: of the matrices as they are loaded. activation_dtype: of everything else that flows through the
+    model, biases and norm weights included. cache_dtypes: what a KV cache may be stored in.
     """
 
     name: str
@@ -237,6 +228,29 @@ class Kernels(Protocol):
         [layers, pages, 2, page_size, Hkv, D], appended to. expert_ids [layers, T, k] int64 is filled with every
         row's choices, where a layer has experts. Equals `specdec.kernels.composed.decode`, to the bit where the
         backend is row-invariant.
+        """
+        ...
+
+    def draft_chain(
+        self,
+        decoder: Any,
+        head: Any,
+        last: DecoderOutput,
+        positions: list[int],
+        page_tables: list[list[int]],
+        kv_cache: Tensor,
+        counts: list[int],
+        *,
+        recycle_unnormed: bool,
+        expert_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Greedy drafts of a prepared MTP layer: draft 1 is the argmax of `last` [B, H], the outputs at `positions`;
+        each later one that of one more row, which takes the draft before and the output before.
+
+        counts [B] >= 1, descending: drafts of each sequence. page_tables [B]; kv_cache [1, pages, 2, page_size, Hkv,
+        D], appended to. recycle_unnormed: feed back the output before the final norm. expert_ids [K-1, 1, B, k]
+        int64 is filled with the experts of each step's rows. -> ids [B, K] int64, -1 beyond a sequence's count and
+        from a step on whose logits are not finite.
         """
         ...
 

@@ -126,6 +126,24 @@ class ReferenceKernels:
     ) -> DecoderOutput:
         return composed.decode(self, decoder, input_ids, previous, positions, metadata, kv_cache, expert_ids)
 
+    def draft_chain(
+        self,
+        decoder: DecoderWeights,
+        head: Tensor,
+        last: DecoderOutput,
+        positions: list[int],
+        page_tables: list[list[int]],
+        kv_cache: Tensor,
+        counts: list[int],
+        *,
+        recycle_unnormed: bool,
+        expert_ids: Tensor | None = None,
+    ) -> Tensor:
+        return composed.draft_chain(
+            self, decoder, last, positions, page_tables, kv_cache, counts,
+            lambda _, normed: self.head_argmax(normed, head), recycle_unnormed=recycle_unnormed, expert_ids=expert_ids,
+        )  # fmt: skip
+
     def head_argmax(self, x: Tensor, head: Tensor) -> Tensor:
         logits = self.linear(x, head)
         best = lowest_argmax(logits)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels import AttentionMetadata, DecoderOutput, Kernels
+from specdec.kernels.composed import Choose, draft_chain
 from specdec.kernels.interface import AttentionWeights, DecoderWeights, LayerWeights, MLPWeights, MoEWeights
 from specdec.model.config import Glm4MoeConfig
 
@@ -281,3 +282,35 @@ class Decoder:
             chosen = input_ids.new_full((len(self.weights.layers), len(input_ids), top_k), -1)
             self.trace.append(DecoderRun(chosen, metadata.kv_lens))
         return self.kernels.decode(self.prepared, input_ids, previous, positions, metadata, kv_cache, chosen)
+
+    def draft_chain(
+        self,
+        head: Any,
+        last: DecoderOutput,
+        positions: list[int],
+        page_tables: list[list[int]],
+        kv_cache: Tensor,
+        counts: list[int],
+        choose: Choose | None,
+        *,
+        recycle_unnormed: bool,
+    ) -> Tensor:
+        """See `Kernels.draft_chain`; with `choose`, `specdec.kernels.composed.draft_chain`."""
+        chosen = None
+        if self.trace is not None:
+            top_k = self.weights.shape.routing.num_experts_per_tok
+            chosen = torch.full((counts[0] - 1, 1, len(counts), top_k), -1)
+            active = [sum(count > step for count in counts) for step in range(1, counts[0])]
+            self.trace += [
+                DecoderRun(ids[:, :n], [at + step + 1 for at in positions[:n]])
+                for step, (ids, n) in enumerate(zip(chosen, active), 1)
+            ]
+        if choose is None:
+            return self.kernels.draft_chain(
+                self.prepared, head, last, positions, page_tables, kv_cache, counts,
+                recycle_unnormed=recycle_unnormed, expert_ids=chosen,
+            )  # fmt: skip
+        return draft_chain(
+            self.kernels, self.prepared, last, positions, page_tables, kv_cache, counts, choose,
+            recycle_unnormed=recycle_unnormed, expert_ids=chosen,
+        )  # fmt: skip

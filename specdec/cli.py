@@ -334,7 +334,9 @@ def speed(
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Requests at once.")] = "1,2,4,8,16",
     draft_lengths: Annotated[str, typer.Option(help="K, with 0 for plain decoding.")] = "0,1,2,3,4,5",
-    prefill_lengths: Annotated[str, typer.Option(help="Prompt lengths; those beyond the context are left out.")] = "512,2048",
+    prefill_lengths: Annotated[
+        str, typer.Option(help="Prompt lengths; those beyond the context are left out.")
+    ] = "512,2048",
     temperature: Annotated[float, typer.Option(help="0 is greedy. Peers are always greedy.")] = 0.0,
     num_prompts: Annotated[int, typer.Option(help="Prompts per setting, in groups of the batch size.")] = 4,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 32,

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.batch import Extend, ForwardBatch, build_batch
+from specdec.batch import Extend, build_batch
 from specdec.config import Recycling
 from specdec.errors import ModelError
 from specdec.kernels import DecoderOutput
+from specdec.kernels.composed import Choose
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.mtp import MTPLayer
 from specdec.rng import Stream, uniforms
@@ -76,20 +77,39 @@ class MTPDrafter:
         order.sort(key=lambda b: -scheduled[b].num_draft_tokens)
         if not order:
             return DraftResult(token_ids, None)
-        output = self._extend([scheduled[b].sequence for b in order])
-        for step in range(scheduled[order[0]].num_draft_tokens):
-            active = [b for b in order if scheduled[b].num_draft_tokens > step]
-            sequences = [scheduled[b].sequence for b in active]
-            if step > 0:
-                output = self._step(sequences, output, [token_ids[b][-1] for b in active], step)
-            hidden = output.normed[: len(active)]
-            if probs is None:
-                tokens = require_finite(self.target.choose_tokens(hidden))
-            else:
-                tokens, probs[active, step] = sample_drafts(sequences, self.target.compute_logits(hidden), step)
-            for b, token in zip(active, tokens.tolist()):
-                token_ids[b].append(token)
+        last = self._extend([scheduled[b].sequence for b in order])
+        drafting = [b for b in order if scheduled[b].num_draft_tokens > 0]
+        if drafting:
+            counts = [scheduled[b].num_draft_tokens for b in drafting]
+            sequences = [scheduled[b].sequence for b in drafting]
+            choose = None if probs is None else self._sampler(sequences, probs, drafting)
+            ids = self._chain(sequences, last, counts, choose).tolist()
+            for b, row, count in zip(drafting, ids, counts):
+                token_ids[b] = _finite(row[:count])
         return DraftResult(token_ids, probs)
+
+    def _chain(self, sequences: Seq[Sequence], last: DecoderOutput, counts: list[int], choose: Choose | None) -> Tensor:
+        """Drafts [B, K]; each step takes the layer's own output and the draft before it."""
+        return self.mtp.draft_chain(
+            self.target.lm_head.packed["weight"],
+            last,
+            [len(s.token_ids) - 2 for s in sequences],  # of the last pairs
+            [s.page_table for s in sequences],
+            self.kv_cache,
+            counts,
+            choose,
+            recycle_unnormed=self.recycling == "pre_norm",
+        )
+
+    def _sampler(self, sequences: Seq[Sequence], probs: Tensor, rows: list[int]) -> Choose:
+        """Sampled drafts, whose distributions go to probs [B, K, V] at `rows`."""
+
+        def choose(step: int, normed: Tensor) -> Tensor:
+            logits = self.target.compute_logits(normed)
+            tokens, probs[rows[: len(normed)], step] = sample_drafts(sequences[: len(normed)], logits, step)
+            return tokens
+
+        return choose
 
     def _room_for_probs(self, scheduled: Seq[ScheduledSequence]) -> Tensor | None:
         """[B, K, V] where a sequence samples its drafts."""
@@ -108,30 +128,16 @@ class MTPDrafter:
             first = s.num_mtp_tokens
             extends.append(Extend(s.token_ids[first + 1 : first + 1 + len(rows)], first, s.page_table))
         batch = build_batch(extends, self.page_size, self.kv_cache.device)
-        output = self._run(hidden[0] if len(hidden) == 1 else torch.cat(hidden), batch)
+        previous = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        output = self.mtp.draft(previous, batch.input_ids, batch.positions, batch.metadata, self.kv_cache)
         if len(extends) == 1:
             return DecoderOutput(output.normed[-1:], output.unnormed[-1:])
         last = [start + extend_len - 1 for start, extend_len in zip(batch.row_starts, batch.metadata.query_lens)]
         return DecoderOutput(output.normed[last], output.unnormed[last])
 
-    def _step(
-        self, sequences: Seq[Sequence], previous: DecoderOutput, drafts: list[int], step: int
-    ) -> DecoderOutput:
-        """One more row per sequence: (the layer's own previous output, the draft before)."""
-        recycled = previous.normed if self.recycling == "post_norm" else previous.unnormed
-        extends = [
-            Extend([draft], len(s.token_ids) - 2 + step, s.page_table) for s, draft in zip(sequences, drafts)
-        ]
-        batch = build_batch(extends, self.page_size, self.kv_cache.device)
-        return self._run(recycled[: len(sequences)], batch)
 
-    def _run(self, hidden: Tensor, batch: ForwardBatch) -> DecoderOutput:
-        return self.mtp.draft(hidden, batch.input_ids, batch.positions, batch.metadata, self.kv_cache)
-
-
-def require_finite(token_ids: Tensor) -> Tensor:
-    """What `choose_tokens` chose; ModelError where it could not."""
-    if token_ids.min() < 0:
+def _finite(token_ids: list[int]) -> list[int]:
+    if min(token_ids) < 0:
         raise ModelError("the MTP layer's logits are not finite: its weights are broken, or its dtype overflows")
     return token_ids
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from specdec.config import SamplingParams
-from specdec.kernels.reference import lowest_argmax as greedy_tokens
+from specdec.kernels.reference import lowest_argmax
+
+greedy_tokens = lowest_argmax
 
 
 def transform_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

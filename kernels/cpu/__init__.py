@@ -5,9 +5,11 @@ Weights are fp32, bf16 or int8, packed once at load; activations and accumulatio
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import byref
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -108,8 +110,8 @@ class CpuKernels:
         rows, k = logits.shape[0], config.num_experts_per_tok
         ids, weights = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
         self._library.sd_route(
-            logits.data_ptr(), correction_bias.data_ptr(), rows, byref(routing_struct(config, logits.shape[1])), ids.data_ptr(),
-            weights.data_ptr(), _num_threads(),
+            logits.data_ptr(), correction_bias.data_ptr(), rows, byref(routing_struct(config, logits.shape[1])),
+            ids.data_ptr(), weights.data_ptr(), _num_threads(),
         )  # fmt: skip
         return ids, weights
 
@@ -160,11 +162,39 @@ class CpuKernels:
         normed, unnormed = torch.empty(shape), torch.empty(shape)
         forward = native.Forward(
             len(input_ids), input_ids.data_ptr(), positions.data_ptr(), metadata.slot_mapping.data_ptr(),
-            address(previous), _batch(metadata), _cache(kv_cache[0]), kv_cache.stride(0), normed.data_ptr(),
+            address(previous), _batch(metadata), _cache(kv_cache), kv_cache.stride(0), normed.data_ptr(),
             unnormed.data_ptr(), address(expert_ids),
         )  # fmt: skip
         self._library.sd_decode(byref(decoder.struct), byref(forward), _num_threads())
         return DecoderOutput(normed, unnormed)
+
+    def draft_chain(
+        self,
+        decoder: PreparedDecoder,
+        head: PackedWeight,
+        last: DecoderOutput,
+        positions: list[int],
+        page_tables: list[list[int]],
+        kv_cache: Tensor,
+        counts: list[int],
+        *,
+        recycle_unnormed: bool,
+        expert_ids: Tensor | None = None,
+    ) -> Tensor:
+        num = len(counts)
+        lists = [*counts, *positions, 0, *accumulate(map(len, page_tables))]
+        for table in page_tables:
+            lists += table
+        ints = array("q", lists)
+        counts_at = ints.buffer_info()[0]
+        drafts = torch.empty(num, counts[0], dtype=torch.int64)
+        normed, recycled = last.normed.contiguous(), (last.unnormed if recycle_unnormed else last.normed).contiguous()
+        chain = native.Chain(
+            num, counts_at, counts_at + 8 * num, counts_at + 16 * num, counts_at + 24 * num + 8, _cache(kv_cache),
+            normed.data_ptr(), recycled.data_ptr(), recycle_unnormed, drafts.data_ptr(), address(expert_ids),
+        )  # fmt: skip
+        self._library.sd_draft_chain(byref(decoder.struct), byref(head.matrix()), byref(chain), _num_threads())
+        return drafts
 
     def head_argmax(self, x: Tensor, head: PackedWeight) -> Tensor:
         x = x.contiguous()
@@ -175,9 +205,7 @@ class CpuKernels:
     def softmax(self, logits: Tensor, scales: Tensor) -> Tensor:
         logits, scales = logits.contiguous(), scales.contiguous()
         probs = torch.empty_like(logits)
-        self._library.sd_softmax(
-            logits.data_ptr(), scales.data_ptr(), *logits.shape, probs.data_ptr(), _num_threads()
-        )
+        self._library.sd_softmax(logits.data_ptr(), scales.data_ptr(), *logits.shape, probs.data_ptr(), _num_threads())
         return probs
 
     def read(self, buffer: Tensor) -> None:
@@ -211,14 +239,11 @@ def _cut(y: Tensor, size: int) -> Tensor:
 
 
 def _cache(kv_cache: Tensor) -> native.Cache:
-    """One layer's, [pages, 2, page_size, Hkv, D]."""
+    """[..., pages, 2, page_size, Hkv, D]: of one layer, or of the first of several."""
     assert kv_cache.is_contiguous()
-    return native.Cache(kv_cache.data_ptr(), DTYPES[kv_cache.dtype], *kv_cache.shape[2:])
+    return native.Cache(kv_cache.data_ptr(), DTYPES[kv_cache.dtype], *kv_cache.shape[-3:])
 
 
 def _batch(metadata: AttentionMetadata) -> native.Batch:
-    packed = metadata.packed
-    return native.Batch(
-        len(metadata.kv_lens), packed.query_starts.data_ptr(), packed.kv_lens.data_ptr(),
-        packed.page_starts.data_ptr(), packed.pages.data_ptr(),
-    )  # fmt: skip
+    num, starts = len(metadata.kv_lens), metadata.packed.buffer_info()[0]
+    return native.Batch(num, starts, starts + 8 * (num + 1), starts + 8 * (2 * num + 1), starts + 8 * (3 * num + 2))

@@ -68,6 +68,14 @@ class Forward(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Chain(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("num_sequences", c_int64), ("counts", c_void_p), ("positions", c_void_p), ("page_starts", c_void_p),
+        ("pages", c_void_p), ("cache", Cache), ("normed", c_void_p), ("recycled", c_void_p),
+        ("recycle_unnormed", c_int32), ("drafts", c_void_p), ("expert_ids", c_void_p),
+    ]  # fmt: skip
+
+
 _P, _I, _T = c_void_p, c_int64, c_int32  # pointer, size, number of threads
 _SIGNATURES: dict[str, list[type]] = {
     "sd_pack": [_P, c_int32, _I, _I, _P],
@@ -82,6 +90,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "sd_append": [_P, _P, _P, _I, _I, _P, _I],
     "sd_attention": [_P, _P, _I, _P, _I, _P, _T],
     "sd_decode": [_P, _P, _T],
+    "sd_draft_chain": [_P, _P, _P, _T],
     "sd_head_argmax": [_P, _P, _I, _P, _T],
     "sd_softmax": [_P, _P, _I, _I, _P, _T],
     "sd_read": [_P, _I, _P, _T],

@@ -33,8 +33,8 @@ from specdec import (
 )
 from specdec.batch import Extend, build_batch
 from specdec.draft import DraftResult, MTPDrafter
-from specdec.kv_cache import allocate_kv_cache
 from specdec.kernels import DecoderOutput
+from specdec.kv_cache import allocate_kv_cache
 from specdec.model.mtp import MTPLayer
 from specdec.scheduler import ScheduledSequence
 
@@ -126,7 +126,7 @@ def test_drafts_use_the_requests_transform(engine: Engine) -> None:
 
 
 def test_no_speculation_means_no_mtp_work(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MTPDrafter, "_run", lambda *_: pytest.fail("the MTP layer ran"))
+    monkeypatch.setattr(MTPLayer, "draft", lambda *_: pytest.fail("the MTP layer ran"))
     assert len(engine.generate("abc", greedy(0, max_tokens=5))[0].token_ids) == 5
 
 

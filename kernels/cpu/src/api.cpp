@@ -5,7 +5,7 @@
 #include <functional>
 
 #include "decoder.h"
-#include "sampling.h"
+#include "draft.h"
 
 using namespace specdec;
 
@@ -110,28 +110,16 @@ void sd_attention(const Cache* cache, const Batch* batch, int64_t heads, const f
            [&](const Team& team) { attend(*cache, *batch, heads, q, q_stride, out, heads * cache->head_dim, team); });
 }
 
-void sd_decode(const Decoder* decoder, const Forward* forward, int32_t threads) {
-  static thread_local Workspace kept;
-  Workspace& workspace = kept;  // the caller's, for all threads
-  prepare(*decoder, *forward, threads, workspace);
-  parallel(threads, LEAST_SHARED_WORK, [&](const Team& team) { DecoderRun(*decoder, *forward, team, workspace).run(); });
+void sd_decode(const Decoder* decoder, const Forward* forward, int32_t threads) { decode(*decoder, *forward, threads); }
+
+// Greedy drafts; see specdec.kernels.interface.Kernels.draft_chain
+void sd_draft_chain(const Decoder* decoder, const Matrix* head, const Chain* chain, int32_t threads) {
+  draft_chain(*decoder, *head, *chain, threads);
 }
 
 // x [rows, in] -> the best output's id per row, -1 where one is not finite
 void sd_head_argmax(const Matrix* head, const float* x, int64_t rows, int64_t* ids, int32_t threads) {
-  std::vector<Best> best(threads * rows);
-  parallel(threads, head->out * head->in, [&](const Team& team) {
-    score_head(*head, {x, head->in, nullptr, rows}, best.data() + team.thread * rows, team);
-  });
-  for (int64_t r = 0; r < rows; ++r) {
-    Best all = best[r];
-    for (int t = 1; t < threads; ++t) {
-      const Best& other = best[t * rows + r];
-      all.finite &= other.finite;
-      all.offer(other.value, other.id);
-    }
-    ids[r] = all.finite ? all.id : -1;
-  }
+  head_argmax(*head, {x, head->in, nullptr, rows}, ids, threads);
 }
 
 // logits [rows, size], scales [rows] -> probabilities

@@ -275,4 +275,11 @@ class DecoderRun {
   const Range mine_;
 };
 
+inline void decode(const Decoder& decoder, const Forward& forward, int threads) {
+  static thread_local Workspace kept;
+  Workspace& workspace = kept;  // the caller's, for all threads
+  prepare(decoder, forward, threads, workspace);
+  parallel(threads, LEAST_SHARED_WORK, [&](const Team& team) { DecoderRun(decoder, forward, team, workspace).run(); });
+}
+
 }  // namespace specdec

@@ -47,6 +47,22 @@ inline void score_head(const Matrix& head, const Rows& rows, Best* best, const T
   }
 }
 
+// The best output's id per row, -1 where one is not finite.
+inline void head_argmax(const Matrix& head, const Rows& rows, int64_t* ids, int threads) {
+  std::vector<Best> best(threads * rows.count);
+  parallel(threads, head.out * head.in,
+           [&](const Team& team) { score_head(head, rows, best.data() + team.thread * rows.count, team); });
+  for (int64_t r = 0; r < rows.count; ++r) {
+    Best all = best[r];
+    for (int t = 1; t < threads; ++t) {
+      const Best& other = best[t * rows.count + r];
+      all.finite &= other.finite;
+      all.offer(other.value, other.id);
+    }
+    ids[r] = all.finite ? all.id : -1;
+  }
+}
+
 // y = softmax(x * scale)
 inline void softmax(const float* x, float scale, int64_t size, float* y) {
   V top = set1(-INFINITY);
