@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT := class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n
 
-.PHONY: demo test lint check format clean
+.PHONY: demo test lint check sanitize format clean
 
 demo: .venv/run.stamp  ## generate from the bundled checkpoint
 	printf '$(PROMPT)' | $(BIN)/specdec generate --prompt-file - --max-tokens 96 --temperature 0.6 --seed 1
@@ -22,6 +22,13 @@ lint: .venv/dev.stamp  ## format, lint, types, import layers
 	cd build/installed && ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 check: lint test  ## what CI runs
+
+# The sanitizers' libraries must be there before Python; leaks are Python's own. GCC only.
+SANITIZED := tests/kernels/test_cpu.py tests/kernels/test_cpu_decoder.py tests/engine/test_row_invariance.py
+sanitize: .venv/test.stamp  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	CXX=g++ SPECDEC_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/python -m pytest $(SANITIZED) -k "not thread_pool"
 
 format: .venv/dev.stamp  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .

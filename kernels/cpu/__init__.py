@@ -41,8 +41,11 @@ class CpuKernels:
     activation_dtype = torch.float32
     cache_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
-    def __init__(self, weight_dtype: torch.dtype, load_dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, weight_dtype: torch.dtype, load_dtype: torch.dtype = torch.bfloat16, architecture: str = "native"
+    ) -> None:
         """weight_dtype: float32, bfloat16, or int8, which is quantised from load_dtype, per output channel.
+        architecture: what the compiler builds for; results do not depend on it.
 
         Raises KernelsUnavailableError, and ValueError for another dtype.
         """
@@ -50,7 +53,7 @@ class CpuKernels:
             raise ValueError(f"kernels='cpu' have weights in float32, bfloat16 or int8, not {weight_dtype}")
         self.device, self.weight_dtype = torch.device("cpu"), weight_dtype
         self.dtype = load_dtype if weight_dtype == torch.int8 else weight_dtype
-        self._library: Any = native.load_library()
+        self._library: Any = native.load_library(architecture)
 
     def pack(self, weight: Tensor, *, full_precision: bool = False) -> PackedWeight:
         return pack(self._library, weight, weight.dtype if full_precision else self.weight_dtype)

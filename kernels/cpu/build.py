@@ -13,17 +13,20 @@ from pathlib import Path
 from specdec.kernels.errors import KernelsUnavailableError
 
 SOURCES = Path(__file__).parent / "src"
-FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
 COMPILERS = ("g++", "clang++")
 
 
-def library_path() -> Path:
-    """The compiled library; compiles it where the cache does not hold it yet. Raises
-    KernelsUnavailableError."""
+def library_path(architecture: str = "native") -> Path:
+    """The compiled library; compiles it where the cache does not hold it yet. Raises KernelsUnavailableError.
+
+    architecture: the compiler's -march. The environment's SPECDEC_CXXFLAGS are added to the flags.
+    """
     compiler = _find_compiler()
-    path = cache_folder() / f"specdec-{_key(compiler)}.so"
+    flags = [*FLAGS, f"-march={architecture}", *os.environ.get("SPECDEC_CXXFLAGS", "").split()]
+    path = cache_folder() / f"specdec-{_key(compiler, flags)}.so"
     if not path.exists():
-        _compile(compiler, path)
+        _compile(compiler, flags, path)
     return path
 
 
@@ -39,12 +42,12 @@ def _find_compiler() -> str:
     raise KernelsUnavailableError(f"no C++ compiler was found ({' or '.join(COMPILERS)}, or the one CXX names)")
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, flags: list[str]) -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    for part in (compiler, version, *FLAGS, _processor()):
+    for part in (compiler, version, *flags, _processor()):
         digest.update(part.encode())
     return digest.hexdigest()[:20]
 
@@ -60,7 +63,7 @@ def _processor() -> str:
     )
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, flags: list[str], path: Path) -> None:
     """Into a file of its own, then renamed: processes that do it at once each end with a whole library."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +73,7 @@ def _compile(compiler: str, path: Path) -> None:
             f"the cache {path.parent} cannot be written: {error} (SPECDEC_CACHE moves it)"
         ) from error
     os.close(handle)
-    command = [compiler, *FLAGS, str(SOURCES / "api.cpp"), "-o", temporary]
+    command = [compiler, *flags, str(SOURCES / "api.cpp"), "-o", temporary]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:

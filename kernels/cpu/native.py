@@ -98,9 +98,9 @@ _SIGNATURES: dict[str, list[type]] = {
 }
 
 
-def load_library() -> ctypes.CDLL:
+def load_library(architecture: str) -> ctypes.CDLL:
     """Compiles if need be, and declares every function. Raises KernelsUnavailableError."""
-    library = ctypes.CDLL(str(library_path()))
+    library = ctypes.CDLL(str(library_path(architecture)))
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = None, arguments

@@ -33,7 +33,7 @@ from specdec import (
 )
 from specdec.batch import Extend, build_batch
 from specdec.draft import DraftResult, MTPDrafter
-from specdec.kernels import DecoderOutput
+from specdec.kernels.reference import ReferenceKernels
 from specdec.kv_cache import allocate_kv_cache
 from specdec.model.mtp import MTPLayer
 from specdec.scheduler import ScheduledSequence
@@ -96,13 +96,15 @@ def test_each_draft_step_is_fed_what_it_should(tmp_path: Path, monkeypatch: pyte
     """The extend gets the target's hidden states after its final norm; later steps the layer's own last output."""
     engine = Engine.from_pretrained(write_checkpoint(tmp_path), kernels="reference", mtp_recycling=recycling)
     calls = []
-    draft = MTPLayer.draft
+    decode = ReferenceKernels.decode
 
-    def recording(self: MTPLayer, previous: torch.Tensor, *arguments: object) -> DecoderOutput:
-        calls.append((previous, draft(self, previous, *arguments)))
-        return calls[-1][1]
+    def recording(self: ReferenceKernels, decoder: object, ids: object, previous: object, *rest: object) -> object:
+        output = decode(self, decoder, ids, previous, *rest)
+        if previous is not None:
+            calls.append((previous, output))
+        return output
 
-    monkeypatch.setattr(MTPLayer, "draft", recording)
+    monkeypatch.setattr(ReferenceKernels, "decode", recording)
     prompt = [5, 6, 7, 8]
     engine.generate(
         prompt, SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, speculation=SpeculationParams(3))
@@ -379,7 +381,7 @@ def test_requests_that_cannot_run_are_refused_before_anything_runs(planted: Path
 
 def test_a_failing_step_leaves_the_engine_usable(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(MTPDrafter, "_run", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+        patch.setattr(MTPLayer, "draft", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
             engine.generate(PROMPTS, greedy(3))
         with pytest.raises(RuntimeError, match="broken"):

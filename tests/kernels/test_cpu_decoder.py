@@ -1,0 +1,177 @@
+"""The C++ decoder and draft chain: the same bits as their composition from single operations."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
+from specdec.batch import Extend, build_batch
+from specdec.kernels import DecoderOutput, composed
+from specdec.kernels.cpu import CpuKernels
+from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
+
+pytestmark = NEEDS_COMPILER
+CPU = torch.device("cpu")
+PAGE_SIZE, LENGTH = 5, 60
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "odd sizes": {
+        "hidden_size": 96, "head_dim": 32, "vocab_size": 173, "moe_intermediate_size": 40, "intermediate_size": 50,
+        "n_routed_experts": 6, "attention_bias": False, "use_qk_norm": False,
+    },
+    "groups, two shared experts": {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "routed_scaling_factor": 2.5},
+    "a router too large to repeat": {"hidden_size": 200, "n_routed_experts": 256, "num_experts_per_tok": 5},
+    "no experts at all": {"first_k_dense_replace": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), tiny_config(**CONFIGS[request.param]))
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
+def model(request: pytest.FixtureRequest, folder: Path) -> LoadedModel:
+    return load_model(CheckpointIndex.open(folder), CpuKernels(request.param, torch.float32))
+
+
+@pytest.fixture(params=[1, 2, 3], autouse=True)
+def _threads(request: pytest.FixtureRequest) -> object:
+    """Three are more than some machines have: slow there, but not wrong."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def caches(model: LoadedModel, dtype: torch.dtype) -> list[Tensor]:
+    """Two equal ones, unwritten slots NaN."""
+    c, pages = model.config, 8 * -(-LENGTH // PAGE_SIZE)
+    shape = (c.num_hidden_layers + 1, pages, 2, PAGE_SIZE, c.num_key_value_heads, c.head_dim)
+    return [torch.full(shape, float("nan"), dtype=dtype) for _ in range(2)]
+
+
+def table(sequence: int) -> list[int]:
+    pages = -(-LENGTH // PAGE_SIZE)
+    return list(range(sequence * pages, (sequence + 1) * pages))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16], ids=["kv-fp32", "kv-bf16"])
+def test_a_decoder_is_its_operations_to_the_bit(model: LoadedModel, kv_dtype: torch.dtype) -> None:
+    kernels, vocab = model.target.kernels, model.config.vocab_size
+    fused, single = caches(model, kv_dtype)
+    rng = random.Random(0)
+    lengths = [0] * 8
+    for rows in [1, 2, 3, 5, 8, 17, 30, 60]:  # from rows that every thread repeats to rows that they share
+        sequences = rng.sample(range(8), min(rows, rng.randint(1, 8)))
+        extends = []
+        for i, s in enumerate(sequences):
+            count = min(rows // len(sequences) + (i < rows % len(sequences)), LENGTH - lengths[s])
+            extends.append(Extend([rng.randrange(vocab) for _ in range(count)], lengths[s], table(s)))
+            lengths[s] += count
+        batch = build_batch([e for e in extends if e.token_ids], PAGE_SIZE, CPU)
+        num = len(batch.input_ids)
+        previous = torch.randn(num, model.config.hidden_size, generator=torch.Generator().manual_seed(rows))
+        assert model.mtp is not None
+        for decoder, hidden, layers in (
+            (model.target.decoder, None, slice(-1)),
+            (model.mtp.decoder, previous, slice(-1, None)),
+        ):
+            ids = [
+                torch.full((len(decoder.weights.layers), num, model.config.num_experts_per_tok), -1) for _ in range(2)
+            ]
+            ours = kernels.decode(
+                decoder.prepared, batch.input_ids, hidden, batch.positions, batch.metadata, fused[layers], ids[0]
+            )
+            theirs = composed.decode(
+                kernels,
+                decoder.weights,
+                batch.input_ids,
+                hidden,
+                batch.positions,
+                batch.metadata,
+                single[layers],
+                ids[1],
+            )
+            assert torch.equal(ours.normed, theirs.normed)
+            assert torch.equal(ours.unnormed, theirs.unnormed)
+            assert torch.equal(*ids)
+        assert torch.equal(fused.view(torch.uint8), single.view(torch.uint8)), "the caches, NaN included"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("recycle_unnormed", [False, True])
+def test_a_draft_chain_is_its_steps_to_the_bit(model: LoadedModel, recycle_unnormed: bool) -> None:
+    kernels, mtp = model.target.kernels, model.mtp
+    assert mtp is not None
+    head = model.target.lm_head.packed["weight"]
+    for counts, positions in (([4], [7]), ([5, 3, 3, 1], [0, 11, 4, 30]), ([1, 1], [2, 9])):
+        fused, single = (c[-1:].nan_to_num(0.5) for c in caches(model, torch.float32))
+        generator = torch.Generator().manual_seed(len(counts))
+        last = DecoderOutput(
+            *(torch.randn(len(counts), model.config.hidden_size, generator=generator) for _ in range(2))
+        )
+        tables = [table(s) for s in range(len(counts))]
+        ids = [torch.full((counts[0] - 1, 1, len(counts), model.config.num_experts_per_tok), -1) for _ in range(2)]
+        ours = kernels.draft_chain(
+            mtp.decoder.prepared, head, last, positions, tables, fused, counts, recycle_unnormed=recycle_unnormed,
+            expert_ids=ids[0],
+        )  # fmt: skip
+        theirs = composed.draft_chain(
+            kernels, mtp.decoder.prepared, last, positions, tables, single, counts,
+            lambda _, normed: kernels.head_argmax(normed, head), recycle_unnormed=recycle_unnormed, expert_ids=ids[1],
+        )  # fmt: skip
+        assert torch.equal(ours, theirs)
+        assert torch.equal(*ids)
+        assert torch.equal(fused, single)
+        assert [(row >= 0).sum() for row in ours] == counts
+
+
+@torch.inference_mode()
+def test_a_chain_ends_where_logits_are_not_finite(model: LoadedModel) -> None:
+    kernels, mtp = model.target.kernels, model.mtp
+    assert mtp is not None
+    cache = caches(model, torch.float32)[0][-1:].nan_to_num(0.5)
+    normed = torch.randn(2, model.config.hidden_size)
+    normed[1, 0] = float("nan")
+    drafts = kernels.draft_chain(
+        mtp.decoder.prepared, model.target.lm_head.packed["weight"], DecoderOutput(normed, normed), [3, 4],
+        [table(0), table(1)], cache, [3, 2], recycle_unnormed=False,
+    )  # fmt: skip
+    assert (drafts >= 0).tolist() == [[True, False, False], [False, False, False]]
+
+
+@pytest.mark.parametrize("first", ["torch", "kernels"])
+def test_one_thread_pool_for_torch_and_the_kernels(first: str) -> None:
+    """As many threads as asked for, whoever starts them: neither adds any to the other's."""
+    script = f"""
+import os, torch
+torch.set_num_threads(1)
+from specdec.kernels.cpu import CpuKernels
+kernels, weight, x = CpuKernels(torch.float32), torch.ones(512, 512), torch.ones(64, 512)
+packed = kernels.pack(weight)
+def count(): return len(os.listdir("/proc/self/task"))
+def run(name): kernels.linear(x, packed) if name == "kernels" else x @ weight
+before = count()
+run("kernels"), run("torch")
+assert count() == before, "one thread asked for, more started"
+torch.set_num_threads(3)
+run({first!r})
+assert count() == before + 2, (before, count())
+for _ in range(3):
+    run("kernels"), run("torch")
+    assert count() == before + 2, (before, count())
+"""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("threads are counted through /proc")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
