@@ -28,7 +28,7 @@ SANITIZED := tests/kernels/test_cpu.py tests/kernels/test_cpu_decoder.py tests/e
 sanitize: .venv/test.stamp  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	CXX=g++ SPECDEC_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	$(BIN)/python -m pytest $(SANITIZED) -k "not thread_pool"
+	$(BIN)/python -m pytest -s $(SANITIZED) -k "not thread_pool"
 
 format: .venv/dev.stamp  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .

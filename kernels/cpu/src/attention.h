@@ -178,7 +178,7 @@ struct AttentionTask {
     const int64_t width = padded(dim());
     Pass<float>{s.values.data(), KEY_TILE * LANES, num_blocks(dim()), keys_seen, true, nullptr,
                 &s.accumulator[first * width], width}
-        .run({&s.scores[first * KEY_TILE], KEY_TILE, nullptr, count}, 0);
+        .run({&s.scores[first * KEY_TILE], KEY_TILE, nullptr, count});
   }
 };
 

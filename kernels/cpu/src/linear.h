@@ -45,19 +45,20 @@ struct Rows {
   const float* operator[](int64_t r) const { return x + (index ? index[r] : r) * stride; }
 };
 
+// GROUP_BLOCKS: with several tiles of rows, so many blocks stay in cache while the tiles pass.
 #if defined(__AVX512F__)
-constexpr int MAX_TILE_ROWS = 8;
+constexpr int MAX_TILE_ROWS = 12;
+constexpr int64_t GROUP_BLOCKS = 2;
 constexpr int tile_blocks(int rows) { return rows <= 4 ? 4 : 2; }
 #else
 constexpr int MAX_TILE_ROWS = 6;
+constexpr int64_t GROUP_BLOCKS = 1;
 constexpr int tile_blocks(int rows) { return rows == 1 ? 4 : rows == 2 ? 3 : rows == 3 ? 2 : 1; }
 #endif
-constexpr int64_t GROUP_BLOCKS = 4;  // weights of so many blocks stay in cache while the rows pass
-constexpr int64_t K_CHUNK = 256;     // inputs per pass where there are many rows
-constexpr int64_t MANY_ROWS = 24;    // from here on weights are widened to fp32 once for all tiles
+constexpr int64_t AHEAD = 64;  // inputs by which weights are asked for before they are used
 
-// R rows x NB blocks over inputs [0, k). Accumulators start at zero, or where the pass before left them in y,
-// whose rows have room for whole blocks. Everything is unrolled, or the accumulators would live on the stack.
+// R rows x NB blocks over inputs [0, k). Accumulators start at zero, or with what y holds, whose rows have room
+// for whole blocks. Everything is unrolled, or the accumulators would live on the stack.
 template <int R, int NB, class W>
 inline void tile(const W* w, int64_t block_stride, const float* const* x, int64_t k, bool resume, const float* scales,
                  float* y, int64_t ldy) {
@@ -72,7 +73,10 @@ inline void tile(const W* w, int64_t block_stride, const float* const* x, int64_
   for (int64_t i = 0; i < k; ++i) {
     V wv[NB];
 #pragma GCC unroll 4
-    for (int n = 0; n < NB; ++n) wv[n] = load(w + n * block_stride + i * LANES);
+    for (int n = 0; n < NB; ++n) {
+      __builtin_prefetch(w + n * block_stride + (i + AHEAD) * LANES);
+      wv[n] = load(w + n * block_stride + i * LANES);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       V xv = set1(row[r][i]);
@@ -87,16 +91,34 @@ inline void tile(const W* w, int64_t block_stride, const float* const* x, int64_
       store(y + r * ldy + n * LANES, scales ? mul(acc[r][n], load(scales + n * LANES)) : acc[r][n]);
 }
 
-// A pass over some inputs of some output blocks.
+// Some output blocks over `k` inputs, for all rows.
 template <class W>
 struct Pass {
-  const W* w;             // the first block's weights for the first input
-  int64_t block_stride;   // between blocks
+  const W* w;            // the first block
+  int64_t block_stride;  // between blocks
   int64_t blocks, k;
-  bool resume;            // y holds what earlier inputs gave
-  const float* scales;    // the first block's, on the last pass; else null
-  float* y;               // the first block's outputs of row 0
+  bool resume;          // add to what y holds
+  const float* scales;  // the first block's, or null
+  float* y;             // the first block's outputs of row 0
   int64_t ldy;
+
+  // In tiles of nearly equal height.
+  void run(const Rows& rows) const {
+    const int64_t tiles = (rows.count + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t begin = rows.count * t / tiles, end = rows.count * (t + 1) / tiles;
+      const float* x[MAX_TILE_ROWS];
+      for (int64_t r = begin; r < end; ++r) x[r - begin] = rows[r];
+      dispatch<MAX_TILE_ROWS>(int(end - begin), x, begin);
+    }
+  }
+
+ private:
+  template <int R>
+  void dispatch(int count, const float* const* x, int64_t row) const {
+    if (count == R) return run_rows<R>(x, row);
+    if constexpr (R > 1) dispatch<R - 1>(count, x, row);
+  }
 
   template <int R>
   void run_rows(const float* const* x, int64_t row) const {
@@ -111,71 +133,19 @@ struct Pass {
     tile<R, NB>(w + b * block_stride, block_stride, x, k, resume, scales ? scales + b * LANES : nullptr,
                 y + row * ldy + b * LANES, ldy);
   }
-
-  // Inputs [k0, k0 + k) of all rows, in tiles of nearly equal height.
-  void run(const Rows& rows, int64_t k0) const {
-    const int64_t tiles = (rows.count + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = rows.count * t / tiles, last = rows.count * (t + 1) / tiles;
-      const float* x[MAX_TILE_ROWS];
-      for (int64_t r = first; r < last; ++r) x[r - first] = rows[r] + k0;
-      switch (last - first) {
-        case 1: run_rows<1>(x, first); break;
-        case 2: run_rows<2>(x, first); break;
-        case 3: run_rows<3>(x, first); break;
-        case 4: run_rows<4>(x, first); break;
-        case 5: run_rows<5>(x, first); break;
-        case 6: run_rows<6>(x, first); break;
-#if defined(__AVX512F__)
-        case 7: run_rows<7>(x, first); break;
-        case 8: run_rows<8>(x, first); break;
-#endif
-      }
-    }
-  }
-};
-
-// A piece of a matrix in fp32: a copy, or the matrix itself.
-template <class W>
-struct Widened {
-  const float* data;
-  int64_t block_stride = K_CHUNK * LANES;
-
-  Widened(const W* w, int64_t stride, int64_t blocks, int64_t k) {
-    alignas(64) static thread_local float copy[GROUP_BLOCKS * K_CHUNK * LANES];
-    for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t i = 0; i < k; ++i) store(copy + (b * K_CHUNK + i) * LANES, load(w + b * stride + i * LANES));
-    data = copy;
-  }
-};
-template <>
-struct Widened<float> {
-  const float* data;
-  int64_t block_stride;
-
-  Widened(const float* w, int64_t stride, int64_t, int64_t) : data(w), block_stride(stride) {}
 };
 
 // y[r][0 ..] = output blocks [b0, b1) of every row; y's rows have room for whole blocks.
 template <class W>
 inline void gemm_typed(const Matrix& m, int64_t b0, int64_t b1, const Rows& rows, float* y, int64_t ldy) {
-  const W* w = static_cast<const W*>(m.data);
   const int64_t stride = m.in * LANES;
+  const W* w = static_cast<const W*>(m.data) + b0 * stride;
   const float* scales = m.scales ? m.scales + b0 * LANES : nullptr;
-  if (rows.count < MANY_ROWS) {
-    for (int64_t b = b0; b < b1; b += GROUP_BLOCKS) {
-      const int64_t n = std::min(GROUP_BLOCKS, b1 - b), at = (b - b0) * LANES;
-      Pass<W>{w + b * stride, stride, n, m.in, false, scales ? scales + at : nullptr, y + at, ldy}.run(rows, 0);
-    }
-    return;
-  }
-  for (int64_t b = b0; b < b1; b += GROUP_BLOCKS)
-    for (int64_t k0 = 0; k0 < m.in; k0 += K_CHUNK) {
-      const int64_t n = std::min(GROUP_BLOCKS, b1 - b), k = std::min(K_CHUNK, m.in - k0), at = (b - b0) * LANES;
-      const Widened<W> wide(w + b * stride + k0 * LANES, stride, n, k);
-      const float* last_scales = scales && k0 + k == m.in ? scales + at : nullptr;
-      Pass<float>{wide.data, wide.block_stride, n, k, k0 > 0, last_scales, y + at, ldy}.run(rows, k0);
-    }
+  const int64_t group = rows.count <= MAX_TILE_ROWS ? b1 - b0 : GROUP_BLOCKS;
+  for (int64_t b = 0; b < b1 - b0; b += group)
+    Pass<W>{w + b * stride, stride, std::min(group, b1 - b0 - b), m.in, false, scales ? scales + b * LANES : nullptr,
+            y + b * LANES, ldy}
+        .run(rows);
 }
 
 inline void add_bias(const float* bias, int64_t size, int64_t rows, float* y, int64_t ldy) {
@@ -190,7 +160,7 @@ inline void gemm(const Matrix& m, int64_t b0, int64_t b1, const Rows& rows, floa
   if (rows.count == 0 || b0 >= b1) return;
   switch (m.dtype) {
     case FP32: gemm_typed<float>(m, b0, b1, rows, y, ldy); break;
-    case BF16: gemm_typed<bf16>(m, b0, b1, rows, y, ldy); break;
+    case BF16: gemm_typed<PackedBf16>(m, b0, b1, rows, y, ldy); break;
     case INT8: gemm_typed<int8>(m, b0, b1, rows, y, ldy); break;
   }
   if (m.bias) add_bias(m.bias + b0 * LANES, std::min(m.out, b1 * LANES) - b0 * LANES, rows.count, y, ldy);
@@ -206,7 +176,7 @@ inline void linear(const Matrix& m, const Rows& rows, float* y, int64_t ldy, con
 template <class W>
 void pack_rows(const W* source, int64_t out, int64_t in, W* packed) {
   for (int64_t r = 0; r < out; ++r) {
-    W* p = packed + (r / LANES) * in * LANES + r % LANES;
+    W* p = packed + (r / LANES) * in * LANES + (sizeof(W) == sizeof(bf16) ? bf16_place(r % LANES) : r % LANES);
     for (int64_t i = 0; i < in; ++i) p[i * LANES] = source[r * in + i];
   }
 }

@@ -21,6 +21,11 @@ struct bf16 {
 };
 using int8 = int8_t;
 
+// A bf16 of a packed weight, whose sixteen lie in the order that is the fastest to widen; see bf16_place.
+struct PackedBf16 {
+  uint16_t bits;
+};
+
 inline float to_float(float x) { return x; }
 inline float to_float(int8 x) { return float(x); }
 inline float to_float(bf16 x) {
@@ -52,6 +57,8 @@ inline V load(const bf16* p) {
   __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
+inline constexpr int64_t bf16_place(int64_t lane) { return lane; }
+inline V load(const PackedBf16* p) { return load(reinterpret_cast<const bf16*>(p)); }
 inline V load(const int8* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -82,6 +89,12 @@ inline V load(const bf16* p) {
   __m256i lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(h));
   __m256i hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+}
+// One instruction widens four at a time of each half, without crossing between the halves.
+inline constexpr int64_t bf16_place(int64_t lane) { return lane / 4 == 1 ? lane + 4 : lane / 4 == 2 ? lane - 4 : lane; }
+inline V load(const PackedBf16* p) {
+  __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), zero = _mm256_setzero_si256();
+  return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, h)), _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, h))};
 }
 inline V load(const int8* p) {
   __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -123,6 +136,8 @@ inline V each(F f) {
 inline V set1(float x) { return each([&](int) { return x; }); }
 inline V load(const float* p) { return each([&](int i) { return p[i]; }); }
 inline V load(const bf16* p) { return each([&](int i) { return to_float(p[i]); }); }
+inline constexpr int64_t bf16_place(int64_t lane) { return lane; }
+inline V load(const PackedBf16* p) { return load(reinterpret_cast<const bf16*>(p)); }
 inline V load(const int8* p) { return each([&](int i) { return float(p[i]); }); }
 inline void store(float* p, V x) { std::memcpy(p, x.v, sizeof x.v); }
 inline V fma(V a, V b, V c) { return each([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); }); }
