@@ -20,7 +20,7 @@ from specdec.kernels.interface import LayerWeights, MLPWeights, MoEWeights
 from specdec.model.layers import Decoder
 
 PROBE_BYTES = 2**30
-PROBE_REPEATS = 7
+PROBE_REPEATS = 3
 
 
 def read_bandwidth(kernels: Kernels, num_bytes: int = PROBE_BYTES, repeats: int = PROBE_REPEATS) -> float:
@@ -62,7 +62,7 @@ def traced(engine: Engine) -> Iterator[StepBytes]:
     """
     model, kv_cache = engine.runtime.model, engine.runtime.kv_cache
     decoders = [model.target.decoder] + ([] if model.mtp is None else [model.mtp.decoder])
-    head = model.target.kernels.num_bytes(model.target.lm_head.packed["weight"])
+    head = model.target.kernels.num_bytes(model.target.head)
     kv_row = kv_cache[0, 0].nbytes // kv_cache.shape[3]
     for decoder in decoders:
         decoder.trace = []

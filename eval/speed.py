@@ -1,7 +1,5 @@
 """Speed of decoding, with and without speculation, in one interleaved run: `specdec eval speed`.
 
-    python -m specdec.eval.speed --model bundled
-
 Every repeat goes through all settings, peers included, before the next one begins, so a slow moment of the
 machine meets all of them alike. Decode time is that of N tokens per prompt less that of 1, for every engine.
 Also measured: prefill, forwards by number of rows, bytes read, the share of Python. What a step could take at
@@ -13,7 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -70,9 +68,7 @@ class SpeedOptions:
                 if not low <= value <= high:
                     raise ValueError(f"{name}: {value} must be from {low} to {high}")
         if not self.batch_sizes or 0 not in self.draft_lengths:
-            raise ValueError(
-                "batch_sizes must not be empty, and draft_lengths must have 0: it is what others are compared to"
-            )
+            raise ValueError("batch_sizes must not be empty, and draft_lengths must hold 0, plain decoding")
 
 
 @dataclass
@@ -106,10 +102,15 @@ class Prefill:
 class SpeedReport:
     options: SpeedOptions
     machine: dict[str, str]
-    bandwidth: float  # bytes per second
+    bandwidth_samples: list[float] = field(default_factory=list)  # bytes per second, one per repeat
     decoding: list[Decoding] = field(default_factory=list)
     prefill: list[Prefill] = field(default_factory=list)
     costs: CostTable | None = None
+
+    @property
+    def bandwidth(self) -> float:
+        """The most that was measured: the limit."""
+        return max(self.bandwidth_samples)
 
 
 class Subject:
@@ -145,7 +146,7 @@ class Subject:
         tokens = sum(len(o.token_ids) - 1 for done in outputs for o in done)
         steps = sum(max(o.stats.num_target_forwards for o in done) - 1 for done in outputs)
         stats = [o.stats for done in outputs for o in done]
-        cell.rates.append(tokens / seconds)
+        cell.rates.append(_rate(tokens, seconds))
         cell.step_s.append(seconds / steps)
         if num_drafts := sum(s.num_drafts for s in stats):
             cell.mean_acceptance_length = 1 + sum(s.num_accepted_tokens for s in stats) / num_drafts
@@ -198,7 +199,7 @@ class PeerSubject:
             tokens += sum(len(ids) - 1 for ids in whole.token_ids)
             drafted += whole.num_draft_tokens or 0
             accepted += whole.num_accepted_tokens or 0
-        cell.rates.append(tokens / seconds)
+        cell.rates.append(_rate(tokens, seconds))
         if drafted:
             cell.mean_acceptance_length = 1 + accepted / (drafted / cell.num_draft_tokens)
 
@@ -218,9 +219,7 @@ def measure_speed(options: SpeedOptions, progress: Callable[[str], None] = lambd
             f"prompt_tokens + max_tokens = {options.prompt_tokens + options.max_tokens} exceed the model's context, "
             f"{engine.max_model_len}: lower them"
         )
-    kernels = engine.runtime.model.target.kernels
-    progress("read bandwidth")
-    report = SpeedReport(options, _machine(engine), read_bandwidth(kernels))
+    report = SpeedReport(options, _machine(engine))
     ours = Subject(engine, options)
     prompts = _prompts(engine, max(most, options.num_prompts), options.prompt_tokens)
     with ExitStack() as stack:
@@ -255,6 +254,8 @@ def _measure_decoding(
                 cells.append((peer, Decoding(peer.name, batch_size, k)))
     report.decoding = [cell for _, cell in cells]
     for repeat in range(options.repeats + 1):  # the first one warms up
+        progress("read bandwidth")
+        report.bandwidth_samples.append(read_bandwidth(ours.engine.runtime.model.target.kernels))
         for subject, cell in cells:
             what = f"{cell.engine}, batch {cell.batch_size}, K {cell.num_draft_tokens}"
             progress(f"repeat {repeat} of {options.repeats}: {what}")
@@ -300,6 +301,12 @@ def _start_peers(
             )  # fmt: skip
             started.append((PeerSubject(stack.enter_context(Peer(spec, settings)), options), k))
     return started
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    if seconds <= 0:
+        raise ValueError(f"{tokens} tokens take too little time to be measured: raise max_tokens or num_prompts")
+    return tokens / seconds
 
 
 def _groups(prompts: list[list[int]], batch_size: int, num_prompts: int) -> list[list[list[int]]]:
@@ -351,9 +358,3 @@ def as_lengths(text: str, name: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise ValueError(f"{name} = {text!r} must be integers with commas between them, for instance 1,2,4") from error
-
-
-def first_of(values: Sequence[Decoding], engine: str, batch_size: int, num_draft_tokens: int) -> Decoding:
-    return next(
-        c for c in values if (c.engine, c.batch_size, c.num_draft_tokens) == (engine, batch_size, num_draft_tokens)
-    )

@@ -17,7 +17,7 @@ def as_json(report: SpeedReport) -> dict[str, Any]:
     """See docs/json.md."""
     document = asdict(report)
     document["options"]["peers"] = [f"{p.name}={p.interpreter}" for p in report.options.peers]
-    document["read_bandwidth_bytes_per_s"] = document.pop("bandwidth")
+    document["read_bandwidth_bytes_per_s"] = report.bandwidth
     for cell, entry in zip(report.decoding, document["decoding"]):
         entry["tokens_per_s"] = statistics.median(cell.rates)
         entry["fraction_of_bandwidth"] = fraction_of_bandwidth(report, cell)

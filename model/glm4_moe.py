@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -59,10 +61,12 @@ class Glm4MoeForCausalLM(nn.Module):
             self.lm_head = TiedHead(kernels, self.model.embed_tokens)
         else:
             self.lm_head = Linear(kernels, config.hidden_size, config.vocab_size)
-        self.decoder: Decoder  # from `prepare` on
+        self.decoder: Decoder  # these two from `prepare` on
+        self.head: Any
 
     def prepare(self, rotary: RotaryEmbedding) -> None:
         """Once all weights are packed."""
+        self.head = self.lm_head.packed["weight"]
         self.decoder = Decoder(
             self.kernels,
             DecoderWeights(
@@ -84,9 +88,9 @@ class Glm4MoeForCausalLM(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> logits [R, V] in at least fp32."""
-        logits = self.kernels.linear(hidden, self.lm_head.packed["weight"])
+        logits = self.kernels.linear(hidden, self.head)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def choose_tokens(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> the logits' argmax [R] int64, the lowest id among equals; -1 where one is not finite."""
-        return self.kernels.head_argmax(hidden, self.lm_head.packed["weight"])
+        return self.kernels.head_argmax(hidden, self.head)

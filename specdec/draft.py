@@ -91,7 +91,7 @@ class MTPDrafter:
     def _chain(self, sequences: Seq[Sequence], last: DecoderOutput, counts: list[int], choose: Choose | None) -> Tensor:
         """Drafts [B, K]; each step takes the layer's own output and the draft before it."""
         return self.mtp.draft_chain(
-            self.target.lm_head.packed["weight"],
+            self.target.head,
             last,
             [len(s.token_ids) - 2 for s in sequences],  # of the last pairs
             [s.page_table for s in sequences],

@@ -39,9 +39,9 @@ class TargetVerifier:
 
     def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
         batch = self._build_batch(scheduled, drafts)
-        hidden = self.target(batch.input_ids, batch.positions, batch.metadata, self.kv_cache)
+        hidden = self.target.forward(batch.input_ids, batch.positions, batch.metadata, self.kv_cache)
         output = self._apply_rules(scheduled, drafts, hidden, batch.row_starts)
-        return TargetResult(output, hidden.split(batch.metadata.query_lens))
+        return TargetResult(output, hidden.split_with_sizes(batch.metadata.query_lens))
 
     def _build_batch(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> ForwardBatch:
         extends = []
@@ -109,7 +109,7 @@ class DecidingRows:
         rows: list[int] = []
         for first, drafts in zip(self.last_new, self.draft_token_ids):
             rows += range(first, first + len(drafts) + 1)
-        return self.hidden if len(rows) == len(self.hidden) else self.hidden[rows]
+        return self.hidden if len(rows) == self.hidden.shape[0] else self.hidden[rows]
 
 
 def _require_finite(finite: bool) -> None:

@@ -161,10 +161,11 @@ class CpuKernels:
     ) -> DecoderOutput:
         assert (previous is None) == (decoder.weights.fusion is None), "previous states and a fusion belong together"
         previous = None if previous is None else previous.contiguous()
-        shape = (len(input_ids), decoder.weights.embedding.shape[1])
+        num_rows = input_ids.shape[0]
+        shape = (num_rows, decoder.hidden_size)
         normed, unnormed = torch.empty(shape), torch.empty(shape)
         forward = native.Forward(
-            len(input_ids), input_ids.data_ptr(), positions.data_ptr(), metadata.slot_mapping.data_ptr(),
+            num_rows, input_ids.data_ptr(), positions.data_ptr(), metadata.slot_mapping.data_ptr(),
             address(previous), _batch(metadata), _cache(kv_cache), kv_cache.stride(0), normed.data_ptr(),
             unnormed.data_ptr(), address(expert_ids),
         )  # fmt: skip
@@ -196,13 +197,13 @@ class CpuKernels:
             num, counts_at, counts_at + 8 * num, counts_at + 16 * num, counts_at + 24 * num + 8, _cache(kv_cache),
             normed.data_ptr(), recycled.data_ptr(), recycle_unnormed, drafts.data_ptr(), address(expert_ids),
         )  # fmt: skip
-        self._library.sd_draft_chain(byref(decoder.struct), byref(head.matrix()), byref(chain), _num_threads())
+        self._library.sd_draft_chain(byref(decoder.struct), byref(head.unbiased), byref(chain), _num_threads())
         return drafts
 
     def head_argmax(self, x: Tensor, head: PackedWeight) -> Tensor:
         x = x.contiguous()
         ids = torch.empty(x.shape[0], dtype=torch.int64)
-        self._library.sd_head_argmax(byref(head.matrix()), x.data_ptr(), x.shape[0], ids.data_ptr(), _num_threads())
+        self._library.sd_head_argmax(byref(head.unbiased), x.data_ptr(), x.shape[0], ids.data_ptr(), _num_threads())
         return ids
 
     def softmax(self, logits: Tensor, scales: Tensor) -> Tensor:

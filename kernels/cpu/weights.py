@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class PackedWeight:
     data: Tensor
     scales: Tensor | None
     num_outputs: int
+
+    @cached_property
+    def unbiased(self) -> native.Matrix:
+        return self.matrix()
 
     def matrix(self, bias: Tensor | None = None) -> native.Matrix:
         return native.Matrix(
@@ -121,13 +126,13 @@ class PreparedDecoder:
     """A decoder's structures; keeps the weights they point into alive."""
 
     def __init__(self, weights: DecoderWeights) -> None:
-        self.weights = weights
+        self.weights, self.hidden_size = weights, weights.embedding.shape[1]
         self._layers = (native.Layer * len(weights.layers))(*map(_layer_struct, weights.layers))
         shape, fusion = weights.shape, weights.fusion
         self.struct = native.Decoder(
             embedding=weights.embedding.data_ptr(),
             embedding_dtype=DTYPES[weights.embedding.dtype],
-            hidden=weights.embedding.shape[1],
+            hidden=self.hidden_size,
             heads=shape.num_heads,
             kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,

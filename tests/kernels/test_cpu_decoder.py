@@ -113,7 +113,7 @@ def test_a_decoder_is_its_operations_to_the_bit(model: LoadedModel, kv_dtype: to
 def test_a_draft_chain_is_its_steps_to_the_bit(model: LoadedModel, recycle_unnormed: bool) -> None:
     kernels, mtp = model.target.kernels, model.mtp
     assert mtp is not None
-    head = model.target.lm_head.packed["weight"]
+    head = model.target.head
     for counts, positions in (([4], [7]), ([5, 3, 3, 1], [0, 11, 4, 30]), ([1, 1], [2, 9])):
         fused, single = (c[-1:].nan_to_num(0.5) for c in caches(model, torch.float32))
         generator = torch.Generator().manual_seed(len(counts))
@@ -144,7 +144,7 @@ def test_a_chain_ends_where_logits_are_not_finite(model: LoadedModel) -> None:
     normed = torch.randn(2, model.config.hidden_size)
     normed[1, 0] = float("nan")
     drafts = kernels.draft_chain(
-        mtp.decoder.prepared, model.target.lm_head.packed["weight"], DecoderOutput(normed, normed), [3, 4],
+        mtp.decoder.prepared, model.target.head, DecoderOutput(normed, normed), [3, 4],
         [table(0), table(1)], cache, [3, 2], recycle_unnormed=False,
     )  # fmt: skip
     assert (drafts >= 0).tolist() == [[True, False, False], [False, False, False]]
