@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +68,14 @@ class Glm4MoeForCausalLM(nn.Module):
     def prepare(self, rotary: RotaryEmbedding) -> None:
         """Once all weights are packed."""
         self.head = self.lm_head.packed["weight"]
+        layers = cast(Iterable[DecoderLayer], self.model.layers)
         self.decoder = Decoder(
             self.kernels,
             DecoderWeights(
                 shape=decoder_shape(self.config),
                 embedding=self.model.embed_tokens.weight,
                 fusion=None,
-                layers=tuple(layer.weights() for layer in self.model.layers),
+                layers=tuple(layer.weights() for layer in layers),
                 norm=self.model.norm.weight,
                 cos_sin=rotary.cos_sin,
             ),

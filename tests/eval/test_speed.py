@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -44,6 +45,15 @@ PEER = """
     del sys.argv[1]
     serve(load)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_garbage_collection() -> object:
+    """A pass over all that the test suite holds takes longer than what is timed here."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +210,7 @@ def test_options_are_checked_before_anything_runs(planted: Path) -> None:
 def test_the_command_prints_tables_or_json_and_refuses_nonsense(planted: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     small = ["eval", "speed", "--model", str(planted), "--batch-sizes", "1", "--draft-lengths", "0,1"]
-    small += ["--repeats", "1", "--num-prompts", "1", "--max-tokens", "40", "--prefill-lengths", "20"]
+    small += ["--repeats", "1", "--num-prompts", "6", "--max-tokens", "40", "--prefill-lengths", "20"]
     result = runner.invoke(app, small)
     assert result.exit_code == 0, result.stderr
     assert "Decoding, 32-token prompts, 40 tokens each" in result.stdout
