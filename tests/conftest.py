@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fakes import write_checkpoint
+from fakes import WHY_NO_COMPILER, write_checkpoint
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a compiler every engine says that it is slow; the tests of that warning look for it themselves."""
+    if WHY_NO_COMPILER:
+        config.addinivalue_line("filterwarnings", "ignore:using the slow reference kernels")
 
 
 @pytest.fixture(scope="session")
