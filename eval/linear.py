@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch.nn.functional import linear
@@ -24,11 +25,11 @@ LEAST_BYTES = 2**30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def median_s(run: Callable[[int], object], repeats: int) -> float:
+def median_s(calls: Iterable[Callable[[], object]]) -> float:
     times = []
-    for i in range(repeats):
+    for call in calls:
         start = time.perf_counter()
-        run(i)
+        call()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -51,13 +52,13 @@ def main() -> None:
     one_row_s = 0.0
     for rows in ROWS:
         x = torch.randn(rows, args.size)
-        seconds = median_s(lambda i, x=x: kernels.linear(x, packed[i]), len(packed))  # type: ignore[misc]
+        seconds = median_s(partial(kernels.linear, x, matrix) for matrix in packed)
         one_row_s = one_row_s or seconds
         rate = 2 * rows * args.size**2 / seconds / 1e9
         share = num_bytes / seconds / bandwidth
         print(f"| {rows} | {seconds * 1e3:.3f} | {seconds / one_row_s:.2f} | {share:.0%} | {rate:.0f} |")
     x = torch.randn(256, args.size)
-    seconds = median_s(lambda _: linear(x, weight), 7)
+    seconds = median_s([partial(linear, x, weight)] * 7)
     print(f"torch fp32, 256 rows: {2 * 256 * args.size**2 / seconds / 1e9:.0f} GFLOP/s")
 
 

@@ -26,6 +26,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from specdec.model.config import ARCHITECTURE, parse_config, read_json
+from specdec.kernels import select
+from specdec.model.config import ARCHITECTURE, Glm4MoeConfig, parse_config, read_json
 from specdec.model.errors import CheckpointError
-from specdec.model.weights import INDEX_NAME
+from specdec.model.layers import iter_slots
+from specdec.model.weights import INDEX_NAME, build_model, mtp_prefix
 
 RECIPE_NAME = "planted.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -98,7 +101,7 @@ def write_planted_checkpoint(
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:
-        recipe = _write_weights(partial, shape, acceptance, DTYPES[dtype], seed)
+        recipe = _write_weights(partial, parse_config(config), acceptance, DTYPES[dtype], seed)
         _write_small_files(partial, config, recipe)
         partial.replace(folder)
     finally:
@@ -189,21 +192,19 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _write_weights(folder: Path, shape: PlantedShape, acceptance: float, dtype: torch.dtype, seed: int) -> Recipe:
+def _write_weights(folder: Path, config: Glm4MoeConfig, acceptance: float, dtype: torch.dtype, seed: int) -> Recipe:
     """One shard for embeddings and head, one for each layer, and the index."""
-    outer, recipe, eh_proj = _plant(shape, acceptance, dtype, seed)
-    num_layers = shape.num_hidden_layers
+    planted, recipe = _plant(config, acceptance, dtype, seed)
     weight_map: dict[str, str] = {}
     total_bytes = 0
-    for number in range(num_layers + 2):
-        if number == 0:
-            tensors = outer
-        else:
-            names = _layer_shapes(shape, number - 1)
-            tensors = {name: _random(name, size, dtype, seed) for name, size in names.items()}
-        if number == num_layers + 1:
-            tensors[f"model.layers.{num_layers}.eh_proj.weight"] = eh_proj
-        shard = f"model-{number + 1:05d}-of-{num_layers + 2:05d}.safetensors"
+    num_shards = config.num_hidden_layers + 2
+    outer = {name: tensor for name, tensor in planted.items() if not name.startswith("model.layers.")}
+    layers = (
+        {name: planted[name] if name in planted else _random(name, size, dtype, seed) for name, size in shapes.items()}
+        for shapes in _layer_shapes(config)
+    )
+    for number, tensors in enumerate(chain([outer], layers), 1):
+        shard = f"model-{number:05d}-of-{num_shards:05d}.safetensors"
         save_file(tensors, str(folder / shard), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -211,11 +212,9 @@ def _write_weights(folder: Path, shape: PlantedShape, acceptance: float, dtype: 
     return recipe
 
 
-def _plant(
-    shape: PlantedShape, acceptance: float, dtype: torch.dtype, seed: int
-) -> tuple[dict[str, Tensor], Recipe, Tensor]:
-    """-> tensors outside the layers, the recipe, eh_proj [H, 2H]."""
-    hidden_size, vocab_size = shape.hidden_size, shape.vocab_size
+def _plant(config: Glm4MoeConfig, acceptance: float, dtype: torch.dtype, seed: int) -> tuple[dict[str, Tensor], Recipe]:
+    """-> the tensors outside the layers and the MTP layer's eh_proj, and the recipe."""
+    hidden_size, vocab_size = config.hidden_size, config.vocab_size
     embed = torch.randn(vocab_size, hidden_size, generator=_generator(seed, "embed_tokens")).to(dtype)
     following = successors(vocab_size, seed)
     head = torch.empty_like(embed)
@@ -231,13 +230,13 @@ def _plant(
         return sum(int((row.argmax(-1) == following[at]).sum()) for at, row in drafts) / vocab_size
 
     sigma, agreed = _bisect(agreement, acceptance, 0.5 / vocab_size)
-    outer = {
+    planted = {
         "model.embed_tokens.weight": embed,
         "lm_head.weight": head,
         "model.norm.weight": torch.ones(hidden_size, dtype=dtype),
+        f"{mtp_prefix(config)}eh_proj.weight": torch.cat([projection(sigma), torch.zeros_like(projection(0))], 1),
     }
-    eh_proj = torch.cat([projection(sigma), torch.zeros(hidden_size, hidden_size, dtype=dtype)], 1)
-    return outer, Recipe(seed, acceptance, sigma, agreed), eh_proj
+    return planted, Recipe(seed, acceptance, sigma, agreed)
 
 
 def _rms_normed(x: Tensor) -> Tensor:
@@ -284,47 +283,13 @@ def _bisect(agreement: Callable[[float], float], wanted: float, resolution: floa
     return sigma, agreed
 
 
-def _layer_shapes(shape: PlantedShape, layer: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one layer's tensors, but for eh_proj; layer num_hidden_layers is the MTP layer."""
-    hidden, head_dim = shape.hidden_size, shape.head_dim
-    query, key = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (query, hidden),
-        "self_attn.k_proj.weight": (key, hidden),
-        "self_attn.v_proj.weight": (key, hidden),
-        "self_attn.o_proj.weight": (hidden, query),
-        "self_attn.q_norm.weight": (head_dim,),
-        "self_attn.k_norm.weight": (head_dim,),
-    }
-    is_mtp = layer == shape.num_hidden_layers
-    if is_mtp:
-        shapes |= {f"{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")}
-    if layer < shape.first_k_dense_replace and not is_mtp:
-        shapes |= _mlp_shapes("mlp", shape.intermediate_size, hidden)
-    else:
-        shapes |= _moe_shapes(shape)
-    return {f"model.layers.{layer}.{name}": size for name, size in shapes.items()}
-
-
-def _moe_shapes(shape: PlantedShape) -> dict[str, tuple[int, ...]]:
-    hidden, width = shape.hidden_size, shape.moe_intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "mlp.gate.weight": (shape.n_routed_experts, hidden),
-        "mlp.gate.e_score_correction_bias": (shape.n_routed_experts,),
-    }
-    for expert in range(shape.n_routed_experts):
-        shapes |= _mlp_shapes(f"mlp.experts.{expert}", width, hidden)
-    return shapes | _mlp_shapes("mlp.shared_experts", width * shape.n_shared_experts, hidden)
-
-
-def _mlp_shapes(prefix: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{prefix}.gate_proj.weight": (width, hidden),
-        f"{prefix}.up_proj.weight": (width, hidden),
-        f"{prefix}.down_proj.weight": (hidden, width),
-    }
+def _layer_shapes(config: Glm4MoeConfig) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Names and shapes of each layer's tensors, the MTP layer's last."""
+    model = build_model(config, select(torch.device("meta"), torch.float32, "reference"), with_mtp=True)
+    assert model.mtp is not None
+    slots = dict(iter_slots(model.target)) | dict(iter_slots(model.mtp, mtp_prefix(config)))
+    for layer in range(config.num_hidden_layers + 1):
+        yield {name: tuple(slot.shape) for name, slot in slots.items() if name.startswith(f"model.layers.{layer}.")}
 
 
 def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:

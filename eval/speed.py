@@ -24,7 +24,7 @@ from specdec import Engine, GenerationOutput, SamplingParams, SpeculationParams
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.eval.cost import CostTable, measure_costs
 from specdec.eval.peers import PEERS, Peer, PeerSpec, Settings
-from specdec.eval.planted import planted_prompts
+from specdec.eval.planted import RECIPE_NAME, planted_prompts
 from specdec.eval.prompts import load_stdlib
 from specdec.eval.roofline import StepBytes, read_bandwidth, traced
 
@@ -316,7 +316,7 @@ def _groups(prompts: list[list[int]], batch_size: int, num_prompts: int) -> list
 
 def _prompts(engine: Engine, count: int, length: int, offset: int = 0) -> list[list[int]]:
     """Token ids: random ones for a planted checkpoint, else stretches of the `stdlib` prompts, one after another."""
-    if (engine.checkpoint.folder / "planted.json").exists():
+    if (engine.checkpoint.folder / RECIPE_NAME).exists():
         return planted_prompts(engine.checkpoint.config.vocab_size, count, length, seed=offset)
     texts = [p.prompt for p in load_stdlib()]
     prompts: list[list[int]] = []

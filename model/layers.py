@@ -93,9 +93,6 @@ class Linear(Matrices):
             slots |= zip((f"{part}.bias" for part in parts), self.bias.split(list(parts.values())))
         return slots
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.linear(x, self.packed["weight"], self.bias)
-
 
 class GateUp(Linear):
     """The gate and up projections of an MLP, gate rows first."""

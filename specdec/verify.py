@@ -35,10 +35,15 @@ def verify_greedy(target_logits: Tensor, draft_token_ids: Tensor, num_draft_toke
 
     target_logits [B, K+1, V], draft_token_ids [B, K] int64, num_draft_tokens [B] int64.
     """
-    choices = greedy_tokens(target_logits)  # [B, K+1]
-    accepted = count_accepted(draft_token_ids == choices[:, :-1], num_draft_tokens)
-    last = choices.gather(1, accepted.unsqueeze(1)).squeeze(1)
-    return emit(draft_token_ids, accepted, last)
+    choices = greedy_tokens(target_logits).tolist()  # [B, K+1]
+    output = target_logits.new_full((len(choices), len(choices[0])), PAD, dtype=torch.int64)
+    accepted = torch.zeros_like(num_draft_tokens)
+    rows = zip(choices, draft_token_ids.tolist(), num_draft_tokens.tolist(), strict=True)
+    for b, (chosen, drafts, count) in enumerate(rows):
+        emitted = match_choices(chosen, drafts[:count])
+        accepted[b] = len(emitted) - 1
+        output[b, : len(emitted)] = torch.tensor(emitted, device=output.device)
+    return VerifyResult(accepted, output)
 
 
 def match_choices(choices: Seq[int], draft_token_ids: Seq[int]) -> list[int]:
