@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,14 +73,14 @@ class ExpertCounter:
         self.counts: dict[str, Tensor] = {}
 
     def __enter__(self) -> ExpertCounter:
-        for decoder in self.decoders:
-            decoder.trace = []
+        self._stack = ExitStack()
+        self._runs = [self._stack.enter_context(decoder.traced()) for decoder in self.decoders]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for decoder, names in self.decoders.items():
-            chosen = torch.cat([run.expert_ids for run in decoder.trace or []], 1)  # [layers, T, k]
-            decoder.trace = None
+        self._stack.close()
+        for names, runs in zip(self.decoders.values(), self._runs):
+            chosen = torch.cat([run.expert_ids for run in runs], 1)  # [layers, T, k]
             for name, ids in zip(names, chosen, strict=True):
                 if (ids >= 0).all():
                     self.counts[name] = torch.bincount(ids.flatten(), minlength=self.num_experts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from specdec import Engine
 from specdec.kernels import Kernels
 from specdec.kernels.interface import LayerWeights, MLPWeights, MoEWeights
-from specdec.model.layers import Decoder
+from specdec.model.layers import Decoder, DecoderRun
 
 PROBE_BYTES = 2**30
 PROBE_REPEATS = 3
@@ -60,31 +60,32 @@ def traced(engine: Engine) -> Iterator[StepBytes]:
 
     Every forward is taken to read the head once, as decoding does; prefill that decides nothing reads less.
     """
-    model, kv_cache = engine.runtime.model, engine.runtime.kv_cache
-    decoders = [model.target.decoder] + ([] if model.mtp is None else [model.mtp.decoder])
-    head = model.target.kernels.num_bytes(model.target.head)
-    kv_row = kv_cache[0, 0].nbytes // kv_cache.shape[3]
-    for decoder in decoders:
-        decoder.trace = []
+    target, mtp = engine.runtime.model.target, engine.runtime.model.mtp
     counts = StepBytes()
-    try:
+    with ExitStack() as stack:
+        target_runs = stack.enter_context(target.decoder.traced())
+        mtp_runs = [] if mtp is None else stack.enter_context(mtp.decoder.traced())
         yield counts
-    finally:
-        for decoder in decoders:
-            runs, decoder.trace = decoder.trace or [], None
-            for run in runs:
-                counts.weights += head + _fixed_bytes(decoder)
-                counts.kv_cache += sum(run.kv_lens) * kv_row * len(decoder.weights.layers)
-                for layer, ids in zip(decoder.weights.layers, run.expert_ids):
-                    if isinstance(layer.mlp, MoEWeights):
-                        distinct = len(ids.unique())
-                        counts.weights += distinct * _expert_bytes(decoder.kernels, layer.mlp)
-                        counts.num_expert_reads += distinct
-                        counts.num_layer_runs += 1
-            if decoder is model.target.decoder:
-                counts.num_target_forwards += len(runs)
-            else:
-                counts.num_mtp_forwards += len(runs)
+    _count(engine, target.decoder, target_runs, counts)
+    counts.num_target_forwards = len(target_runs)
+    if mtp is not None:
+        _count(engine, mtp.decoder, mtp_runs, counts)
+        counts.num_mtp_forwards = len(mtp_runs)
+
+
+def _count(engine: Engine, decoder: Decoder, runs: list[DecoderRun], counts: StepBytes) -> None:
+    kernels, kv_cache = decoder.kernels, engine.runtime.kv_cache
+    head = kernels.num_bytes(engine.runtime.model.target.head)
+    kv_row = kv_cache[0, 0].nbytes // kv_cache.shape[3]
+    for run in runs:
+        counts.weights += head + _fixed_bytes(decoder)
+        counts.kv_cache += sum(run.kv_lens) * kv_row * len(decoder.weights.layers)
+        for layer, ids in zip(decoder.weights.layers, run.expert_ids):
+            if isinstance(layer.mlp, MoEWeights):
+                distinct = len(ids.unique())
+                counts.weights += distinct * _expert_bytes(kernels, layer.mlp)
+                counts.num_expert_reads += distinct
+                counts.num_layer_runs += 1
 
 
 def _fixed_bytes(decoder: Decoder) -> int:

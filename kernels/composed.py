@@ -18,6 +18,7 @@ from specdec.kernels.interface import (
     DecoderOutput,
     DecoderShape,
     DecoderWeights,
+    DraftChain,
     FusionWeights,
     Kernels,
     LayerWeights,
@@ -56,30 +57,19 @@ def decode(
 
 
 def draft_chain(
-    kernels: Kernels,
-    decoder: Any,
-    last: DecoderOutput,
-    positions: list[int],
-    page_tables: list[list[int]],
-    kv_cache: Tensor,
-    counts: list[int],
-    choose: Choose,
-    *,
-    recycle_unnormed: bool,
-    expert_ids: Tensor | None = None,
+    kernels: Kernels, decoder: Any, chain: DraftChain, choose: Choose, expert_ids: Tensor | None = None
 ) -> Tensor:
     """`Kernels.draft_chain` with any choice of tokens."""
-    drafts = torch.full((len(counts), counts[0]), -1, dtype=torch.int64, device=kv_cache.device)
-    for step in range(counts[0]):
-        active = sum(count > step for count in counts)
+    device, last = chain.kv_cache.device, chain.last
+    drafts = torch.full((len(chain.counts), chain.counts[0]), -1, dtype=torch.int64, device=device)
+    for step, active in enumerate(chain.active):
         if step > 0:
-            hidden = last.unnormed if recycle_unnormed else last.normed
-            at = [position + step for position in positions[:active]]
-            metadata = _single_rows(at, page_tables[:active], kv_cache)
+            hidden = last.unnormed if chain.recycle_unnormed else last.normed
+            at = [position + step for position in chain.positions[:active]]
+            metadata = _single_rows(at, chain.page_tables[:active], chain.kv_cache)
             last = kernels.decode(
-                decoder, drafts[:active, step - 1].contiguous(), hidden[:active],
-                torch.tensor(at, device=kv_cache.device), metadata, kv_cache,
-                None if expert_ids is None else expert_ids[step - 1, :, :active],
+                decoder, drafts[:active, step - 1].contiguous(), hidden[:active], torch.tensor(at, device=device),
+                metadata, chain.kv_cache, None if expert_ids is None else expert_ids[step - 1, :, :active],
             )  # fmt: skip
         drafts[:active, step] = choose(step, last.normed[:active])
         if drafts[:active, step].min() < 0:

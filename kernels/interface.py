@@ -34,10 +34,8 @@ class AttentionMetadata:
     def packed(self) -> array[int]:
         """The lists as int64 in one row, made once for all layers of a forward: query_starts [B + 1], kv_lens [B],
         page_starts [B + 1], then all page tables."""
-        lists = [0, *accumulate(self.query_lens), *self.kv_lens, 0, *accumulate(map(len, self.page_tables))]
-        for table in self.page_tables:
-            lists += table
-        return array("q", lists)
+        query_starts = [0, *accumulate(self.query_lens)]
+        return array("q", query_starts + self.kv_lens + flat_page_tables(self.page_tables))
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,36 @@ class DecoderOutput(NamedTuple):
 
     normed: Tensor
     unnormed: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class DraftChain:
+    """What a chain of drafts starts from, for B sequences.
+
+    last [B, H]: the MTP layer's outputs at `positions` [B]. counts [B] >= 1, descending: drafts of each sequence.
+    page_tables [B]; kv_cache [1, pages, 2, page_size, Hkv, D], appended to. recycle_unnormed: feed back the output
+    before the final norm.
+    """
+
+    last: DecoderOutput
+    positions: list[int]
+    page_tables: list[list[int]]
+    kv_cache: Tensor
+    counts: list[int]
+    recycle_unnormed: bool
+
+    @property
+    def active(self) -> list[int]:
+        """[K]: how many sequences, the first ones, draft at each step."""
+        return [sum(count > step for count in self.counts) for step in range(self.counts[0])]
+
+
+def flat_page_tables(page_tables: list[list[int]]) -> list[int]:
+    """page_starts [B + 1], then the pages of all tables."""
+    flat = [0, *accumulate(map(len, page_tables))]
+    for table in page_tables:
+        flat += table
+    return flat
 
 
 class Kernels(Protocol):
@@ -231,26 +259,12 @@ class Kernels(Protocol):
         """
         ...
 
-    def draft_chain(
-        self,
-        decoder: Any,
-        head: Any,
-        last: DecoderOutput,
-        positions: list[int],
-        page_tables: list[list[int]],
-        kv_cache: Tensor,
-        counts: list[int],
-        *,
-        recycle_unnormed: bool,
-        expert_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Greedy drafts of a prepared MTP layer: draft 1 is the argmax of `last` [B, H], the outputs at `positions`;
-        each later one that of one more row, which takes the draft before and the output before.
+    def draft_chain(self, decoder: Any, head: Any, chain: DraftChain, expert_ids: Tensor | None = None) -> Tensor:
+        """Greedy drafts of a prepared MTP layer: draft 1 is the argmax of the chain's start; each later one that of one
+        more row, which takes the draft before and the output before.
 
-        counts [B] >= 1, descending: drafts of each sequence. page_tables [B]; kv_cache [1, pages, 2, page_size, Hkv,
-        D], appended to. recycle_unnormed: feed back the output before the final norm. expert_ids [K-1, 1, B, k]
-        int64 is filled with the experts of each step's rows. -> ids [B, K] int64, -1 beyond a sequence's count and
-        from a step on whose logits are not finite.
+        expert_ids [K-1, 1, B, k] int64 is filled with the experts of each step's rows. -> ids [B, K] int64, -1 beyond
+        a sequence's count and from a step on whose logits are not finite.
         """
         ...
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels import composed
-from specdec.kernels.interface import AttentionMetadata, DecoderOutput, DecoderWeights, RoutingConfig
+from specdec.kernels.interface import AttentionMetadata, DecoderOutput, DecoderWeights, DraftChain, RoutingConfig
 from specdec.kernels.philox import gumbel_noise
 
 
@@ -127,22 +127,9 @@ class ReferenceKernels:
         return composed.decode(self, decoder, input_ids, previous, positions, metadata, kv_cache, expert_ids)
 
     def draft_chain(
-        self,
-        decoder: DecoderWeights,
-        head: Tensor,
-        last: DecoderOutput,
-        positions: list[int],
-        page_tables: list[list[int]],
-        kv_cache: Tensor,
-        counts: list[int],
-        *,
-        recycle_unnormed: bool,
-        expert_ids: Tensor | None = None,
+        self, decoder: DecoderWeights, head: Tensor, chain: DraftChain, expert_ids: Tensor | None = None
     ) -> Tensor:
-        return composed.draft_chain(
-            self, decoder, last, positions, page_tables, kv_cache, counts,
-            lambda _, normed: self.head_argmax(normed, head), recycle_unnormed=recycle_unnormed, expert_ids=expert_ids,
-        )  # fmt: skip
+        return composed.draft_chain(self, decoder, chain, lambda _, normed: self.head_argmax(normed, head), expert_ids)
 
     def head_argmax(self, x: Tensor, head: Tensor) -> Tensor:
         logits = self.linear(x, head)

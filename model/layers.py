@@ -11,6 +11,7 @@ Shapes: T packed tokens, H hidden, I MLP width, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +20,14 @@ from torch import Tensor, nn
 
 from specdec.kernels import AttentionMetadata, DecoderOutput, Kernels
 from specdec.kernels.composed import Choose, draft_chain
-from specdec.kernels.interface import AttentionWeights, DecoderWeights, LayerWeights, MLPWeights, MoEWeights
+from specdec.kernels.interface import (
+    AttentionWeights,
+    DecoderWeights,
+    DraftChain,
+    LayerWeights,
+    MLPWeights,
+    MoEWeights,
+)
 from specdec.model.config import Glm4MoeConfig
 
 
@@ -257,12 +265,22 @@ class DecoderRun:
 
 
 class Decoder:
-    """A decoder as the backend runs it. trace: a list given here receives every run."""
+    """A decoder as the backend runs it."""
 
     def __init__(self, kernels: Kernels, weights: DecoderWeights) -> None:
         self.kernels, self.weights = kernels, weights
         self.prepared = kernels.prepare(weights)
-        self.trace: list[DecoderRun] | None = None
+        self._trace: list[DecoderRun] | None = None
+
+    @contextmanager
+    def traced(self) -> Iterator[list[DecoderRun]]:
+        """The list receives every run while it is entered."""
+        runs: list[DecoderRun] = []
+        self._trace = runs
+        try:
+            yield runs
+        finally:
+            self._trace = None
 
     def __call__(
         self,
@@ -274,40 +292,24 @@ class Decoder:
     ) -> DecoderOutput:
         """See `Kernels.decode`."""
         chosen = None
-        if self.trace is not None:
-            top_k = self.weights.shape.routing.num_experts_per_tok
-            chosen = input_ids.new_full((len(self.weights.layers), len(input_ids), top_k), -1)
-            self.trace.append(DecoderRun(chosen, metadata.kv_lens))
+        if self._trace is not None:
+            chosen = self._no_experts(len(self.weights.layers), len(input_ids))
+            self._trace.append(DecoderRun(chosen, metadata.kv_lens))
         return self.kernels.decode(self.prepared, input_ids, previous, positions, metadata, kv_cache, chosen)
 
-    def draft_chain(
-        self,
-        head: Any,
-        last: DecoderOutput,
-        positions: list[int],
-        page_tables: list[list[int]],
-        kv_cache: Tensor,
-        counts: list[int],
-        choose: Choose | None,
-        *,
-        recycle_unnormed: bool,
-    ) -> Tensor:
+    def draft_chain(self, head: Any, chain: DraftChain, choose: Choose | None = None) -> Tensor:
         """See `Kernels.draft_chain`; with `choose`, `specdec.kernels.composed.draft_chain`."""
         chosen = None
-        if self.trace is not None:
-            top_k = self.weights.shape.routing.num_experts_per_tok
-            chosen = torch.full((counts[0] - 1, 1, len(counts), top_k), -1)
-            active = [sum(count > step for count in counts) for step in range(1, counts[0])]
-            self.trace += [
-                DecoderRun(ids[:, :n], [at + step + 1 for at in positions[:n]])
-                for step, (ids, n) in enumerate(zip(chosen, active), 1)
+        if self._trace is not None:
+            chosen = self._no_experts(len(chain.active) - 1, 1, len(chain.counts))
+            self._trace += [
+                DecoderRun(ids[:, :active], [at + step + 1 for at in chain.positions[:active]])
+                for step, (ids, active) in enumerate(zip(chosen, chain.active[1:]), 1)
             ]
         if choose is None:
-            return self.kernels.draft_chain(
-                self.prepared, head, last, positions, page_tables, kv_cache, counts,
-                recycle_unnormed=recycle_unnormed, expert_ids=chosen,
-            )  # fmt: skip
-        return draft_chain(
-            self.kernels, self.prepared, last, positions, page_tables, kv_cache, counts, choose,
-            recycle_unnormed=recycle_unnormed, expert_ids=chosen,
-        )  # fmt: skip
+            return self.kernels.draft_chain(self.prepared, head, chain, chosen)
+        return draft_chain(self.kernels, self.prepared, chain, choose, chosen)
+
+    def _no_experts(self, *shape: int) -> Tensor:
+        """[*shape, k], to be filled with what is chosen."""
+        return torch.full((*shape, self.weights.shape.routing.num_experts_per_tok), -1, device=self.kernels.device)

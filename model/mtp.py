@@ -10,12 +10,9 @@ layer's own previous output in its place (docs/mtp.md has the alignment table).
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from specdec.kernels import AttentionMetadata, Kernels
-from specdec.kernels.composed import Choose
 from specdec.kernels.interface import DecoderOutput, DecoderWeights, FusionWeights
 from specdec.model.config import Glm4MoeConfig
 from specdec.model.glm4_moe import Glm4MoeForCausalLM, decoder_shape
@@ -63,21 +60,3 @@ class MTPLayer(DecoderLayer):
         [pages, 2, page_size, Hkv, D] is the MTP layer's own; its rows are appended to it.
         """
         return self.decoder(next_token_ids, previous, positions, metadata, kv_cache.unsqueeze(0))
-
-    def draft_chain(
-        self,
-        head: Any,
-        last: DecoderOutput,
-        positions: list[int],
-        page_tables: list[list[int]],
-        kv_cache: Tensor,
-        counts: list[int],
-        choose: Choose | None = None,
-        *,
-        recycle_unnormed: bool,
-    ) -> Tensor:
-        """Drafts [B, K] after the outputs `last` [B, H] at `positions`, the argmax each or what `choose` says; see
-        `Kernels.draft_chain`."""
-        return self.decoder.draft_chain(
-            head, last, positions, page_tables, kv_cache.unsqueeze(0), counts, choose, recycle_unnormed=recycle_unnormed
-        )

@@ -18,6 +18,7 @@ from specdec.config import Recycling
 from specdec.errors import ModelError
 from specdec.kernels import DecoderOutput
 from specdec.kernels.composed import Choose
+from specdec.kernels.interface import DraftChain
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.mtp import MTPLayer
 from specdec.rng import Stream, uniforms
@@ -83,23 +84,18 @@ class MTPDrafter:
             counts = [scheduled[b].num_draft_tokens for b in drafting]
             sequences = [scheduled[b].sequence for b in drafting]
             choose = None if probs is None else self._sampler(sequences, probs, drafting)
-            ids = self._chain(sequences, last, counts, choose).tolist()
+            chain = DraftChain(
+                last=last,
+                positions=[len(s.token_ids) - 2 for s in sequences],  # of the last pairs
+                page_tables=[s.page_table for s in sequences],
+                kv_cache=self.kv_cache.unsqueeze(0),
+                counts=counts,
+                recycle_unnormed=self.recycling == "pre_norm",
+            )
+            ids = self.mtp.decoder.draft_chain(self.target.head, chain, choose).tolist()
             for b, row, count in zip(drafting, ids, counts):
                 token_ids[b] = _finite(row[:count])
         return DraftResult(token_ids, probs)
-
-    def _chain(self, sequences: Seq[Sequence], last: DecoderOutput, counts: list[int], choose: Choose | None) -> Tensor:
-        """Drafts [B, K]; each step takes the layer's own output and the draft before it."""
-        return self.mtp.draft_chain(
-            self.target.head,
-            last,
-            [len(s.token_ids) - 2 for s in sequences],  # of the last pairs
-            [s.page_table for s in sequences],
-            self.kv_cache,
-            counts,
-            choose,
-            recycle_unnormed=self.recycling == "pre_norm",
-        )
 
     def _sampler(self, sequences: Seq[Sequence], probs: Tensor, rows: list[int]) -> Choose:
         """Sampled drafts, whose distributions go to probs [B, K, V] at `rows`."""

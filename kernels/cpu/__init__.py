@@ -9,7 +9,6 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import byref
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,7 +28,14 @@ from specdec.kernels.cpu.weights import (
     pack_gate_up,
     routing_struct,
 )
-from specdec.kernels.interface import AttentionMetadata, DecoderOutput, DecoderWeights, RoutingConfig
+from specdec.kernels.interface import (
+    AttentionMetadata,
+    DecoderOutput,
+    DecoderWeights,
+    DraftChain,
+    RoutingConfig,
+    flat_page_tables,
+)
 
 _num_threads = torch.get_num_threads
 
@@ -173,31 +179,20 @@ class CpuKernels:
         return DecoderOutput(normed, unnormed)
 
     def draft_chain(
-        self,
-        decoder: PreparedDecoder,
-        head: PackedWeight,
-        last: DecoderOutput,
-        positions: list[int],
-        page_tables: list[list[int]],
-        kv_cache: Tensor,
-        counts: list[int],
-        *,
-        recycle_unnormed: bool,
-        expert_ids: Tensor | None = None,
+        self, decoder: PreparedDecoder, head: PackedWeight, chain: DraftChain, expert_ids: Tensor | None = None
     ) -> Tensor:
-        num = len(counts)
-        lists = [*counts, *positions, 0, *accumulate(map(len, page_tables))]
-        for table in page_tables:
-            lists += table
-        ints = array("q", lists)
+        num = len(chain.counts)
+        ints = array("q", chain.counts + chain.positions + flat_page_tables(chain.page_tables))
         counts_at = ints.buffer_info()[0]
-        drafts = torch.empty(num, counts[0], dtype=torch.int64)
-        normed, recycled = last.normed.contiguous(), (last.unnormed if recycle_unnormed else last.normed).contiguous()
-        chain = native.Chain(
-            num, counts_at, counts_at + 8 * num, counts_at + 16 * num, counts_at + 24 * num + 8, _cache(kv_cache),
-            normed.data_ptr(), recycled.data_ptr(), recycle_unnormed, drafts.data_ptr(), address(expert_ids),
+        drafts = torch.empty(num, chain.counts[0], dtype=torch.int64)
+        normed = chain.last.normed.contiguous()
+        recycled = chain.last.unnormed.contiguous() if chain.recycle_unnormed else normed
+        struct = native.Chain(
+            num, counts_at, counts_at + 8 * num, counts_at + 16 * num, counts_at + 24 * num + 8,
+            _cache(chain.kv_cache), normed.data_ptr(), recycled.data_ptr(), chain.recycle_unnormed, drafts.data_ptr(),
+            address(expert_ids),
         )  # fmt: skip
-        self._library.sd_draft_chain(byref(decoder.struct), byref(head.unbiased), byref(chain), _num_threads())
+        self._library.sd_draft_chain(byref(decoder.struct), byref(head.unbiased), byref(struct), _num_threads())
         return drafts
 
     def head_argmax(self, x: Tensor, head: PackedWeight) -> Tensor:

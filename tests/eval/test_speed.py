@@ -111,7 +111,7 @@ def test_a_draft_reads_the_mtp_layer_and_the_head_once(planted: Path) -> None:
         with traced(engine) as counts:
             engine.generate([5, 6], SamplingParams(max_tokens=9, temperature=temperature, seed=0, ignore_eos=True))
         assert counts.num_mtp_forwards == 3 * (counts.num_target_forwards - 1)
-    assert engine.runtime.model.target.decoder.trace is None
+    assert engine.runtime.model.target.decoder._trace is None
 
 
 def test_a_traced_run_generates_the_same(planted: Path) -> None:

@@ -16,6 +16,7 @@ from fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
 from specdec.batch import Extend, build_batch
 from specdec.kernels import DecoderOutput, composed
 from specdec.kernels.cpu import CpuKernels
+from specdec.kernels.interface import DraftChain
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
 
 pytestmark = NEEDS_COMPILER
@@ -122,14 +123,11 @@ def test_a_draft_chain_is_its_steps_to_the_bit(model: LoadedModel, recycle_unnor
         )
         tables = [table(s) for s in range(len(counts))]
         ids = [torch.full((counts[0] - 1, 1, len(counts), model.config.num_experts_per_tok), -1) for _ in range(2)]
-        ours = kernels.draft_chain(
-            mtp.decoder.prepared, head, last, positions, tables, fused, counts, recycle_unnormed=recycle_unnormed,
-            expert_ids=ids[0],
-        )  # fmt: skip
+        chains = [DraftChain(last, positions, tables, cache, counts, recycle_unnormed) for cache in (fused, single)]
+        ours = kernels.draft_chain(mtp.decoder.prepared, head, chains[0], ids[0])
         theirs = composed.draft_chain(
-            kernels, mtp.decoder.prepared, last, positions, tables, single, counts,
-            lambda _, normed: kernels.head_argmax(normed, head), recycle_unnormed=recycle_unnormed, expert_ids=ids[1],
-        )  # fmt: skip
+            kernels, mtp.decoder.prepared, chains[1], lambda _, normed: kernels.head_argmax(normed, head), ids[1]
+        )
         assert torch.equal(ours, theirs)
         assert torch.equal(*ids)
         assert torch.equal(fused, single)
@@ -143,10 +141,8 @@ def test_a_chain_ends_where_logits_are_not_finite(model: LoadedModel) -> None:
     cache = caches(model, torch.float32)[0][-1:].nan_to_num(0.5)
     normed = torch.randn(2, model.config.hidden_size)
     normed[1, 0] = float("nan")
-    drafts = kernels.draft_chain(
-        mtp.decoder.prepared, model.target.head, DecoderOutput(normed, normed), [3, 4],
-        [table(0), table(1)], cache, [3, 2], recycle_unnormed=False,
-    )  # fmt: skip
+    chain = DraftChain(DecoderOutput(normed, normed), [3, 4], [table(0), table(1)], cache, [3, 2], False)
+    drafts = kernels.draft_chain(mtp.decoder.prepared, model.target.head, chain)
     assert (drafts >= 0).tolist() == [[True, False, False], [False, False, False]]
 
 
@@ -157,6 +153,7 @@ def test_one_thread_pool_for_torch_and_the_kernels(first: str) -> None:
 import os, torch
 torch.set_num_threads(1)
 from specdec.kernels.cpu import CpuKernels
+from specdec.kernels.interface import DraftChain
 kernels, weight, x = CpuKernels(torch.float32), torch.ones(512, 512), torch.ones(64, 512)
 packed = kernels.pack(weight)
 def count(): return len(os.listdir("/proc/self/task"))
