@@ -3,7 +3,7 @@
     python -m specdec.eval.held_out [--model bundled] [--json FILE]
 
 Bits per byte and expert load over all held-out documents (teacher-forced, windows of the context
-length), acceptance by generating from the `stdlib` prompts with K = 3. Run it with the Python whose
+length), acceptance by generating from the `stdlib` prompts with K = 3 and token rejection. Run it with the Python whose
 standard library the checkpoint was trained on: the documents are read from there.
 """
 
@@ -24,9 +24,9 @@ from torch.nn.functional import cross_entropy
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.eval.prompts import load_stdlib
 from specdec.inspection import teacher_forced
+from specdec.kernels.reference import lowest_argmax
 from specdec.model.bundled.corpus import Document, load_documents
 from specdec.model.config import Glm4MoeConfig
-from specdec.sampling import greedy_tokens
 
 NUM_DRAFT_TOKENS, MAX_TOKENS = 3, 128
 
@@ -133,11 +133,11 @@ def _score_window(engine: Engine, window: list[int]) -> tuple[float, int]:
         return cross_entropy(logits, scored, reduction="sum").item(), 0
     logits, draft_logits = teacher_forced(engine.runtime, window[:-1])
     nats = cross_entropy(logits, scored, reduction="sum").item()
-    return nats, int((greedy_tokens(draft_logits) == greedy_tokens(logits[1:])).sum())
+    return nats, int((lowest_argmax(draft_logits) == lowest_argmax(logits[1:])).sum())
 
 
 def measure_acceptance(engine: Engine, temperature: float) -> AcceptanceFigures:
-    speculation, prompts = SpeculationParams(NUM_DRAFT_TOKENS), [p.prompt for p in load_stdlib()]
+    speculation, prompts = SpeculationParams(NUM_DRAFT_TOKENS, "token"), [p.prompt for p in load_stdlib()]
     params = [
         SamplingParams(max_tokens=MAX_TOKENS, temperature=temperature, seed=i, speculation=speculation)
         for i in range(len(prompts))

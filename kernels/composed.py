@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels.interface import (
+    NOT_DRAFTED,
+    NOT_FINITE,
     AttentionMetadata,
     AttentionWeights,
     DecoderOutput,
     DecoderShape,
     DecoderWeights,
     DraftChain,
+    DraftSampling,
     FusionWeights,
     Kernels,
     LayerWeights,
@@ -26,8 +29,8 @@ from specdec.kernels.interface import (
     MoEWeights,
 )
 
-Choose = Callable[[int, Tensor], Tensor]
-"""(step, normed [B', H]) -> ids [B'] of the sequences that still draft."""
+Edit = Callable[[list[int], Tensor, Tensor], None]
+"""(sequences [b], their drafts so far [b, step], their logits [b, V]): changes the logits in place."""
 
 
 def mlp(kernels: Kernels, x: Tensor, gate_up: Any, down: Any) -> Tensor:
@@ -57,24 +60,69 @@ def decode(
 
 
 def draft_chain(
-    kernels: Kernels, decoder: Any, chain: DraftChain, choose: Choose, expert_ids: Tensor | None = None
+    kernels: Kernels,
+    decoder: Any,
+    head: Any,
+    chain: DraftChain,
+    edit: Edit | None = None,
+    expert_ids: Tensor | None = None,
 ) -> Tensor:
-    """`Kernels.draft_chain` with any choice of tokens."""
+    """`Kernels.draft_chain`, with logits that may be edited before anything is drawn from them."""
     device, last = chain.kv_cache.device, chain.last
-    drafts = torch.full((len(chain.counts), chain.counts[0]), -1, dtype=torch.int64, device=device)
-    for step, active in enumerate(chain.active):
+    drafts = torch.full((len(chain.counts), max(chain.counts)), NOT_DRAFTED, dtype=torch.int64, device=device)
+    active = list(range(len(chain.counts)))
+    for step in range(drafts.shape[1]):
+        kept = [i for i, b in enumerate(active) if chain.counts[b] > step and (step == 0 or drafts[b, step - 1] >= 0)]
+        active = [active[i] for i in kept]
+        if not active:
+            break
+        last = DecoderOutput(last.normed[kept], last.unnormed[kept])
         if step > 0:
-            hidden = last.unnormed if chain.recycle_unnormed else last.normed
-            at = [position + step for position in chain.positions[:active]]
-            metadata = _single_rows(at, chain.page_tables[:active], chain.kv_cache)
+            at = [chain.positions[b] + step for b in active]
+            metadata = _single_rows(at, [chain.page_tables[b] for b in active], chain.kv_cache)
             last = kernels.decode(
-                decoder, drafts[:active, step - 1].contiguous(), hidden[:active], torch.tensor(at, device=device),
-                metadata, chain.kv_cache, None if expert_ids is None else expert_ids[step - 1, :, :active],
+                decoder, drafts[active, step - 1], last.unnormed if chain.recycle_unnormed else last.normed,
+                torch.tensor(at, device=device), metadata, chain.kv_cache,
+                None if expert_ids is None else expert_ids[step - 1, :, : len(active)],
             )  # fmt: skip
-        drafts[:active, step] = choose(step, last.normed[:active])
-        if drafts[:active, step].min() < 0:
+        drafts[active, step] = _draw(kernels, head, chain.sampling, edit, last.normed, active, drafts[active, :step])
+        if (drafts[active, step] == NOT_FINITE).any():
             break
     return drafts
+
+
+def _draw(
+    kernels: Kernels,
+    head: Any,
+    sampling: DraftSampling | None,
+    edit: Edit | None,
+    normed: Tensor,
+    sequences: list[int],
+    drafts: Tensor,
+) -> Tensor:
+    """Hidden states [b, H] of some of the chain's sequences, and their drafts [b, step] -> the next drafts [b]."""
+    if sampling is None:
+        ids = kernels.head_argmax(normed, head)
+        return ids.where(ids >= 0, NOT_FINITE)
+    step = drafts.shape[1]
+    logits = kernels.linear(normed, head)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if edit is not None:
+        edit(sequences, drafts, logits)
+    rows = sampling.rows.select(sequences, advance=step)
+    kernels.truncate_(logits, rows)
+    ids = kernels.choose(logits, rows)
+    ids = ids.where(ids >= 0, NOT_FINITE)
+    needed = [i for i, b in enumerate(sequences) if sampling.prob_rows[b] >= 0 or sampling.min_confidence[b] > 0]
+    if needed:
+        probs = kernels.softmax(logits[needed], [rows.scales[i] for i in needed])
+        for i, law, confidence in zip(needed, probs, probs.amax(-1).tolist()):
+            b = sequences[i]
+            if sampling.probs is not None and sampling.prob_rows[b] >= 0:
+                sampling.probs[sampling.prob_rows[b], step] = law
+            if confidence < sampling.min_confidence[b]:
+                ids[i] = NOT_DRAFTED
+    return ids
 
 
 def _single_rows(positions: list[int], page_tables: list[list[int]], kv_cache: Tensor) -> AttentionMetadata:

@@ -8,7 +8,7 @@ H hidden, I expert width, E experts, k experts per token, V vocabulary. A KV cac
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
@@ -126,13 +126,62 @@ class DecoderOutput(NamedTuple):
     unnormed: Tensor
 
 
+GREEDY = -1  # a stream: no noise
+NOT_DRAFTED, NOT_FINITE = -1, -2  # in place of a draft's id
+
+
+@dataclass(frozen=True, eq=False)
+class RowSampling:
+    """How each of R rows of logits becomes a token. Every field has R values.
+
+    The law is softmax(scale * logits), cut to the top_k largest logits (0: all; ties with the smallest of them stay),
+    then to the smallest set of most probable tokens that reaches top_p (1: all; the lowest ids first among equals),
+    then to tokens of at least min_p times the largest probability (0: all).
+    seeds, streams, positions, starts: the key of the row's noise, see `specdec.kernels.philox`. Stream GREEDY: the
+    token is the argmax.
+    """
+
+    scales: list[float]  # 1 / temperature
+    top_k: list[int]
+    top_p: list[float]
+    min_p: list[float]
+    seeds: list[int]
+    streams: list[int]
+    positions: list[int]
+    starts: list[int]
+
+    def __len__(self) -> int:
+        return len(self.scales)
+
+    def select(self, rows: list[int], advance: int = 0) -> RowSampling:
+        """Some of the rows, with noise for positions `advance` further on."""
+        values = {f.name: [getattr(self, f.name)[r] for r in rows] for f in fields(self)}
+        values["positions"] = [position + advance for position in values["positions"]]
+        return RowSampling(**values)
+
+
+@dataclass(frozen=True, eq=False)
+class DraftSampling:
+    """How a chain's B sequences draw their drafts, where not all of them take the argmax whatever it is.
+
+    rows: for the first step; positions advance by one per step. min_confidence [B]: a sequence's chain ends before a
+    draft whose law has no probability of at least this (it looks at the law, never at the token drawn from it).
+    probs [Q, K, V] receives the laws of the drafts of those sequences that have a prob_row [B] in it, not -1.
+    """
+
+    rows: RowSampling
+    min_confidence: list[float]
+    probs: Tensor | None
+    prob_rows: list[int]
+
+
 @dataclass(frozen=True, eq=False)
 class DraftChain:
     """What a chain of drafts starts from, for B sequences.
 
-    last [B, H]: the MTP layer's outputs at `positions` [B]. counts [B] >= 1, descending: drafts of each sequence.
+    last [B, H]: the MTP layer's outputs at `positions` [B]. counts [B] >= 1: the most drafts of each sequence.
     page_tables [B]; kv_cache [1, pages, 2, page_size, Hkv, D], appended to. recycle_unnormed: feed back the output
-    before the final norm.
+    before the final norm. sampling: None where every draft is an argmax.
     """
 
     last: DecoderOutput
@@ -141,11 +190,23 @@ class DraftChain:
     kv_cache: Tensor
     counts: list[int]
     recycle_unnormed: bool
+    sampling: DraftSampling | None = None
 
-    @property
-    def active(self) -> list[int]:
-        """[K]: how many sequences, the first ones, draft at each step."""
-        return [sum(count > step for count in self.counts) for step in range(self.counts[0])]
+
+@dataclass(frozen=True, eq=False)
+class Residuals:
+    """n laws over the vocabulary, up to a factor: law_i(x) = max(0, scales_i * p[p_rows_i, x] - q[q_rows_i, x]), and
+    0 at x = excluded_i.
+
+    p [R, V]; q [Q, V], or None; q_rows_i = -1: q is 0; excluded_i = -1: no token is excluded.
+    """
+
+    p: Tensor
+    p_rows: list[int]
+    scales: list[float]
+    q: Tensor | None
+    q_rows: list[int]
+    excluded: list[int]
 
 
 def flat_page_tables(page_tables: list[list[int]]) -> list[int]:
@@ -260,11 +321,12 @@ class Kernels(Protocol):
         ...
 
     def draft_chain(self, decoder: Any, head: Any, chain: DraftChain, expert_ids: Tensor | None = None) -> Tensor:
-        """Greedy drafts of a prepared MTP layer: draft 1 is the argmax of the chain's start; each later one that of one
-        more row, which takes the draft before and the output before.
+        """Drafts of a prepared MTP layer: draft 1 comes from the chain's start; each later one from one more row, which
+        takes the draft before and the output before.
 
-        expert_ids [K-1, 1, B, k] int64 is filled with the experts of each step's rows. -> ids [B, K] int64, -1 beyond
-        a sequence's count and from a step on whose logits are not finite.
+        expert_ids [K-1, 1, B, k] int64: the first rows of each step are filled with the experts of the sequences that
+        still draft. -> ids [B, K] int64, K = max(counts): NOT_DRAFTED beyond a sequence's count or where its
+        confidence ended it; where logits are not finite NOT_FINITE, and the whole chain ends.
         """
         ...
 
@@ -273,15 +335,33 @@ class Kernels(Protocol):
         -1 where a logit is not finite."""
         ...
 
-    def softmax(self, logits: Tensor, scales: Tensor) -> Tensor:
-        """logits [R, V], scales [R] (1 / temperature) -> softmax(logits * scale) [R, V]; -inf becomes 0."""
+    def truncate_(self, logits: Tensor, sampling: RowSampling) -> None:
+        """logits [R, V], contiguous, in at least fp32: tokens outside each row's law become -inf, in place. A row with
+        a NaN or +inf, or without a finite logit, becomes NaN throughout."""
         ...
 
-    def gumbel_argmax(self, logits: Tensor, scales: Tensor, seeds: list[int], positions: list[int]) -> Tensor:
-        """logits [R, V], scales [R] -> ids [R] int64: argmax of logits * scale + Gumbel noise, which is a sample of
-        softmax(logits * scale). -1 where a score is not finite.
+    def choose(self, logits: Tensor, sampling: RowSampling) -> Tensor:
+        """logits [R, V] after `truncate_` -> ids [R] int64, the lowest among equals: the argmax, or with noise that of
+        scale * logits + Gumbel noise, which is a sample of softmax(scale * logits). -1 for a row of NaN.
 
-        The noise is a function of (seed, position, token) alone: token v takes word v % 4 of Philox4x32-10 with
-        counter (v // 4, position, 0, 0) and the 64-bit seed as key; G = -log(-log((word + 1/2) / 2^32)).
+        Token v takes word v % 4 of the Philox call with counter (v // 4, position, start, stream) and
+        G = -log(-log((word + 1/2) / 2^32)).
         """
+        ...
+
+    def softmax(self, logits: Tensor, scales: list[float]) -> Tensor:
+        """logits [R, V] -> softmax(scale * logits) [R, V]; -inf becomes 0."""
+        ...
+
+    def residual_mass(self, laws: Residuals) -> list[float]:
+        """[n]: the sum of each law, in fp64."""
+        ...
+
+    def sample_residual(self, laws: Residuals, uniforms: list[float]) -> list[int]:
+        """[n]: a token of each law by inverse CDF in fp64, from numbers in [0, 1). A law without mass gives a token of
+        p[p_rows_i]. -1 where the sum is not finite."""
+        ...
+
+    def uniforms(self, seeds: list[int], stream: int, positions: list[int], starts: list[int]) -> list[float]:
+        """[n] in [0, 1): 53 bits of the first two words of the Philox call (0, position, start, stream)."""
         ...

@@ -1,4 +1,8 @@
-"""Philox4x32-10 (Salmon et al., SC'11), the counter-based generator behind every random number here."""
+"""Philox4x32-10 (Salmon et al., SC'11), the counter-based generator behind every random number here.
+
+The key is a request's 64-bit seed, the counter (call, position, start, stream); a call gives four words.
+`specdec.rng` says what positions, starts and streams are.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +32,27 @@ def split_seed(seeds: NDArray[np.uint64]) -> NDArray[np.uint32]:
     return np.stack([seeds & _LOW, seeds >> _SHIFT], -1).astype(np.uint32)
 
 
-def gumbel_noise(seeds: ArrayLike, positions: ArrayLike, vocab_size: int) -> NDArray[np.float64]:
-    """seeds, positions [R] -> standard Gumbel noise [R, V]; see `Kernels.gumbel_argmax`."""
-    calls = np.arange(-(-vocab_size // 4), dtype=np.uint32)
-    counter = np.zeros((len(np.atleast_1d(positions)), len(calls), 4), np.uint32)
-    counter[..., 0] = calls
-    counter[..., 1] = np.asarray(positions)[:, None]
-    words = philox(counter, split_seed(np.asarray(seeds, np.uint64))[:, None])
-    uniforms = (words.reshape(len(counter), -1)[:, :vocab_size] + 0.5) * 2.0**-32
+def gumbel_noise(
+    seeds: ArrayLike, streams: ArrayLike, positions: ArrayLike, starts: ArrayLike, vocab_size: int
+) -> NDArray[np.float64]:
+    """Keys [R] -> standard Gumbel noise [R, V]: token v takes word v % 4 of call v // 4, and
+    G = -log(-log((word + 1/2) / 2^32))."""
+    words = _words(np.arange(-(-vocab_size // 4)), seeds, streams, positions, starts)  # [R, calls, 4]
+    uniforms = (words.reshape(len(words), -1)[:, :vocab_size] + 0.5) * 2.0**-32
     return -np.log(-np.log(uniforms))
+
+
+def uniforms(seeds: ArrayLike, streams: ArrayLike, positions: ArrayLike, starts: ArrayLike) -> NDArray[np.float64]:
+    """Keys [n] -> numbers in [0, 1) of 53 random bits, from the first two words of call 0."""
+    words = _words(np.zeros(1), seeds, streams, positions, starts)[:, 0].astype(np.uint64)
+    return ((words[:, 0] << np.uint64(21)) ^ (words[:, 1] >> np.uint64(11))).astype(np.float64) * 2.0**-53
+
+
+def _words(
+    calls: ArrayLike, seeds: ArrayLike, streams: ArrayLike, positions: ArrayLike, starts: ArrayLike
+) -> NDArray[np.uint32]:
+    """Calls [c], keys [n] -> [n, c, 4]."""
+    words = np.broadcast_arrays(
+        np.asarray(calls)[None], *(np.asarray(w)[:, None] for w in (positions, starts, streams))
+    )
+    return philox(np.stack(words, -1).astype(np.uint32), split_seed(np.asarray(seeds, np.uint64))[:, None])

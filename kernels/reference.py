@@ -12,8 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels import composed
-from specdec.kernels.interface import AttentionMetadata, DecoderOutput, DecoderWeights, DraftChain, RoutingConfig
-from specdec.kernels.philox import gumbel_noise
+from specdec.kernels.interface import (
+    GREEDY,
+    AttentionMetadata,
+    DecoderOutput,
+    DecoderWeights,
+    DraftChain,
+    Residuals,
+    RoutingConfig,
+    RowSampling,
+)
+from specdec.kernels.philox import gumbel_noise, uniforms
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -129,20 +138,80 @@ class ReferenceKernels:
     def draft_chain(
         self, decoder: DecoderWeights, head: Tensor, chain: DraftChain, expert_ids: Tensor | None = None
     ) -> Tensor:
-        return composed.draft_chain(self, decoder, chain, lambda _, normed: self.head_argmax(normed, head), expert_ids)
+        return composed.draft_chain(self, decoder, head, chain, None, expert_ids)
 
     def head_argmax(self, x: Tensor, head: Tensor) -> Tensor:
         logits = self.linear(x, head)
         best = lowest_argmax(logits)
         return best.where(logits.isfinite().all(-1), -1)
 
-    def softmax(self, logits: Tensor, scales: Tensor) -> Tensor:
-        return (logits * scales.unsqueeze(-1)).softmax(-1)
+    def truncate_(self, logits: Tensor, sampling: RowSampling) -> None:
+        rows = zip(logits, sampling.scales, sampling.top_k, sampling.top_p, sampling.min_p, strict=True)
+        for row, scale, top_k, top_p, min_p in rows:
+            if not row.max().isfinite():  # NaN, too
+                row.fill_(float("nan"))
+                continue
+            if 0 < top_k < len(row):
+                row.masked_fill_(row < row.topk(top_k).values[-1], float("-inf"))
+            if top_p < 1:
+                _keep_top_p_(row, scale, top_p)
+            if min_p > 0:
+                probs = (row * scale).softmax(-1)
+                row.masked_fill_(probs < min_p * probs.max(), float("-inf"))
 
-    def gumbel_argmax(self, logits: Tensor, scales: Tensor, seeds: list[int], positions: list[int]) -> Tensor:
-        noise = torch.from_numpy(gumbel_noise(seeds, positions, logits.shape[-1])).to(logits.device)
-        scores = logits.double() * scales.double().unsqueeze(-1) + noise
-        return lowest_argmax(scores).where(scores.isfinite().all(-1), -1)
+    def choose(self, logits: Tensor, sampling: RowSampling) -> Tensor:
+        noisy = [r for r, stream in enumerate(sampling.streams) if stream != GREEDY]
+        scores = logits.to(torch.float64, copy=True)
+        if noisy:
+            s = sampling.select(noisy)
+            noise = gumbel_noise(s.seeds, s.streams, s.positions, s.starts, logits.shape[-1])
+            scales = torch.tensor(s.scales, dtype=torch.float64, device=logits.device)
+            scores[noisy] = scores[noisy] * scales.unsqueeze(-1) + torch.from_numpy(noise).to(logits.device)
+        return lowest_argmax(scores).where(scores.amax(-1).isfinite(), -1)
+
+    def softmax(self, logits: Tensor, scales: list[float]) -> Tensor:
+        return (logits * torch.tensor(scales, dtype=logits.dtype, device=logits.device).unsqueeze(-1)).softmax(-1)
+
+    def residual_mass(self, laws: Residuals) -> list[float]:
+        return [float(_residual(laws, i).sum()) for i in range(len(laws.p_rows))]
+
+    def sample_residual(self, laws: Residuals, uniforms: list[float]) -> list[int]:
+        return [_inverse_cdf(residual_law(laws, i), u) for i, u in enumerate(uniforms)]
+
+    def uniforms(self, seeds: list[int], stream: int, positions: list[int], starts: list[int]) -> list[float]:
+        return uniforms(seeds, [stream] * len(seeds), positions, starts).tolist()
+
+
+def _keep_top_p_(row: Tensor, scale: float, top_p: float) -> None:
+    """The smallest set of most probable tokens whose probability reaches top_p, at least one."""
+    ordered, ids = row.sort(descending=True, stable=True)
+    before = (ordered * scale).softmax(-1).cumsum(-1).roll(1)
+    before[0] = 0
+    row[ids[before >= top_p]] = float("-inf")
+
+
+def residual_law(laws: Residuals, i: int) -> Tensor:
+    """Law i [V] in fp64, up to a factor; p where it has no mass."""
+    law = _residual(laws, i)
+    return law if law.sum() != 0 else laws.p[laws.p_rows[i]].double()
+
+
+def _residual(laws: Residuals, i: int) -> Tensor:
+    law = laws.scales[i] * laws.p[laws.p_rows[i]].double()
+    if laws.q is not None and laws.q_rows[i] >= 0:
+        law = (law - laws.q[laws.q_rows[i]].double()).clamp(min=0)
+    if laws.excluded[i] >= 0:
+        law[laws.excluded[i]] = 0
+    return law
+
+
+def _inverse_cdf(law: Tensor, uniform: float) -> int:
+    """The first token where the CDF exceeds uniform * total: one of probability 0 never, as u <= 1 - 2**-53 keeps the
+    product below the total."""
+    cdf = law.cumsum(-1)
+    if not 0 < cdf[-1] < float("inf"):
+        return -1
+    return int(torch.searchsorted(cdf, uniform * cdf[-1:], right=True))
 
 
 def lowest_argmax(values: Tensor) -> Tensor:

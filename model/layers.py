@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels import AttentionMetadata, DecoderOutput, Kernels
-from specdec.kernels.composed import Choose, draft_chain
+from specdec.kernels.composed import Edit, draft_chain
 from specdec.kernels.interface import (
     AttentionWeights,
     DecoderWeights,
@@ -297,18 +297,21 @@ class Decoder:
             self._trace.append(DecoderRun(chosen, metadata.kv_lens))
         return self.kernels.decode(self.prepared, input_ids, previous, positions, metadata, kv_cache, chosen)
 
-    def draft_chain(self, head: Any, chain: DraftChain, choose: Choose | None = None) -> Tensor:
-        """See `Kernels.draft_chain`; with `choose`, `specdec.kernels.composed.draft_chain`."""
+    def draft_chain(self, head: Any, chain: DraftChain, edit: Edit | None = None) -> Tensor:
+        """See `Kernels.draft_chain`; with `edit`, `specdec.kernels.composed.draft_chain`."""
         chosen = None
         if self._trace is not None:
-            chosen = self._no_experts(len(chain.active) - 1, 1, len(chain.counts))
-            self._trace += [
-                DecoderRun(ids[:, :active], [at + step + 1 for at in chain.positions[:active]])
-                for step, (ids, active) in enumerate(zip(chosen, chain.active[1:]), 1)
-            ]
-        if choose is None:
-            return self.kernels.draft_chain(self.prepared, head, chain, chosen)
-        return draft_chain(self.kernels, self.prepared, chain, choose, chosen)
+            chosen = self._no_experts(max(chain.counts) - 1, 1, len(chain.counts))
+        if edit is None:
+            drafts = self.kernels.draft_chain(self.prepared, head, chain, chosen)
+        else:
+            drafts = draft_chain(self.kernels, self.prepared, head, chain, edit, chosen)
+        if self._trace is not None and chosen is not None:
+            for step, ids in enumerate(chosen, 1):
+                ran = [b for b, count in enumerate(chain.counts) if count > step and drafts[b, step - 1] >= 0]
+                if ran:
+                    self._trace.append(DecoderRun(ids[:, : len(ran)], [chain.positions[b] + step + 1 for b in ran]))
+        return drafts
 
     def _no_experts(self, *shape: int) -> Tensor:
         """[*shape, k], to be filled with what is chosen."""

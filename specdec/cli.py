@@ -106,6 +106,19 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample among the k most probable tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the most probable tokens that reach this sum.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Drop tokens below this fraction of the most probable one.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Of tokens in prompt and output; 1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Of tokens in the output; 0 is off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same for each occurrence; 0 is off.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ID=BIAS, added to the logit of a token id, -100 to 100 or -inf; may be repeated.", show_default=False
+        ),
+    ] = None,
+    bad_word: Annotated[
+        list[str] | None, typer.Option(help="Never generate this text; may be repeated.", show_default=False)
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(help="Do not end before so many tokens.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this string; may be repeated.", show_default=False)
     ] = None,
@@ -119,32 +132,53 @@ def generate(
             show_default=f"{SpeculationParams.num_speculative_tokens}; 0 without an MTP layer",
         ),
     ] = None,
-    verification: Annotated[str, typer.Option(help="Rule at temperature > 0: token.")] = SpeculationParams.verification,
+    verification: Annotated[
+        str, typer.Option(help="Rule at temperature > 0: coupled, block or token.")
+    ] = SpeculationParams.verification,
     draft_sampling: Annotated[
         str, typer.Option(help="Drafts at temperature > 0: sampled or greedy.")
     ] = SpeculationParams.draft_sampling,
+    min_draft_confidence: Annotated[
+        float, typer.Option(help="Draft no further once no token has this probability.")
+    ] = SpeculationParams.min_draft_confidence,
     no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode plainly; the same as -k 0.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")] = False,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     kernels: Annotated[str, typer.Option(help="auto, reference or cpu (C++).")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: log-probabilities of the tokens, and so many alternatives.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
     """Generate text from a prompt, drafting with the MTP head."""
     with user_errors():
         speculation_is_given = no_speculation or num_speculative_tokens is not None
+        if logprobs is not None and not as_json:
+            raise InvalidOption(f"--logprobs {logprobs} is shown in the JSON document only: add --json")
         params = _sampling_params(
             num_tokens=_num_tokens(num_speculative_tokens, no_speculation),
             verification=verification,
             draft_sampling=draft_sampling,
+            min_draft_confidence=min_draft_confidence,
             max_tokens=max_tokens,
+            min_tokens=min_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=_biases(logit_bias or []),
+            bad_words=tuple(bad_word or ()),
             stop=tuple(stop or ()),
             seed=seed,
+            logprobs=logprobs,
         )
         text = _prompt_text(prompt, prompt_file)
         _check_backend(device, dtype, kernels, threads)
@@ -172,9 +206,22 @@ def _num_tokens(asked: int | None, no_speculation: bool) -> int:
     return 0 if no_speculation else SpeculationParams.num_speculative_tokens if asked is None else asked
 
 
-def _sampling_params(*, num_tokens: int, verification: str, draft_sampling: str, **fields: Any) -> SamplingParams:
+def _biases(texts: list[str]) -> tuple[tuple[int, float], ...]:
+    pairs = []
+    for text in texts:
+        token, _, bias = text.partition("=")
+        try:
+            pairs.append((int(token), float(bias)))
+        except ValueError:
+            raise InvalidOption(f"--logit-bias {text}: give a token id and a number, as in 42=-3.5") from None
+    return tuple(pairs)
+
+
+def _sampling_params(
+    *, num_tokens: int, verification: Any, draft_sampling: Any, min_draft_confidence: float, **fields: Any
+) -> SamplingParams:
     try:
-        speculation = SpeculationParams(num_tokens, verification, draft_sampling)  # type: ignore[arg-type]
+        speculation = SpeculationParams(num_tokens, verification, draft_sampling, min_draft_confidence)
         return SamplingParams(**fields, speculation=speculation)
     except ValueError as error:
         raise InvalidOption(str(error)) from error
@@ -257,6 +304,7 @@ def _document(engine: Any, prompt: str, output: Any) -> dict[str, Any]:
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
         "seed": output.seed,
+        "logprobs": None if output.logprobs is None else [token.as_dict() for token in output.logprobs],
         "stats": output.stats.as_dict(),
     }
 
@@ -381,6 +429,59 @@ def speed(
             print(json.dumps(report_as_json(report), indent=2))
         else:
             print_report(report, Console(highlight=False))
+
+
+@eval_app.command()
+def lossless(
+    model: Annotated[str, typer.Option(help="'bundled', a checkpoint folder, or a Hub id.")] = "bundled",
+    kernels: Annotated[str, typer.Option(help="auto, reference or cpu (C++).")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
+    samples: Annotated[int, typer.Option(help="Sampled outputs per rule, over all parameter combinations.")] = 8000,
+    alpha: Annotated[float, typer.Option(help="The probability that a lossless engine fails.")] = 1e-6,
+    rules: Annotated[str, typer.Option(help="Verification rules to sample with.")] = "coupled,block,token",
+    num_speculative_tokens: Annotated[
+        int, typer.Option("--num-speculative-tokens", "-k", help="Draft tokens per step of the samples.")
+    ] = 3,
+    temperature: Annotated[float, typer.Option(help="Of the plain samples; other combinations follow it.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Another one draws other samples from other prompts.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON here.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a summary.")] = False,
+) -> None:
+    """Certify that speculation changes nothing: exact laws, and equality with plain decoding (exit code 1 if not)."""
+    with user_errors():
+        from specdec.eval.lossless import LosslessOptions, certify
+        from specdec.eval.lossless_report import as_json as certificate_as_json
+        from specdec.eval.lossless_report import print_certificate, progress_bar, write_json
+
+        _check_backend("auto", dtype, kernels, threads)
+        if output is not None and not output.absolute().parent.is_dir():
+            raise InvalidOption(f"--output {output}: there is no folder {output.absolute().parent}")
+        try:
+            options = LosslessOptions(
+                model=model,
+                kernels=kernels,
+                dtype=dtype,
+                num_threads=threads,
+                samples=samples,
+                alpha=alpha,
+                rules=tuple(rule.strip() for rule in rules.split(",") if rule.strip()),
+                num_speculative_tokens=num_speculative_tokens,
+                temperature=temperature,
+                seed=seed,
+            )
+        except ValueError as error:
+            raise InvalidOption(str(error)) from error
+        with progress_bar(err) as progress:
+            certificate = certify(options, progress)
+        if output is not None:
+            write_json(certificate, output)
+        if as_json:
+            print(json.dumps(certificate_as_json(certificate), indent=2))
+        else:
+            print_certificate(certificate, Console(highlight=False))
+        if not certificate.passed:
+            raise typer.Exit(1)
 
 
 def main() -> None:

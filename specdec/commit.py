@@ -13,11 +13,13 @@ from specdec.target import TargetResult
 
 def commit(scheduled: Seq[ScheduledSequence], result: TargetResult) -> None:
     """Applies one step's result to its sequences."""
-    for s, token_ids, hidden in zip(scheduled, result.output_token_ids, result.hidden, strict=True):
+    results = zip(scheduled, result.output_token_ids, result.logprobs, result.hidden, strict=True)
+    for s, token_ids, logprobs, hidden in results:
         num_accepted = max(0, len(token_ids) - 1)
         _commit_cache_rows(s.sequence, s.num_new_tokens + num_accepted, hidden)
         if token_ids:
-            s.sequence.stats.record_verification(s.num_draft_tokens, num_accepted)
+            s.sequence.stats.record_verification(len(hidden) - s.num_new_tokens, num_accepted)
+            s.sequence.logprobs += logprobs
             _commit_tokens(s.sequence, token_ids)
 
 
@@ -43,12 +45,15 @@ def _commit_tokens(sequence: Sequence, token_ids: list[int]) -> None:
     before = len(sequence.token_ids)
     for token_id in token_ids:
         sequence.token_ids.append(token_id)
+        if sequence.counts is not None:
+            sequence.counts.add(token_id)
         sequence.finish_reason = _finish_reason(sequence, token_id)
         if sequence.finished:
             if sequence.output.flush():
                 sequence.finish_reason = "stop"
             sequence.pending_hidden = None
             break
+    del sequence.logprobs[sequence.num_output_tokens :]
     sequence.stats.record_tokens(len(sequence.token_ids) - before)
 
 

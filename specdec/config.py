@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-Verification = Literal["token"]
+Verification = Literal["coupled", "block", "token"]
 DraftSampling = Literal["sampled", "greedy"]
 Recycling = Literal["post_norm", "pre_norm"]
 
 MAX_SPECULATIVE_TOKENS = 8
 MIN_TEMPERATURE = 1e-5  # below it fp32 logits overflow, and the result is greedy anyway
 SEED_LIMIT = 2**64
+MAX_LOGIT_BIAS = 100.0
+MAX_LOGPROBS = 100
+MAX_PENALTY = 2.0  # of presence and frequency, as in OpenAI's API
 
 
 def _require(condition: bool, message: str) -> None:
@@ -33,8 +36,10 @@ def _require_int(name: str, value: Any, low: int, high: int | None = None, remed
 def _require_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     inside = isinstance(value, Real) and not isinstance(value, bool)
     inside = inside and (low < value if open_low else low <= value) and value <= min(high, sys.float_info.max)
-    opening = "(" if open_low else "["
-    limits = f"in {opening}{low:g}, {high:g}]" if math.isfinite(high) else f"a finite number, at least {low:g}"
+    if math.isfinite(high):
+        limits = f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+    else:
+        limits = f"a finite number, {'above' if open_low else 'at least'} {low:g}"
     _require(inside, f"{name} = {value!r} must be {limits}")
 
 
@@ -43,6 +48,30 @@ def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
         isinstance(value, Iterable) and not isinstance(value, bytes), f"{name} = {value!r} must be a list or tuple"
     )
     return tuple(value)
+
+
+def _as_pairs(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """A mapping, or pairs, of token ids and numbers -> pairs in ascending order of ids."""
+    _require(not isinstance(value, str), f"{name} = {value!r} must map token ids to numbers")
+    pairs = _as_tuple(name, value.items() if isinstance(value, Mapping) else value)
+    for pair in pairs:
+        _require(isinstance(pair, tuple) and len(pair) == 2, f"{name}: {pair!r} must be a token id and a number")
+    ids = [token for token, _ in pairs]
+    for token in ids:
+        _require_int(name, token, 0, remedy=": it is a token id")
+    _require(len(set(ids)) == len(ids), f"{name} = {value!r} names a token twice")
+    return tuple(sorted((int(token), number) for token, number in pairs))
+
+
+def _as_bad_word(value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        _require(value != "", "bad_words: '' must be a non-empty string or token ids")
+        return value
+    tokens = _as_tuple("bad_words", value)
+    _require(len(tokens) > 0, f"bad_words: {value!r} must be a non-empty string or token ids")
+    for token in tokens:
+        _require_int("bad_words", token, 0, remedy=": it is a token id")
+    return tuple(int(token) for token in tokens)
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -61,15 +90,21 @@ class SpeculationParams:
     """How the MTP head drafts and how drafts are verified; the engine's default, or one request's own.
 
     num_speculative_tokens: K, draft tokens per step; 0 switches speculation off (no MTP work at all).
-    verification: "token", token rejection sampling (Leviathan et al. 2023; Chen et al. 2023).
-        Temperature 0 is always verified greedily. Every rule keeps the target's distribution.
+    verification: the rule at temperature > 0; each keeps the target's distribution, see `specdec.verify`.
+        "coupled", drafter-invariant coupling (Daliri et al. 2024): a request's tokens are a function of model,
+        prompt, parameters and seed alone, whatever K and batch are. "block", block verification (Sun et al. 2024):
+        the most tokens per step. "token", token rejection (Leviathan et al. 2023; Chen et al. 2023).
+        Temperature 0 is always verified greedily.
     draft_sampling: at temperature > 0, "sampled" draws drafts from the MTP distribution after the
         request's own transform; "greedy" takes its argmax and verifies it as a point mass.
+    min_draft_confidence: a step drafts no further once no token has this probability in the MTP distribution
+        (after the request's transform; at temperature 0, of the softmax). 0 never stops early.
     """
 
     num_speculative_tokens: int = 3
-    verification: Verification = "token"
+    verification: Verification = "coupled"
     draft_sampling: DraftSampling = "sampled"
+    min_draft_confidence: float = 0.0
 
     def __post_init__(self) -> None:
         _require_int(
@@ -77,38 +112,62 @@ class SpeculationParams:
         )
         _require_choice("verification", self.verification, get_args(Verification))
         _require_choice("draft_sampling", self.draft_sampling, get_args(DraftSampling))
+        _require_number("min_draft_confidence", self.min_draft_confidence, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled and when it ends.
 
-    max_tokens: generate at most so many. temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: as in
-    transformers, applied in the order temperature, top-k, top-p, min-p.
+    Logits pass through logit_bias, bad_words and min_tokens, repetition_penalty, presence_penalty and
+    frequency_penalty, temperature, top_k, top_p, min_p, in this order (that of transformers), in drafting and in
+    verification alike; penalties and bad words count the drafts before each position.
+
+    max_tokens: generate at most so many. min_tokens: until so many are generated, the tokens that would end the request
+    are impossible and stop strings are not sought.
+    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: as in transformers.
+    repetition_penalty: divides the positive logits of tokens in prompt and output, multiplies the negative ones; 1 is
+    off. presence_penalty, frequency_penalty: subtracted from the logits of the output's tokens, once and once per
+    occurrence; 0 is off.
+    logit_bias: token id -> what is added to its logit, -100 to 100, or -inf, which makes it impossible.
+    bad_words: texts, or sequences of token ids, that must not come about in prompt and output. A text stands for its
+    tokens at the start of a line and after a space; the same text made of other tokens is not seen.
     stop: the output's text ends before the first of these strings (after it with
     include_stop_str_in_output); they are sought in the output's text, which has no special tokens under
     skip_special_tokens. stop_token_ids: end after one of these, beside the checkpoint's own
     end-of-text ids, which ignore_eos switches off. seed: 0 <= seed < 2**64; None draws one and reports it.
+    logprobs: report every output token's log-probabilities, and those of so many most probable tokens.
     speculation: overrides the engine's for this request.
     """
 
     max_tokens: int = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     seed: int | None = None
+    logprobs: int | None = None
     speculation: SpeculationParams | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
+        words = (self.bad_words,) if isinstance(self.bad_words, str) else _as_tuple("bad_words", self.bad_words)
+        object.__setattr__(self, "bad_words", tuple(_as_bad_word(word) for word in words))
+        object.__setattr__(self, "logit_bias", _as_pairs("logit_bias", self.logit_bias or ()))
         _require_int("max_tokens", self.max_tokens, 1)
+        _require_int("min_tokens", self.min_tokens, 0, self.max_tokens, ": it is at most max_tokens")
         _require_number("temperature", self.temperature, 0.0, math.inf)
         _require(
             self.temperature == 0 or self.temperature >= MIN_TEMPERATURE,
@@ -117,17 +176,34 @@ class SamplingParams:
         _require_int("top_k", self.top_k, 0, remedy="; 0 switches it off")
         _require_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _require_number("min_p", self.min_p, 0.0, 1.0)
+        _require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _require_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _require_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        for token, bias in self.biases:
+            if bias != -math.inf:
+                _require_number(f"logit_bias of token {token}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
         for text in self.stop:
             _require(isinstance(text, str) and text != "", f"stop = {text!r} must be a non-empty string")
         for token in self.stop_token_ids:
             _require_int("stop_token_ids", token, 0)
         if self.seed is not None:
             _require_int("seed", self.seed, 0, SEED_LIMIT - 1)
+        if self.logprobs is not None:
+            _require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, "; 0 reports the output's tokens alone")
         _require_speculation(self.speculation)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """logit_bias as pairs, by ascending token id."""
+        return cast(tuple[tuple[int, float], ...], self.logit_bias)
+
+    @property
+    def penalises(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 @dataclass(frozen=True)

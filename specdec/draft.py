@@ -6,45 +6,50 @@ Shapes: B scheduled sequences, K draft tokens (the most of any), V vocabulary, H
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.batch import Extend, build_batch
 from specdec.config import Recycling
+from specdec.edits import LogitRow, edit_logits_
 from specdec.errors import ModelError
 from specdec.kernels import DecoderOutput
-from specdec.kernels.composed import Choose
-from specdec.kernels.interface import DraftChain
+from specdec.kernels.composed import Edit
+from specdec.kernels.interface import GREEDY, NOT_DRAFTED, NOT_FINITE, DraftChain, DraftSampling
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.mtp import MTPLayer
-from specdec.rng import Stream, uniforms
-from specdec.sampling import greedy_tokens, sample, transform_logits
+from specdec.rng import Stream
+from specdec.sampling import draft_stream, row_sampling
 from specdec.scheduler import ScheduledSequence
 from specdec.sequence import Sequence
-from specdec.verify import point_masses
 
 
 @dataclass(frozen=True)
 class DraftResult:
-    """Drafts of all scheduled sequences, as many as each was scheduled for.
+    """Drafts of all scheduled sequences, at most as many as each was scheduled for.
 
-    draft_probs is the distribution each draft was really drawn from (one-hot for a greedy draft), with rows to
-    spare where a sequence has fewer than K; None where all drafts are greedy.
+    draft_probs[prob_rows[b], i]: the law that draft i of sequence b was really drawn from. prob_rows[b] = -1: its
+    drafts are point masses, or its rule needs no laws.
     """
 
     draft_token_ids: list[list[int]]  # [B] of up to K
-    draft_probs: Tensor | None  # [B, K, V]
+    prob_rows: list[int]  # [B]
+    draft_probs: Tensor | None = None  # [Q, K, V]
+
+    @classmethod
+    def nothing(cls, scheduled: Seq[ScheduledSequence]) -> DraftResult:
+        return cls([[] for _ in scheduled], [-1] * len(scheduled))
 
 
 class Drafter(Protocol):
     """Proposes drafts; may write KV rows of uncommitted tokens, must not change a sequence."""
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
-        """Exactly `num_draft_tokens` drafts for each scheduled sequence."""
+        """Up to `num_draft_tokens` drafts for each scheduled sequence; fewer only where its own
+        min_draft_confidence ended them."""
         ...
 
 
@@ -53,7 +58,7 @@ class NoDrafter:
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
         assert all(s.num_draft_tokens == 0 for s in scheduled), "drafts were scheduled without a drafter"
-        return DraftResult([[] for _ in scheduled], None)
+        return DraftResult.nothing(scheduled)
 
 
 class MTPDrafter:
@@ -71,50 +76,56 @@ class MTPDrafter:
         self.recycling = recycling
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
-        token_ids: list[list[int]] = [[] for _ in scheduled]
-        probs = self._room_for_probs(scheduled)
-        # Longest chain first: the sequences still drafting at any step are a prefix of `order`.
-        order = [b for b, s in enumerate(scheduled) if s.sequence.pending_hidden is not None]
-        order.sort(key=lambda b: -scheduled[b].num_draft_tokens)
-        if not order:
-            return DraftResult(token_ids, None)
-        last = self._extend([scheduled[b].sequence for b in order])
-        drafting = [b for b in order if scheduled[b].num_draft_tokens > 0]
-        if drafting:
-            counts = [scheduled[b].num_draft_tokens for b in drafting]
-            sequences = [scheduled[b].sequence for b in drafting]
-            choose = None if probs is None else self._sampler(sequences, probs, drafting)
-            chain = DraftChain(
-                last=last,
-                positions=[len(s.token_ids) - 2 for s in sequences],  # of the last pairs
-                page_tables=[s.page_table for s in sequences],
-                kv_cache=self.kv_cache.unsqueeze(0),
-                counts=counts,
-                recycle_unnormed=self.recycling == "pre_norm",
-            )
-            ids = self.mtp.decoder.draft_chain(self.target.head, chain, choose).tolist()
-            for b, row, count in zip(drafting, ids, counts):
-                token_ids[b] = _finite(row[:count])
-        return DraftResult(token_ids, probs)
+        result = DraftResult.nothing(scheduled)
+        extended = [b for b, s in enumerate(scheduled) if s.sequence.pending_hidden is not None]
+        if not extended:
+            return result
+        last = self._extend([scheduled[b].sequence for b in extended])
+        kept = [i for i, b in enumerate(extended) if scheduled[b].num_draft_tokens > 0]
+        if not kept:
+            return result
+        if len(kept) < len(extended):
+            last = DecoderOutput(last.normed[kept], last.unnormed[kept])
+        drafting = [extended[i] for i in kept]
+        sequences = [scheduled[b].sequence for b in drafting]
+        counts = [scheduled[b].num_draft_tokens for b in drafting]
+        sampling = self._sampling(sequences, max(counts))
+        chain = DraftChain(
+            last=last,
+            positions=[len(s.token_ids) - 2 for s in sequences],  # of the last pairs
+            page_tables=[s.page_table for s in sequences],
+            kv_cache=self.kv_cache.unsqueeze(0),
+            counts=counts,
+            recycle_unnormed=self.recycling == "pre_norm",
+            sampling=sampling,
+        )
+        edit = _editor(sequences) if any(s.edits_logits for s in sequences) else None
+        ids = self.mtp.decoder.draft_chain(self.target.head, chain, edit).tolist()
+        for b, row in zip(drafting, ids):
+            result.draft_token_ids[b][:] = _drafted(row)
+        if sampling is None or sampling.probs is None:
+            return result
+        for b, prob_row in zip(drafting, sampling.prob_rows):
+            result.prob_rows[b] = prob_row
+        return replace(result, draft_probs=sampling.probs)
 
-    def _sampler(self, sequences: Seq[Sequence], probs: Tensor, rows: list[int]) -> Choose:
-        """Sampled drafts, whose distributions go to probs [B, K, V] at `rows`."""
-
-        def choose(step: int, normed: Tensor) -> Tensor:
-            logits = self.target.compute_logits(normed)
-            tokens, probs[rows[: len(normed)], step] = sample_drafts(sequences[: len(normed)], logits, step)
-            return tokens
-
-        return choose
-
-    def _room_for_probs(self, scheduled: Seq[ScheduledSequence]) -> Tensor | None:
-        """[B, K, V] where a sequence samples its drafts."""
-        if not any(s.sequence.samples_drafts for s in scheduled):
+    def _sampling(self, sequences: list[Sequence], num_steps: int) -> DraftSampling | None:
+        """How the chain draws, and room for the laws that rejection rules need; None where it takes every argmax."""
+        streams = [draft_stream(s) for s in sequences]
+        confidences = [s.speculation.min_draft_confidence for s in sequences]
+        edits = any(s.edits_logits for s in sequences)
+        if not edits and not any(confidences) and all(stream == GREEDY for stream in streams):
             return None
+        num_rows, prob_rows = 0, [-1] * len(sequences)
+        for i, stream in enumerate(streams):
+            if stream == Stream.DRAFT:
+                prob_rows[i], num_rows = num_rows, num_rows + 1
         kernels = self.target.kernels
         dtype = torch.promote_types(kernels.activation_dtype, torch.float32)
-        most = max(s.num_draft_tokens for s in scheduled)
-        return torch.zeros(len(scheduled), most, self.target.config.vocab_size, dtype=dtype, device=kernels.device)
+        shape = (num_rows, num_steps, self.target.config.vocab_size)
+        probs = torch.empty(shape, dtype=dtype, device=kernels.device) if num_rows else None
+        rows = row_sampling([(s, stream, len(s.token_ids)) for s, stream in zip(sequences, streams)])
+        return DraftSampling(rows, confidences, probs, prob_rows)
 
     def _extend(self, sequences: Seq[Sequence]) -> DecoderOutput:
         """Runs the pending pairs of every sequence, with true hidden states -> the last row of each, [B, H]."""
@@ -132,23 +143,15 @@ class MTPDrafter:
         return DecoderOutput(output.normed[last], output.unnormed[last])
 
 
-def _finite(token_ids: list[int]) -> list[int]:
-    if min(token_ids) < 0:
+def _editor(sequences: Seq[Sequence]) -> Edit:
+    def edit(chosen: list[int], drafts: Tensor, logits: Tensor) -> None:
+        edit_logits_(logits, [LogitRow(sequences[b], before) for b, before in zip(chosen, drafts.tolist())])
+
+    return edit
+
+
+def _drafted(token_ids: list[int]) -> list[int]:
+    """The drafts of one sequence, without what was not drafted."""
+    if NOT_FINITE in token_ids:
         raise ModelError("the MTP layer's logits are not finite: its weights are broken, or its dtype overflows")
-    return token_ids
-
-
-def sample_drafts(sequences: Seq[Sequence], logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Logits [B, V] of draft position `step` -> tokens [B] and the distributions they come from [B, V].
-
-    Greedy requests, and greedy drafts of sampling ones, are point masses.
-    """
-    tokens = greedy_tokens(logits)
-    probs = point_masses(tokens, logits)
-    drawn = [b for b, s in enumerate(sequences) if s.samples_drafts]
-    if drawn:
-        starts = np.array([len(sequences[b].token_ids) for b in drawn])
-        u = uniforms([sequences[b].seed for b in drawn], Stream.DRAFT, starts + step, starts)
-        probs[drawn] = transform_logits(logits[drawn], [sequences[b].params for b in drawn])
-        tokens[drawn] = sample(probs[drawn], torch.from_numpy(u).to(logits.device))
-    return tokens, probs
+    return token_ids[: token_ids.index(NOT_DRAFTED)] if NOT_DRAFTED in token_ids else token_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
@@ -147,7 +148,10 @@ class Engine:
             tokens = sequence.output_token_ids[num_sent:]
             num_sent += len(tokens)
             if tokens:
-                yield StreamChunk(sequence.output.take(finished=sequence.finished), tokens, sequence.finish_reason)
+                text = sequence.output.take(finished=sequence.finished)
+                logprobs = sequence.logprobs[num_sent - len(tokens) : num_sent]
+                asked = sequence.params.logprobs is not None
+                yield StreamChunk(text, tokens, sequence.finish_reason, logprobs if asked else None)
 
     def _step(self) -> None:
         while self._abandoned:
@@ -166,11 +170,11 @@ class Engine:
 
     def _make_sequence(self, prompt: str | list[int], params: SamplingParams) -> Sequence:
         token_ids = self._prompt_token_ids(prompt)
-        vocab_size = self.checkpoint.config.vocab_size
-        for token in params.stop_token_ids:
-            if token >= vocab_size:
-                raise ValueError(f"stop_token_ids: {token} is no token id of this model: 0 <= id < {vocab_size}")
-        eos = frozenset() if params.ignore_eos else self.checkpoint.eos_token_ids
+        end_token_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            end_token_ids |= self.checkpoint.eos_token_ids
+        bad_words = self._bad_words(params)
+        self._check_token_ids(params, end_token_ids, bad_words)
         return Sequence(
             request_id=f"request-{next(self._request_numbers)}",
             prompt_token_ids=token_ids,
@@ -178,9 +182,40 @@ class Engine:
             speculation=self._resolve_speculation(params.speculation, self.speculation),
             seed=draw_seed() if params.seed is None else params.seed,
             max_total_tokens=min(len(token_ids) + params.max_tokens, self.max_model_len),
-            end_token_ids=eos | frozenset(params.stop_token_ids),
+            end_token_ids=end_token_ids,
             output=OutputText(self.tokenizer, params),
+            bad_words=bad_words,
         )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """A text's tokens at the start of a word and after a space."""
+        words: list[tuple[int, ...]] = []
+        for word in params.bad_words:
+            texts = [word, " " + word] if isinstance(word, str) else []
+            words += [tuple(self.checkpoint.encode(text)) for text in texts] or [tuple(map(int, word))]
+        return tuple(dict.fromkeys(words))
+
+    def _check_token_ids(
+        self, params: SamplingParams, end_token_ids: frozenset[int], bad_words: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Every id is the model's own, and some token stays possible."""
+        vocab_size = self.checkpoint.config.vocab_size
+        named = {
+            "stop_token_ids": params.stop_token_ids,
+            "logit_bias": [token for token, _ in params.biases],
+            "bad_words": [token for word in bad_words for token in word],
+        }
+        for name, token_ids in named.items():
+            for token in token_ids:
+                if token >= vocab_size:
+                    raise ValueError(f"{name}: {token} is no token id of this model: 0 <= id < {vocab_size}")
+        impossible = {token for token, bias in params.biases if bias == -math.inf} | {word[-1] for word in bad_words}
+        if params.min_tokens > 0:
+            impossible |= end_token_ids
+        if len(impossible) == vocab_size:
+            raise ValueError(
+                f"logit_bias, bad_words and min_tokens leave none of the {vocab_size} tokens possible: allow some"
+            )
 
     def _prompt_token_ids(self, prompt: str | list[int]) -> list[int]:
         token_ids = self.checkpoint.encode(prompt) if isinstance(prompt, str) else prompt

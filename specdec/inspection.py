@@ -12,11 +12,11 @@ from specdec.batch import Extend, build_batch
 from specdec.config import EngineConfig
 from specdec.errors import NotEnoughMemoryError
 from specdec.kernels import select
+from specdec.kernels.reference import lowest_argmax
 from specdec.kv_cache import page_bytes
 from specdec.loading import Checkpoint, Runtime, load_runtime, open_checkpoint, weight_bytes
 from specdec.model.config import DTYPES, Glm4MoeConfig, load_config
 from specdec.model.weights import CheckpointIndex, ignored_names, mtp_prefix
-from specdec.sampling import greedy_tokens
 
 MIN_SAMPLE_TOKENS, MAX_SAMPLE_TOKENS = 32, 512
 SAMPLE_TEXT = '''\
@@ -183,7 +183,7 @@ def check_mtp(runtime: Runtime, checkpoint: Checkpoint, text: str = SAMPLE_TEXT)
     limit = min(runtime.kv_cache.shape[1] * runtime.kv_cache.shape[3], runtime.max_model_len)
     target_logits, draft_logits = teacher_forced(runtime, checkpoint.encode(text)[:limit])
     # Pair i predicts token i+2, as the target's row i+1 does.
-    choices, drafts = greedy_tokens(target_logits[1:]), greedy_tokens(draft_logits)
+    choices, drafts = lowest_argmax(target_logits[1:]), lowest_argmax(draft_logits)
     shares = [torch.bincount(x, minlength=checkpoint.config.vocab_size).double() / len(x) for x in (choices, drafts)]
     return MTPCheck(
         num_positions=len(drafts),

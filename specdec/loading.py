@@ -74,12 +74,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 # Recommendations that would change the distribution and are not supported, with the value that changes nothing.
-_NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "typical_p": 1.0}
+_NEUTRAL = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "no_repeat_ngram_size": 0}
+_RECOMMENDED = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 
 
 def _default_params(generation: dict[str, Any], path: Path) -> SamplingParams:
-    names = ("temperature", "top_k", "top_p", "min_p")
-    fields = {name: generation[name] for name in names if generation.get(name) is not None}
+    fields = {name: generation[name] for name in _RECOMMENDED if generation.get(name) is not None}
     if generation.get("do_sample") is False:
         fields["temperature"] = 0.0
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
+from specdec.logprobs import TokenLogprobs
 from specdec.sequence import FinishReason, Sequence
 from specdec.stats import SequenceStats
 
@@ -12,7 +13,8 @@ from specdec.stats import SequenceStats
 @dataclass(frozen=True)
 class GenerationOutput:
     """One finished request. `token_ids` is the output alone, the ending token included; `text` is cut at
-    stop strings and, unless include_stop_str_in_output, has no ending token. `seed` reproduces the request."""
+    stop strings and, unless include_stop_str_in_output, has no ending token. `seed` reproduces the request.
+    `logprobs`: one per token, where SamplingParams.logprobs asks for them."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -20,6 +22,7 @@ class GenerationOutput:
     text: str
     finish_reason: FinishReason
     seed: int
+    logprobs: list[TokenLogprobs] | None
     stats: SequenceStats
 
     @classmethod
@@ -32,6 +35,7 @@ class GenerationOutput:
             text=sequence.output.text,
             finish_reason=sequence.finish_reason,
             seed=sequence.seed,
+            logprobs=None if sequence.params.logprobs is None else sequence.logprobs,
             stats=sequence.stats,
         )
 
@@ -40,11 +44,12 @@ class GenerationOutput:
 class StreamChunk:
     """What is new since the last chunk. Text may lag behind the tokens: it is held back while it may be part
     of a character or a stop string. The last chunk of a stream read to its end, and only that, has a
-    finish_reason."""
+    finish_reason. logprobs: one per token, where they are asked for."""
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class TokenStream(Iterator[StreamChunk]):

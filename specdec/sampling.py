@@ -1,58 +1,39 @@
-"""Logits + SamplingParams -> probabilities, and probabilities + uniforms -> tokens.
+"""Which law a request's rows follow and which noise decides them: one description for target rows and draft rows.
 
-One transform serves target rows and draft rows. Order, as in transformers: temperature, top-k,
-top-p, min-p. Everything here works in the dtype it is given.
+The kernels do the work on whole rows (`specdec.kernels.interface.RowSampling`); `specdec.edits` does it on single
+logits before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 
-import torch
-from torch import Tensor
-
-from specdec.config import SamplingParams
-from specdec.kernels.reference import lowest_argmax
-
-greedy_tokens = lowest_argmax
+from specdec.kernels.interface import GREEDY, RowSampling
+from specdec.rng import Stream
+from specdec.sequence import Sequence
 
 
-def transform_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """logits [R, V], one SamplingParams per row, none greedy -> probs [R, V]."""
-    probs = torch.empty_like(logits)
-    for row, (values, p) in enumerate(zip(logits, params, strict=True)):
-        probs[row] = _transform_row(values, p)
-    return probs
+def row_sampling(rows: Seq[tuple[Sequence, int, int]]) -> RowSampling:
+    """(sequence, stream, position) of each row."""
+    params = [sequence.params for sequence, _, _ in rows]
+    return RowSampling(
+        scales=[1.0 if p.greedy else 1 / p.temperature for p in params],
+        top_k=[0 if p.greedy else p.top_k for p in params],
+        top_p=[1.0 if p.greedy else p.top_p for p in params],
+        min_p=[0.0 if p.greedy else p.min_p for p in params],
+        seeds=[sequence.seed for sequence, _, _ in rows],
+        streams=[stream for _, stream, _ in rows],
+        positions=[position for _, _, position in rows],
+        starts=[len(sequence.token_ids) if stream == Stream.DRAFT else 0 for sequence, stream, _ in rows],
+    )
 
 
-def _transform_row(logits: Tensor, params: SamplingParams) -> Tensor:  # [V] -> [V]
-    logits = logits / params.temperature
-    if 0 < params.top_k < logits.shape[0]:
-        kth = logits.topk(params.top_k).values[-1]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if params.top_p < 1:
-        logits = _keep_top_p(logits, params.top_p)
-    if params.min_p > 0:
-        probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs < params.min_p * probs.max(), float("-inf"))
-    return logits.softmax(-1)
+def target_stream(sequence: Sequence) -> int:
+    """The noise of the target's own tokens, for the rules that compare drafts with them."""
+    return GREEDY if sequence.params.greedy else Stream.TARGET
 
 
-def _keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Keeps the smallest set of most probable tokens whose probability reaches top_p, at least one."""
-    ordered, ids = logits.sort(descending=True, stable=True)
-    before = ordered.softmax(-1).cumsum(-1).roll(1)
-    before[0] = 0
-    dropped = torch.empty_like(ids, dtype=torch.bool).scatter(0, ids, before >= top_p)
-    return logits.masked_fill(dropped, float("-inf"))
-
-
-def sample(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """probs [R, V] (rows need not sum to 1), uniforms [R] in [0, 1) -> token ids [R] by inverse CDF in fp64.
-
-    A token of probability 0 is never returned: u <= 1 - 2**-53 keeps u * total below the total, so some step
-    of the CDF lies above it.
-    """
-    cdf = probs.double().cumsum(-1)
-    targets = uniforms.to(cdf).unsqueeze(-1) * cdf[:, -1:]
-    return torch.searchsorted(cdf, targets, right=True).squeeze(-1)
+def draft_stream(sequence: Sequence) -> int:
+    if not sequence.samples_drafts:
+        return GREEDY
+    return Stream.TARGET if sequence.rule == "coupled" else Stream.DRAFT

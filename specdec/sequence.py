@@ -12,10 +12,13 @@ from typing import Literal
 from torch import Tensor
 
 from specdec.config import SamplingParams, SpeculationParams
+from specdec.counts import TokenCounts
+from specdec.logprobs import TokenLogprobs
 from specdec.stats import SequenceStats
 from specdec.text import OutputText
 
 FinishReason = Literal["stop", "length", "abort"]
+Rule = Literal["greedy", "coupled", "block", "token"]
 
 
 @dataclass(eq=False)
@@ -26,7 +29,8 @@ class Sequence:
     below len(token_ids) while it runs. num_mtp_tokens: committed pairs in the MTP layer's cache.
     pending_hidden [n, H]: the target's hidden states of the computed tokens that have no MTP row yet,
     so num_mtp_tokens + n == num_computed_tokens while speculation is on; None while it is off.
-    max_total_tokens: prompt and output together never exceed it.
+    max_total_tokens: prompt and output together never exceed it. bad_words: as token ids.
+    counts: of prompt and output tokens; None where no penalty asks for them. logprobs: of the output's tokens.
     """
 
     request_id: str
@@ -37,16 +41,26 @@ class Sequence:
     max_total_tokens: int
     end_token_ids: frozenset[int]
     output: OutputText
+    bad_words: tuple[tuple[int, ...], ...] = ()
     token_ids: list[int] = field(init=False)
     page_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_mtp_tokens: int = 0
     pending_hidden: Tensor | None = None
     finish_reason: FinishReason | None = None
+    counts: TokenCounts | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     stats: SequenceStats = field(default_factory=SequenceStats)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+        if self.params.penalises:
+            self.counts = TokenCounts.of_prompt(self.prompt_token_ids)
+
+    @property
+    def rule(self) -> Rule:
+        """Temperature 0 is greedy whatever the request's rule."""
+        return "greedy" if self.params.greedy else self.speculation.verification
 
     @property
     def speculates(self) -> bool:
@@ -58,8 +72,20 @@ class Sequence:
         return not self.params.greedy and self.speculation.draft_sampling == "sampled"
 
     @property
+    def edits_logits(self) -> bool:
+        """Whether `specdec.edits` has anything to do for the next token."""
+        params = self.params
+        return bool(
+            params.biases or self.bad_words or self.counts is not None or self.num_output_tokens < params.min_tokens
+        )
+
+    @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[len(self.prompt_token_ids) :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -1,36 +1,61 @@
 """Stage 3, verify: one target forward over new tokens and drafts, then each request's rule.
 
-Shapes: B scheduled sequences, K draft tokens (the most of any), R = K+1 rows per sequence, V vocabulary.
+Shapes: B scheduled sequences, R rows that decide tokens (one per draft and one more of each sequence that samples),
+V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from specdec.batch import Extend, ForwardBatch, build_batch
 from specdec.draft import DraftResult
+from specdec.edits import LogitRow, edit_logits_
 from specdec.errors import ModelError
+from specdec.kernels.interface import RowSampling
+from specdec.logprobs import TokenLogprobs, token_logprobs
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
-from specdec.rng import Stream, uniforms
-from specdec.sampling import transform_logits
+from specdec.sampling import row_sampling, target_stream
 from specdec.scheduler import ScheduledSequence
 from specdec.sequence import Sequence
-from specdec.verify import match_choices, verify_token
+from specdec.verify import Proposal, match_choices, verify_by_rejection
+
+REJECTION_RULES = ("block", "token")
 
 
 @dataclass(frozen=True)
 class TargetResult:
     """output_token_ids[b]: what sequence b emits, its accepted drafts and one token more; empty where it does not
-    sample. hidden[b]: the target's hidden states of its rows, the new tokens and then the drafts."""
+    sample. logprobs[b]: of these tokens, where the request asks for them. hidden[b]: the target's hidden states of its
+    rows, the new tokens and then the drafts."""
 
     output_token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprobs]]
     hidden: Seq[Tensor]  # [B] of [num_new_tokens + num_draft_tokens, H]
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """A sequence that samples. first_row: of the forward's rows, the one that decides its next token; its drafts' rows
+    follow."""
+
+    index: int  # among the scheduled ones
+    sequence: Sequence
+    drafts: list[int]
+    prob_row: int
+    first_row: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.drafts) + 1
+
+    @property
+    def needs_only_argmax(self) -> bool:
+        s = self.sequence
+        return s.rule == "greedy" and not s.edits_logits and s.params.logprobs is None
 
 
 class TargetVerifier:
@@ -40,8 +65,17 @@ class TargetVerifier:
     def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
         batch = self._build_batch(scheduled, drafts)
         hidden = self.target.forward(batch.input_ids, batch.positions, batch.metadata, self.kv_cache)
-        output = self._apply_rules(scheduled, drafts, hidden, batch.row_starts)
-        return TargetResult(output, hidden.split_with_sizes(batch.metadata.query_lens))
+        deciding = [
+            Deciding(b, s.sequence, drafts.draft_token_ids[b], drafts.prob_rows[b], start + s.num_new_tokens - 1)
+            for b, (s, start) in enumerate(zip(scheduled, batch.row_starts))
+            if s.samples
+        ]
+        result = TargetResult(
+            [[] for _ in scheduled], [[] for _ in scheduled], hidden.split_with_sizes(batch.metadata.query_lens)
+        )
+        self._take_argmax([d for d in deciding if d.needs_only_argmax], hidden, result)
+        self._apply_rules([d for d in deciding if not d.needs_only_argmax], hidden, drafts.draft_probs, result)
+        return result
 
     def _build_batch(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> ForwardBatch:
         extends = []
@@ -51,104 +85,74 @@ class TargetVerifier:
             extends.append(Extend(new + draft_ids, start, s.sequence.page_table))
         return build_batch(extends, self.page_size, self.kv_cache.device)
 
+    def _take_argmax(self, deciding: list[Deciding], hidden: Tensor, result: TargetResult) -> None:
+        """Greedy verification without the logits."""
+        if deciding:
+            choices = iter(_finite(self.target.choose_tokens(_rows_of(deciding, hidden)).tolist()))
+            for d in deciding:
+                result.output_token_ids[d.index] = match_choices([next(choices) for _ in range(d.num_rows)], d.drafts)
+
     def _apply_rules(
-        self, scheduled: Seq[ScheduledSequence], drafts: DraftResult, hidden: Tensor, row_starts: list[int]
+        self, deciding: list[Deciding], hidden: Tensor, draft_probs: Tensor | None, result: TargetResult
+    ) -> None:
+        """Logits -> edits -> truncation -> rules."""
+        if not deciding:
+            return
+        deciding = sorted(deciding, key=lambda d: d.sequence.rule in REJECTION_RULES)
+        logits = self.target.compute_logits(_rows_of(deciding, hidden))  # [R, V]
+        raw = logits.clone() if any(d.sequence.params.logprobs is not None for d in deciding) else logits
+        if any(d.sequence.edits_logits for d in deciding):
+            edit_logits_(logits, [LogitRow(d.sequence, d.drafts[:i]) for d in deciding for i in range(d.num_rows)])
+        sampling = row_sampling(
+            [
+                (d.sequence, target_stream(d.sequence), len(d.sequence.token_ids) + i)
+                for d in deciding
+                for i in range(d.num_rows)
+            ]
+        )
+        self.target.kernels.truncate_(logits, sampling)
+        output = self._decide(deciding, logits, sampling, draft_probs)
+        rows = [d.num_rows for d in deciding]
+        for d, token_ids, before, after in zip(
+            deciding, output, raw.split_with_sizes(rows), logits.split_with_sizes(rows)
+        ):
+            result.output_token_ids[d.index] = _finite(token_ids)
+            params = d.sequence.params
+            if params.logprobs is not None:
+                processed = after / (params.temperature or 1.0)
+                result.logprobs[d.index] = token_logprobs(token_ids, before, processed, params.logprobs)
+
+    def _decide(
+        self, deciding: list[Deciding], logits: Tensor, sampling: RowSampling, draft_probs: Tensor | None
     ) -> list[list[int]]:
-        output: list[list[int]] = [[] for _ in scheduled]
-        for name, rule in RULES.items():
-            chosen = [b for b, s in enumerate(scheduled) if s.samples and rule_of(s) == name]
-            if chosen:
-                last_new = [row_starts[b] + scheduled[b].num_new_tokens - 1 for b in chosen]
-                rows = DecidingRows(self.target, hidden, last_new, [drafts.draft_token_ids[b] for b in chosen])
-                probs = None if drafts.draft_probs is None else drafts.draft_probs[chosen]
-                for b, token_ids in zip(chosen, rule(rows, [scheduled[b].sequence for b in chosen], probs)):
-                    output[b] = token_ids
+        """The tokens that each sequence emits; those with exact-match rules come first."""
+        kernels = self.target.kernels
+        exact = [d for d in deciding if d.sequence.rule not in REJECTION_RULES]
+        num_exact = sum(d.num_rows for d in exact)
+        output = []
+        if exact:
+            rows = sampling if num_exact == len(logits) else sampling.select(list(range(num_exact)))
+            choices = iter(kernels.choose(logits[:num_exact], rows).tolist())
+            output += [match_choices([next(choices) for _ in range(d.num_rows)], d.drafts) for d in exact]
+        if num_exact < len(logits):
+            probs = kernels.softmax(logits[num_exact:], sampling.scales[num_exact:])
+            proposals, first_row = [], 0
+            for d in deciding[len(exact) :]:
+                s = d.sequence
+                block = s.rule == "block"
+                proposals.append(Proposal(d.drafts, first_row, d.prob_row, block, s.seed, len(s.token_ids)))
+                first_row += d.num_rows
+            output += verify_by_rejection(kernels, probs, draft_probs, proposals)
         return output
 
 
-@dataclass(frozen=True)
-class DecidingRows:
-    """The rows that decide tokens: of each sequence its last new token's and its drafts'.
-
-    hidden [T, H] of the whole forward; last_new [B]: each sequence's last new token's row, which its drafts'
-    rows follow.
-    """
-
-    target: Glm4MoeForCausalLM
-    hidden: Tensor
-    last_new: list[int]
-    draft_token_ids: list[list[int]]
-
-    def choices(self) -> list[list[int]]:
-        """The target's argmax for each sequence's rows, [B] of [k+1]."""
-        chosen = self.target.choose_tokens(self._deciding()).tolist()
-        _require_finite(min(chosen) >= 0)
-        rows = iter(chosen)
-        return [[next(rows) for _ in range(len(drafts) + 1)] for drafts in self.draft_token_ids]
-
-    def logits(self) -> Tensor:
-        """[B, K+1, V], each sequence's last row repeated where it has fewer than K drafts."""
-        logits = self.target.compute_logits(self._deciding())
-        _require_finite(bool(torch.isfinite(logits).all()))
-        most = max(map(len, self.draft_token_ids))
-        padded, first = [], 0
-        for drafts in self.draft_token_ids:
-            padded += [first + min(r, len(drafts)) for r in range(most + 1)]
-            first += len(drafts) + 1
-        return logits[padded].unflatten(0, (-1, most + 1))
-
-    def padded_drafts(self) -> tuple[Tensor, Tensor]:
-        """-> draft_token_ids [B, K], padded with 0, and num_draft_tokens [B]."""
-        counts = [len(drafts) for drafts in self.draft_token_ids]
-        padded = [drafts + [0] * (max(counts) - len(drafts)) for drafts in self.draft_token_ids]
-        device = self.hidden.device
-        ids = torch.tensor(padded, dtype=torch.int64, device=device).view(len(counts), max(counts))
-        return ids, torch.tensor(counts, dtype=torch.int64, device=device)
-
-    def _deciding(self) -> Tensor:
-        rows: list[int] = []
-        for first, drafts in zip(self.last_new, self.draft_token_ids):
-            rows += range(first, first + len(drafts) + 1)
-        return self.hidden if len(rows) == self.hidden.shape[0] else self.hidden[rows]
+def _rows_of(deciding: list[Deciding], hidden: Tensor) -> Tensor:
+    """The rows that decide, in order."""
+    rows = [row for d in deciding for row in range(d.first_row, d.first_row + d.num_rows)]
+    return hidden if rows == list(range(len(hidden))) else hidden[rows]
 
 
-def _require_finite(finite: bool) -> None:
-    if not finite:
+def _finite(token_ids: list[int]) -> list[int]:
+    if min(token_ids) < 0:
         raise ModelError("the target's logits are not finite: its weights are broken, or its dtype overflows")
-
-
-def rule_of(scheduled: ScheduledSequence) -> str:
-    """Temperature 0 is greedy whatever the request's rule."""
-    sequence = scheduled.sequence
-    return "greedy" if sequence.params.greedy else sequence.speculation.verification
-
-
-def _greedy(rows: DecidingRows, sequences: Seq[Sequence], draft_probs: Tensor | None) -> list[list[int]]:
-    return [match_choices(choices, drafts) for choices, drafts in zip(rows.choices(), rows.draft_token_ids)]
-
-
-def _token(rows: DecidingRows, sequences: Seq[Sequence], draft_probs: Tensor | None) -> list[list[int]]:
-    logits = rows.logits()
-    num_rows = logits.shape[1]
-    params = [s.params for s in sequences for _ in range(num_rows)]
-    target_probs = transform_logits(logits.flatten(0, 1), params).unflatten(0, (-1, num_rows))
-    starts = np.array([[len(s.token_ids)] for s in sequences])
-    seeds = np.array([[s.seed] for s in sequences], np.uint64)
-    positions = starts + np.arange(num_rows)
-    accept = uniforms(seeds, Stream.ACCEPT, positions[:, :-1], starts)
-    last = uniforms(seeds, Stream.RESIDUAL, positions, starts)
-    draft_token_ids, num_draft_tokens = rows.padded_drafts()
-    result = verify_token(
-        target_probs,
-        draft_token_ids,
-        None if draft_probs is None else draft_probs[:, : num_rows - 1],
-        num_draft_tokens,
-        torch.from_numpy(accept).to(logits.device),
-        torch.from_numpy(last).to(logits.device),
-    )
-    counts = result.num_accepted_tokens.tolist()
-    return [ids[: n + 1] for n, ids in zip(counts, result.output_token_ids.tolist())]
-
-
-Rule = Callable[[DecidingRows, Seq[Sequence], Tensor | None], list[list[int]]]
-RULES: dict[str, Rule] = {"greedy": _greedy, "token": _token}
+    return token_ids

@@ -15,10 +15,12 @@ class OutputText:
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stop, self._include_stop = params.stop, params.include_stop_str_in_output
         self._longest_stop = max(map(len, params.stop), default=0)
+        self._min_tokens, self._num_tokens = params.min_tokens, 0
         self._taken = 0
 
     def push(self, token_id: int) -> bool:
-        """Adds a token's text; True when a stop string is complete (the text is cut then)."""
+        """Adds a token's text; True when it completes a stop string (the text is cut then)."""
+        self._num_tokens += 1
         return self._append(self._detokenizer.push(token_id))
 
     def flush(self) -> bool:
@@ -35,9 +37,12 @@ class OutputText:
     def _append(self, piece: str) -> bool:
         if not piece:
             return False
-        search_from = max(0, len(self.text) - self._longest_stop + 1)
+        old_length = len(self.text)
         self.text += piece
-        found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, search_from)) >= 0]
+        if self._num_tokens < self._min_tokens:
+            return False
+        starts = [(stop, max(0, old_length - len(stop) + 1)) for stop in self._stop]
+        found = [(at, stop) for stop, start in starts if (at := self.text.find(stop, start)) >= 0]
         if not found:
             return False
         at, stop = min(found)

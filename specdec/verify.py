@@ -1,12 +1,18 @@
-"""Verification: which drafts to accept and what to emit after them. Pure functions, no model.
+"""Verification: which drafts to accept and what to emit after them. No model here.
 
-Glossary. *Draft tokens* d_1..d_K were proposed with probabilities q. The target's probabilities p are
-known at K+1 positions: before each draft and after the last. *Accepted* tokens are a prefix of the
-drafts; after it one more token is always emitted: the *recovered* token where a draft was rejected, the
-*bonus* token where none was.
+Glossary. *Draft tokens* d_1..d_k were proposed from laws q_1..q_k. The target's laws p_1..p_{k+1} are known before each
+draft and after the last, both after all of the request's transforms. *Accepted* tokens are a prefix of the drafts;
+after it one more token is always emitted: the *recovered* token where a draft was rejected, the *bonus* token where
+none was.
 
-Shapes: B sequences, K draft tokens (the most of any sequence), V vocabulary. Sequences with fewer
-drafts are padded; `num_draft_tokens` tells. Everything is dtype-generic.
+Rules, all of which keep the target's law:
+
+- *exact match* (`match_choices`): accept drafts while they equal the target's own choice, and emit that choice. The
+  choice is the argmax at temperature 0 ("greedy"), and a sample whose noise the drafts share in "coupled" verification
+  (Daliri et al. 2024, arXiv 2408.07978). The output is the target's own whatever the drafts are.
+- *rejection* (`verify_by_rejection`): "token" (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023,
+  arXiv 2302.01318) and "block" (Sun et al. 2024, arXiv 2403.10444). The drafts must have been drawn from exactly the
+  q that is given here; a greedy draft is a point mass.
 """
 
 from __future__ import annotations
@@ -14,113 +20,145 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from specdec.sampling import greedy_tokens, sample
-
-PAD = -1
-
-
-@dataclass(frozen=True)
-class VerifyResult:
-    """num_accepted_tokens [B]; output_token_ids [B, K+1]: accepted tokens, then one more, then `PAD`."""
-
-    num_accepted_tokens: Tensor
-    output_token_ids: Tensor
-
-
-def verify_greedy(target_logits: Tensor, draft_token_ids: Tensor, num_draft_tokens: Tensor) -> VerifyResult:
-    """Accepts drafts while they equal the target's argmax (ties: lowest id), then emits that argmax.
-
-    target_logits [B, K+1, V], draft_token_ids [B, K] int64, num_draft_tokens [B] int64.
-    """
-    choices = greedy_tokens(target_logits).tolist()  # [B, K+1]
-    output = target_logits.new_full((len(choices), len(choices[0])), PAD, dtype=torch.int64)
-    accepted = torch.zeros_like(num_draft_tokens)
-    rows = zip(choices, draft_token_ids.tolist(), num_draft_tokens.tolist(), strict=True)
-    for b, (chosen, drafts, count) in enumerate(rows):
-        emitted = match_choices(chosen, drafts[:count])
-        accepted[b] = len(emitted) - 1
-        output[b, : len(emitted)] = torch.tensor(emitted, device=output.device)
-    return VerifyResult(accepted, output)
+from specdec.kernels import Kernels
+from specdec.kernels.interface import Residuals
+from specdec.rng import Stream
 
 
 def match_choices(choices: Seq[int], draft_token_ids: Seq[int]) -> list[int]:
-    """One sequence's greedy verification on the host: the target's choices [k+1] and the drafts [k] -> the tokens
-    emitted, which are the choices up to and including the first that the drafts did not foresee."""
+    """The target's choices [k+1] and one sequence's drafts [k] -> the tokens emitted, which are the choices up to and
+    including the first that the drafts did not foresee."""
     accepted = 0
     while accepted < len(draft_token_ids) and draft_token_ids[accepted] == choices[accepted]:
         accepted += 1
     return list(choices[: accepted + 1])
 
 
-def verify_token(
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """One sequence's drafts before a rejection rule.
+
+    first_row: in target_probs, of p_1; p_2.. follow. prob_row: in draft_probs, of q_1..q_k; -1 where the drafts are
+    point masses. start: the absolute position of d_1.
+    """
+
+    draft_token_ids: list[int]
+    first_row: int
+    prob_row: int
+    block: bool
+    seed: int
+    start: int
+
+
+def verify_by_rejection(
+    kernels: Kernels, target_probs: Tensor, draft_probs: Tensor | None, proposals: Seq[Proposal]
+) -> list[list[int]]:
+    """target_probs [R, V], draft_probs [Q, K, V] or None -> the tokens that each sequence emits, [B] of 1 to k+1;
+    the last is -1 where a law is not finite."""
+    ratios = _ratios(target_probs, draft_probs, proposals)
+    # r_i of block verification: how much of the drafts' mass the target still wants after i of them; r_0 = 1.
+    reached = [_reached(row) if proposal.block else [1.0] * (len(row) + 1) for proposal, row in zip(proposals, ratios)]
+    thresholds = _thresholds(kernels, target_probs, draft_probs, proposals, ratios, reached)
+    accepted = _accepted(kernels, proposals, thresholds)
+    laws = [(b, a) for b, a in enumerate(accepted)]
+    residuals = _residuals(target_probs, draft_probs, proposals, reached, laws)
+    last = kernels.sample_residual(residuals, _draw(kernels, proposals, Stream.RESIDUAL, laws))
+    return [[*proposal.draft_token_ids[:a], token] for proposal, a, token in zip(proposals, accepted, last)]
+
+
+def _ratios(target_probs: Tensor, draft_probs: Tensor | None, proposals: Seq[Proposal]) -> list[list[float]]:
+    """p_i(d_i) / q_i(d_i), [B] of [k]."""
+    where = [(b, i, d) for b, proposal in enumerate(proposals) for i, d in enumerate(proposal.draft_token_ids)]
+    ratios: list[list[float]] = [[] for _ in proposals]
+    if not where:
+        return ratios
+    tokens = [d for _, _, d in where]
+    p = target_probs[[proposals[b].first_row + i for b, i, _ in where], tokens].tolist()
+    q = [1.0] * len(where)
+    drawn = [n for n, (b, _, _) in enumerate(where) if proposals[b].prob_row >= 0]
+    if drawn and draft_probs is not None:
+        rows, steps = [proposals[where[n][0]].prob_row for n in drawn], [where[n][1] for n in drawn]
+        for n, value in zip(drawn, draft_probs[rows, steps, [tokens[n] for n in drawn]].tolist()):
+            q[n] = value
+    for (b, _, _), p_d, q_d in zip(where, p, q):
+        ratios[b].append(p_d / q_d)
+    return ratios
+
+
+def _reached(ratios: list[float]) -> list[float]:
+    """r_0..r_k: r_i = min(1, r_{i-1} p_i(d_i) / q_i(d_i))."""
+    reached = [1.0]
+    for ratio in ratios:
+        reached.append(min(1.0, reached[-1] * ratio))
+    return reached
+
+
+def _thresholds(
+    kernels: Kernels,
     target_probs: Tensor,
-    draft_token_ids: Tensor,
     draft_probs: Tensor | None,
-    num_draft_tokens: Tensor,
-    accept_uniforms: Tensor,
-    last_uniforms: Tensor,
-) -> VerifyResult:
-    """Token rejection sampling (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318).
-
-    target_probs [B, K+1, V], draft_token_ids [B, K] int64, draft_probs [B, K, V]: the distribution each
-    draft was really drawn from (a one-hot row for a greedy draft; None: all are greedy),
-    num_draft_tokens [B] int64, accept_uniforms [B, K], last_uniforms [B, K+1]: independent, in [0, 1); the
-    emitted token uses the uniform of its own position. The output's law is the target's.
-    """
-    if draft_probs is None:
-        draft_probs = point_masses(draft_token_ids, target_probs)
-    ratios = acceptance_probabilities(target_probs, draft_token_ids, draft_probs)
-    accepted = count_accepted(accept_uniforms < ratios, num_draft_tokens)
-    probs = last_token_probs(target_probs, draft_probs, accepted, num_draft_tokens)
-    last = sample(probs, last_uniforms.gather(1, accepted.unsqueeze(1)).squeeze(1))
-    return emit(draft_token_ids, accepted, last)
+    proposals: Seq[Proposal],
+    ratios: list[list[float]],
+    reached: list[list[float]],
+) -> list[list[float]]:
+    """The probabilities that uniforms are compared with, [B] of [k]: min(1, p/q) of "token", h_i of "block"."""
+    thresholds = [
+        reached[b][1:] if proposal.block else [min(1.0, ratio) for ratio in ratios[b]]
+        for b, proposal in enumerate(proposals)
+    ]
+    inner = [(b, i) for b, proposal in enumerate(proposals) if proposal.block for i in range(1, len(ratios[b]))]
+    if inner:
+        residuals = _residuals(target_probs, draft_probs, proposals, reached, inner)
+        for (b, i), mass in zip(inner, kernels.residual_mass(residuals)):
+            r = reached[b][i]
+            thresholds[b][i - 1] = mass / (mass + 1 - r) if r < 1 else 1.0
+    return thresholds
 
 
-def point_masses(token_ids: Tensor, like: Tensor) -> Tensor:
-    """token_ids [...] -> one-hot distributions [..., V] with the vocabulary and dtype of `like` [..., V]."""
-    probs = torch.zeros(*token_ids.shape, like.shape[-1], dtype=like.dtype, device=like.device)
-    return probs.scatter_(-1, token_ids.unsqueeze(-1), 1.0)
+def _accepted(kernels: Kernels, proposals: Seq[Proposal], thresholds: list[list[float]]) -> list[int]:
+    """How many drafts each sequence accepts: "token" up to the first uniform that fails, "block" up to the last that
+    does not."""
+    uniforms = iter(
+        _draw(kernels, proposals, Stream.ACCEPT, [(b, i) for b, row in enumerate(thresholds) for i in range(len(row))])
+    )
+    accepted = []
+    for proposal, row in zip(proposals, thresholds):
+        passed = [next(uniforms) < threshold for threshold in row]
+        if proposal.block:
+            accepted.append(max((i for i, ok in enumerate(passed, 1) if ok), default=0))
+        else:
+            accepted.append(passed.index(False) if False in passed else len(passed))
+    return accepted
 
 
-def acceptance_probabilities(target_probs: Tensor, draft_token_ids: Tensor, draft_probs: Tensor) -> Tensor:
-    """min(1, p(d) / q(d)) [B, K]; 0 where q(d) is 0, which no drawn draft has (padding may)."""
-    ids = draft_token_ids.unsqueeze(-1)
-    p = target_probs[:, :-1].gather(2, ids).squeeze(-1)
-    q = draft_probs.gather(2, ids).squeeze(-1)
-    return torch.where(q > 0, p / q, torch.zeros_like(p)).clamp(max=1)
+def _residuals(
+    target_probs: Tensor,
+    draft_probs: Tensor | None,
+    proposals: Seq[Proposal],
+    reached: list[list[float]],
+    laws: list[tuple[int, int]],
+) -> Residuals:
+    """For each (sequence, i): (r_i p_{i+1} - q_{i+1})+, the law after i accepted drafts; p_{k+1} after all."""
+    p_rows, scales, q_rows, excluded = [], [], [], []
+    num_steps = 0 if draft_probs is None else draft_probs.shape[1]
+    for b, i in laws:
+        proposal = proposals[b]
+        more, drawn = i < len(proposal.draft_token_ids), proposal.prob_row >= 0
+        p_rows.append(proposal.first_row + i)
+        scales.append(reached[b][i])
+        q_rows.append(proposal.prob_row * num_steps + i if more and drawn else -1)
+        excluded.append(proposal.draft_token_ids[i] if more and not drawn else -1)
+    q = None if draft_probs is None else draft_probs.flatten(0, 1)
+    return Residuals(target_probs, p_rows, scales, q, q_rows, excluded)
 
 
-def last_token_probs(
-    target_probs: Tensor, draft_probs: Tensor, num_accepted_tokens: Tensor, num_draft_tokens: Tensor
-) -> Tensor:
-    """The law [B, V] of the token emitted after the accepted ones, up to a factor.
-
-    The residual (p - q)+ after a rejection, p after the last draft. A residual that rounding emptied
-    means p = q up to rounding: p then.
-    """
-    rows = torch.arange(len(num_accepted_tokens), device=target_probs.device)
-    p = target_probs[rows, num_accepted_tokens]
-    if draft_probs.shape[1] == 0:
-        return p
-    q = draft_probs[rows, num_accepted_tokens.clamp(max=draft_probs.shape[1] - 1)]
-    residual = (p - q).clamp(min=0)
-    rejected = (num_accepted_tokens < num_draft_tokens) & (residual.sum(-1) > 0)
-    return torch.where(rejected.unsqueeze(-1), residual, p)
-
-
-def count_accepted(accepted: Tensor, num_draft_tokens: Tensor) -> Tensor:
-    """accepted [B, K] bool -> length [B] of the leading run of True within each sequence's drafts."""
-    drafted = torch.arange(accepted.shape[1], device=accepted.device) < num_draft_tokens.unsqueeze(1)
-    return (accepted & drafted).long().cumprod(1).sum(1)
-
-
-def emit(draft_token_ids: Tensor, num_accepted_tokens: Tensor, last_token_ids: Tensor) -> VerifyResult:
-    """The accepted prefix of the drafts [B, K] followed by the last token [B]."""
-    output = torch.cat([draft_token_ids, torch.full_like(last_token_ids, PAD).unsqueeze(1)], 1)
-    columns = torch.arange(output.shape[1], device=output.device)
-    output = output.masked_fill(columns >= num_accepted_tokens.unsqueeze(1), PAD)
-    output.scatter_(1, num_accepted_tokens.unsqueeze(1), last_token_ids.unsqueeze(1))
-    return VerifyResult(num_accepted_tokens, output)
+def _draw(kernels: Kernels, proposals: Seq[Proposal], stream: Stream, places: list[tuple[int, int]]) -> list[float]:
+    """Uniforms for the tokens at each (sequence, i-th position of its block)."""
+    return kernels.uniforms(
+        [proposals[b].seed for b, _ in places],
+        stream,
+        [proposals[b].start + i for b, i in places],
+        [proposals[b].start for b, _ in places],
+    )

@@ -98,7 +98,35 @@ def test_sampling_options_reach_the_engine(planted: str) -> None:
     assert tokens("--temperature", "1.5", "--seed", "1", "--top-k", "1") == tokens()
     assert tokens("--temperature", "1.5", "--seed", "1", "--top-p", "0.000001") == tokens()
     assert tokens("--temperature", "1.5", "--seed", "1", "--min-p", "1") == tokens()
-    assert tokens("--temperature", "1.5", "--seed", "1", "--draft-sampling", "greedy") != sampled
+    assert tokens("--temperature", "1.5", "--seed", "1", "--draft-sampling", "greedy") == sampled, "it is coupled"
+    token = tokens("--temperature", "1.5", "--seed", "1", "--verification", "token")
+    assert token != tokens("--temperature", "1.5", "--seed", "1", "--verification", "block") != sampled
+    assert (
+        tokens("--temperature", "1.5", "--seed", "1", "--verification", "token", "--draft-sampling", "greedy") != token
+    )
+    plain = tokens()
+    for options in (
+        ("--repetition-penalty", "1.9", "--frequency-penalty", "1"),
+        ("--presence-penalty", "-2"),
+        ("--logit-bias", f"{plain[3]}=-inf"),
+        ("--bad-word", "hello", "--logit-bias", f"{plain[0]}=-100", "--logit-bias", f"{plain[1]}=-7.5"),
+    ):
+        assert tokens(*options) == tokens(*options, "-k", "0")
+        assert "logit" not in options[0] or tokens(*options) != plain
+    assert tokens("--temperature", "1", "--seed", "3", "--min-draft-confidence", "0.5") == tokens(
+        "--temperature", "1", "--seed", "3"
+    )
+
+
+def test_logprobs_are_in_the_document(planted: str) -> None:
+    code, stdout, _ = run("generate", "hello", "--model", planted, "--max-tokens", "5", "--json", "--logprobs", "2")
+    document = json.loads(stdout)
+    assert code == 0
+    assert [entry["token_id"] for entry in document["logprobs"]] == document["token_ids"]
+    assert all(len(entry["top"]) == len(entry["processed_top"]) == 2 for entry in document["logprobs"])
+    code, _, stderr = run("generate", "hello", "--model", planted, "--logprobs", "2")
+    assert code == 2
+    assert "add --json" in stderr
     text = json.loads(run("generate", "hello", "--model", planted, "--max-tokens", "20", "--json")[1])["text"]
     stopped = run(
         "generate", "hello", "--model", planted, "--max-tokens", "20", "--json", "--stop", text[4], "--stop", "~~"
@@ -129,6 +157,11 @@ def test_chat_wraps_the_prompt(planted: str, tmp_path: Path) -> None:
         (["-k", "-1"], "num_speculative_tokens = -1"),
         (["-k", "9"], "num_speculative_tokens = 9 must be an integer, from 0 to 8"),
         (["--verification", "hope"], "verification = 'hope' is unknown"),
+        (["--logit-bias", "a=1"], "--logit-bias a=1: give a token id and a number, as in 42=-3.5"),
+        (["--logit-bias", "3=500"], "logit_bias of token 3 = 500.0 must be in [-100, 100]"),
+        (["--min-tokens", "99"], "min_tokens = 99 must be an integer, from 0 to 64: it is at most max_tokens"),
+        (["--repetition-penalty", "0"], "repetition_penalty = 0.0 must be a finite number, above 0"),
+        (["--min-draft-confidence", "2"], "min_draft_confidence = 2.0 must be in [0, 1]"),
         (["--draft-sampling", "beam"], "draft_sampling = 'beam' is unknown"),
         (["--stop", ""], "stop = '' must be a non-empty string"),
         (["--seed", "-5"], "seed = -5"),

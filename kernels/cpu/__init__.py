@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import byref
+from ctypes import byref, pointer
 from typing import Any
 
 import torch
@@ -33,7 +33,10 @@ from specdec.kernels.interface import (
     DecoderOutput,
     DecoderWeights,
     DraftChain,
+    DraftSampling,
+    Residuals,
     RoutingConfig,
+    RowSampling,
     flat_page_tables,
 )
 
@@ -181,16 +184,17 @@ class CpuKernels:
     def draft_chain(
         self, decoder: PreparedDecoder, head: PackedWeight, chain: DraftChain, expert_ids: Tensor | None = None
     ) -> Tensor:
-        num = len(chain.counts)
+        num, steps = len(chain.counts), max(chain.counts)
         ints = array("q", chain.counts + chain.positions + flat_page_tables(chain.page_tables))
-        counts_at = ints.buffer_info()[0]
-        drafts = torch.empty(num, chain.counts[0], dtype=torch.int64)
+        counts_at = _at(ints)
+        drafts = torch.empty(num, steps, dtype=torch.int64)
         normed = chain.last.normed.contiguous()
         recycled = chain.last.unnormed.contiguous() if chain.recycle_unnormed else normed
+        sampling = None if chain.sampling is None else pointer(_draft_sampling(chain.sampling))
         struct = native.Chain(
-            num, counts_at, counts_at + 8 * num, counts_at + 16 * num, counts_at + 24 * num + 8,
-            _cache(chain.kv_cache), normed.data_ptr(), recycled.data_ptr(), chain.recycle_unnormed, drafts.data_ptr(),
-            address(expert_ids),
+            num, steps, counts_at, counts_at + 8 * num, counts_at + 16 * num, counts_at + 24 * num + 8,
+            _cache(chain.kv_cache), normed.data_ptr(), recycled.data_ptr(), chain.recycle_unnormed, sampling,
+            drafts.data_ptr(), address(expert_ids),
         )  # fmt: skip
         self._library.sd_draft_chain(byref(decoder.struct), byref(head.unbiased), byref(struct), _num_threads())
         return drafts
@@ -201,11 +205,40 @@ class CpuKernels:
         self._library.sd_head_argmax(byref(head.unbiased), x.data_ptr(), x.shape[0], ids.data_ptr(), _num_threads())
         return ids
 
-    def softmax(self, logits: Tensor, scales: Tensor) -> Tensor:
-        logits, scales = logits.contiguous(), scales.contiguous()
+    def truncate_(self, logits: Tensor, sampling: RowSampling) -> None:
+        assert logits.is_contiguous()
+        assert logits.dtype == torch.float32
+        self._library.sd_truncate(logits.data_ptr(), byref(_sampling(sampling)), logits.shape[1], _num_threads())
+
+    def choose(self, logits: Tensor, sampling: RowSampling) -> Tensor:
+        logits = logits.contiguous()
+        ids = torch.empty(len(logits), dtype=torch.int64)
+        self._library.sd_choose(
+            logits.data_ptr(), byref(_sampling(sampling)), logits.shape[1], ids.data_ptr(), _num_threads()
+        )
+        return ids
+
+    def softmax(self, logits: Tensor, scales: list[float]) -> Tensor:
+        logits, reals = logits.contiguous(), array("d", scales)
         probs = torch.empty_like(logits)
-        self._library.sd_softmax(logits.data_ptr(), scales.data_ptr(), *logits.shape, probs.data_ptr(), _num_threads())
+        self._library.sd_softmax(logits.data_ptr(), _at(reals), *logits.shape, probs.data_ptr(), _num_threads())
         return probs
+
+    def residual_mass(self, laws: Residuals) -> list[float]:
+        masses = array("d", bytes(8 * len(laws.scales)))
+        self._library.sd_residual_mass(byref(_residuals(laws)), _at(masses), _num_threads())
+        return masses.tolist()
+
+    def sample_residual(self, laws: Residuals, uniforms: list[float]) -> list[int]:
+        reals, ids = array("d", uniforms), array("q", bytes(8 * len(uniforms)))
+        self._library.sd_sample_residual(byref(_residuals(laws)), _at(reals), _at(ids), _num_threads())
+        return ids.tolist()
+
+    def uniforms(self, seeds: list[int], stream: int, positions: list[int], starts: list[int]) -> list[float]:
+        num, keys, ints = len(seeds), array("Q", seeds), array("q", positions + starts)
+        uniforms, at = array("d", bytes(8 * num)), _at(ints)
+        self._library.sd_uniforms(_at(keys), stream, at, at + 8 * num, num, _at(uniforms))
+        return uniforms.tolist()
 
     def read(self, buffer: Tensor) -> None:
         """Reads every byte of a contiguous tensor once, on all threads: a probe of the memory's bandwidth."""
@@ -222,16 +255,6 @@ class CpuKernels:
         finally:
             self._library = library
 
-    def gumbel_argmax(self, logits: Tensor, scales: Tensor, seeds: list[int], positions: list[int]) -> Tensor:
-        logits, scales = logits.contiguous(), scales.contiguous()
-        keys, at = torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions, dtype=torch.int64)
-        ids = torch.empty(len(logits), dtype=torch.int64)
-        self._library.sd_gumbel_argmax(
-            logits.data_ptr(), scales.data_ptr(), keys.data_ptr(), at.data_ptr(), *logits.shape, ids.data_ptr(),
-            _num_threads(),
-        )  # fmt: skip
-        return ids
-
 
 def _cut(y: Tensor, size: int) -> Tensor:
     return y if size == y.shape[1] else y[:, :size].contiguous()
@@ -246,3 +269,37 @@ def _cache(kv_cache: Tensor) -> native.Cache:
 def _batch(metadata: AttentionMetadata) -> native.Batch:
     num, starts = len(metadata.kv_lens), metadata.packed.buffer_info()[0]
     return native.Batch(num, starts, starts + 8 * (num + 1), starts + 8 * (2 * num + 1), starts + 8 * (3 * num + 2))
+
+
+def _at(values: array[Any]) -> int:
+    return values.buffer_info()[0]
+
+
+def _sampling(sampling: RowSampling) -> native.Sampling:
+    reals = array("d", sampling.scales + sampling.top_p + sampling.min_p)
+    ints = array("q", sampling.top_k + sampling.streams + sampling.positions + sampling.starts)
+    seeds = array("Q", sampling.seeds)
+    struct = native.Sampling(len(seeds), _at(reals), _at(ints), _at(seeds))
+    struct.arrays = reals, ints, seeds  # they live as long
+    return struct
+
+
+def _draft_sampling(sampling: DraftSampling) -> native.DraftSampling:
+    rows, probs = _sampling(sampling.rows), sampling.probs
+    assert probs is None or probs.is_contiguous()
+    confidence = array("d", sampling.min_confidence)
+    prob_rows = array("q", sampling.prob_rows if probs is not None else [-1] * len(confidence))
+    struct = native.DraftSampling(
+        rows, _at(confidence), _at(prob_rows), address(probs), 0 if probs is None else probs.shape[1]
+    )
+    struct.arrays = rows.arrays, confidence, prob_rows
+    return struct
+
+
+def _residuals(laws: Residuals) -> native.Residuals:
+    assert laws.p.is_contiguous()
+    assert laws.q is None or laws.q.is_contiguous()
+    scales, ints = array("d", laws.scales), array("q", laws.p_rows + laws.q_rows + laws.excluded)
+    struct = native.Residuals(len(scales), laws.p.shape[-1], laws.p.data_ptr(), address(laws.q), _at(scales), _at(ints))
+    struct.arrays = scales, ints
+    return struct

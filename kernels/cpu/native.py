@@ -68,11 +68,29 @@ class Forward(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Sampling(ctypes.Structure):
+    _fields_: ClassVar = [("rows", c_int64), ("reals", c_void_p), ("ints", c_void_p), ("seeds", c_void_p)]
+
+
+class DraftSampling(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("rows", Sampling), ("min_confidence", c_void_p), ("prob_rows", c_void_p), ("probs", c_void_p),
+        ("prob_steps", c_int64),
+    ]  # fmt: skip
+
+
 class Chain(ctypes.Structure):
     _fields_: ClassVar = [
-        ("num_sequences", c_int64), ("counts", c_void_p), ("positions", c_void_p), ("page_starts", c_void_p),
-        ("pages", c_void_p), ("cache", Cache), ("normed", c_void_p), ("recycled", c_void_p),
-        ("recycle_unnormed", c_int32), ("drafts", c_void_p), ("expert_ids", c_void_p),
+        ("num_sequences", c_int64), ("steps", c_int64), ("counts", c_void_p), ("positions", c_void_p),
+        ("page_starts", c_void_p), ("pages", c_void_p), ("cache", Cache), ("normed", c_void_p), ("recycled", c_void_p),
+        ("recycle_unnormed", c_int32), ("sampling", POINTER(DraftSampling)), ("drafts", c_void_p),
+        ("expert_ids", c_void_p),
+    ]  # fmt: skip
+
+
+class Residuals(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("num", c_int64), ("size", c_int64), ("p", c_void_p), ("q", c_void_p), ("scales", c_void_p), ("ints", c_void_p),
     ]  # fmt: skip
 
 
@@ -93,8 +111,12 @@ _SIGNATURES: dict[str, list[type]] = {
     "sd_draft_chain": [_P, _P, _P, _T],
     "sd_head_argmax": [_P, _P, _I, _P, _T],
     "sd_softmax": [_P, _P, _I, _I, _P, _T],
+    "sd_truncate": [_P, _P, _I, _T],
+    "sd_choose": [_P, _P, _I, _P, _T],
+    "sd_residual_mass": [_P, _P, _T],
+    "sd_sample_residual": [_P, _P, _P, _T],
+    "sd_uniforms": [_P, _I, _P, _P, _I, _P],
     "sd_read": [_P, _I, _P, _T],
-    "sd_gumbel_argmax": [_P, _P, _P, _P, _I, _I, _P, _T],
 }
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,9 +142,10 @@ def test_pre_norm_recycling_changes_drafts_not_output(planted: Path, engine: Eng
 
 
 @pytest.mark.parametrize("draft_sampling", ["sampled", "greedy"])
-def test_seeded_sampling_does_not_depend_on_the_batch(engine: Engine, draft_sampling: str) -> None:
+@pytest.mark.parametrize("rule", ["coupled", "block", "token"])
+def test_seeded_sampling_does_not_depend_on_the_batch(engine: Engine, rule: str, draft_sampling: str) -> None:
     def params(seed: int) -> SamplingParams:
-        speculation = SpeculationParams(3, draft_sampling=draft_sampling)
+        speculation = SpeculationParams(3, rule, draft_sampling)
         return SamplingParams(
             max_tokens=24, temperature=0.8, top_p=0.95, seed=seed, ignore_eos=True, speculation=speculation
         )
@@ -163,13 +165,14 @@ def test_a_drawn_seed_reproduces_the_output(engine: Engine) -> None:
     assert engine.generate("abc", SamplingParams(max_tokens=20, temperature=1.5))[0].seed != first.seed
 
 
+@pytest.mark.parametrize("rule", ["coupled", "block", "token"])
 @pytest.mark.parametrize(("k", "draft_sampling"), [(0, "sampled"), (2, "sampled"), (2, "greedy")])
-def test_sampled_outputs_follow_the_targets_law(tmp_path: Path, k: int, draft_sampling: str) -> None:
+def test_sampled_outputs_follow_the_targets_law(tmp_path: Path, rule: str, k: int, draft_sampling: str) -> None:
     """Three tokens of an 8-token model against the exact law: Pearson's chi-square over 8**3 cells."""
     config = tiny_config(vocab_size=8)
     engine = Engine.from_pretrained(write_planted_checkpoint(tmp_path, config, noise=0.7, sharpness=0.05))
     num_samples, prompt = 6000, [1, 5, 3]
-    speculation = SpeculationParams(k, draft_sampling=draft_sampling)
+    speculation = SpeculationParams(k, rule, draft_sampling)
     params = [
         SamplingParams(max_tokens=3, temperature=0.9, top_p=0.97, seed=s, ignore_eos=True, speculation=speculation)
         for s in range(num_samples)
@@ -259,6 +262,112 @@ def test_stop_strings_cut_text_and_tokens(engine: Engine) -> None:
         assert "".join(c.text for c in chunks) == text[:at]
 
 
+def test_min_tokens_puts_off_every_end(engine: Engine) -> None:
+    reference = engine.generate("hello world", greedy(0, max_tokens=40))[0]
+    ending = reference.token_ids[5]
+    for k in (0, 5):
+        output = engine.generate("hello world", greedy(k, max_tokens=40, stop_token_ids=(ending,), min_tokens=20))[0]
+        assert ending not in output.token_ids[:20]
+        assert len(output.token_ids) >= 20
+
+        def ended(least: int, k: int = k) -> int:
+            params = greedy(k, max_tokens=40, stop=(reference.text[10:13],), min_tokens=least)
+            return len(engine.generate("hello world", params)[0].token_ids)
+
+        complete = ended(0)  # with so many tokens the stop string is
+        assert ended(complete) == complete < ended(complete + 1)
+
+
+def test_logprobs_are_the_models_and_the_laws_under_speculation_too(engine: Engine) -> None:
+    fields = {"temperature": 0.8, "top_k": 20, "frequency_penalty": 0.5, "logprobs": 3, "seed": 5, "max_tokens": 30}
+    for rule in ("coupled", "block", "token"):
+        for k in (0, 4):
+            params = SamplingParams(ignore_eos=True, speculation=SpeculationParams(k, rule), **fields)
+            output = engine.generate("hello world", params)[0]
+            assert output.logprobs is not None
+            assert [x.token_id for x in output.logprobs] == output.token_ids
+            logits = teacher_forced_logits(engine, output.prompt_token_ids + output.token_ids)
+            for i, entry in enumerate(output.logprobs):
+                row = logits[len(output.prompt_token_ids) - 1 + i].double()
+                raw = row.log_softmax(-1)
+                for token in set(output.token_ids[:i]):
+                    row[token] -= 0.5 * output.token_ids[:i].count(token)
+                row = row / 0.8
+                law = row.masked_fill(row < row.topk(20).values[-1], float("-inf")).log_softmax(-1)
+                for ours, expected, top in (
+                    (entry.logprob, raw, entry.top),
+                    (entry.processed_logprob, law, entry.processed_top),
+                ):
+                    assert ours == pytest.approx(expected[output.token_ids[i]].item(), abs=1e-4)
+                    assert [t for t, _ in top] == expected.topk(3).indices.tolist()
+                    assert [x for _, x in top] == pytest.approx(expected.topk(3).values.tolist(), abs=1e-4)
+
+
+def teacher_forced_logits(engine: Engine, token_ids: list[int]) -> torch.Tensor:
+    model, num = engine.runtime.model, len(token_ids)
+    kernels = model.target.kernels
+    cache = allocate_kv_cache(model.config, 3, 1, num, kernels.activation_dtype, torch.device("cpu"))
+    batch = build_batch([Extend(token_ids, 0, [0])], num, torch.device("cpu"))
+    with torch.inference_mode():
+        return model.target.compute_logits(model.target(batch.input_ids, batch.positions, batch.metadata, cache))
+
+
+def test_logprobs_come_with_chunks_and_stop_with_the_output(engine: Engine) -> None:
+    reference = engine.generate("hello world", greedy(4, max_tokens=24, logprobs=0))[0]
+    for end in range(1, 24, 5):
+        params = greedy(4, max_tokens=24, logprobs=0, stop_token_ids=(reference.token_ids[end],))
+        stream = engine.stream("hello world", params)
+        chunks = list(stream)
+        assert stream.output.logprobs == [x for c in chunks for x in c.logprobs]
+        assert [len(c.logprobs) for c in chunks] == [len(c.token_ids) for c in chunks]
+        assert stream.output.logprobs == reference.logprobs[: len(stream.output.token_ids)]
+        assert all(x.top == [] and x.logprob == x.processed_logprob for x in stream.output.logprobs)
+    assert engine.generate("abc", greedy(2, max_tokens=3))[0].logprobs is None
+    assert next(engine.stream("abc", greedy(2))).logprobs is None
+
+
+def test_greedy_requests_honour_penalties_and_bans(engine: Engine) -> None:
+    """Temperature 0 takes the argmax of the edited logits, with drafts and without."""
+    start = engine.tokenizer.encode("hello world")
+    prompt = (
+        engine.generate("hello world", greedy(0))[0].token_ids[4:9] + start
+    )  # the chain comes to these tokens again
+    plain = engine.generate(prompt, greedy(0))[0].token_ids
+    second = plain[1]
+    for fields in (
+        {"repetition_penalty": 3.0},
+        {"frequency_penalty": -2.0},
+        {"presence_penalty": -2.0},
+        {"logit_bias": {second: float("-inf")}},
+        {"bad_words": ((plain[0], second),)},
+        {"bad_words": (engine.tokenizer.decode([token]) for token in plain if 3 + 33 <= token < 3 + 94)},
+    ):
+        edited = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, **fields)
+        expected = engine.generate(prompt, replace(edited, speculation=SpeculationParams(0)))[0].token_ids
+        assert expected != plain, fields
+        for k in (1, 4):
+            assert engine.generate(prompt, replace(edited, speculation=SpeculationParams(k)))[0].token_ids == expected
+    assert second not in engine.generate(prompt, greedy(3, logit_bias={second: float("-inf")}))[0].token_ids
+
+
+def test_low_confidence_ends_chains_early(engine: Engine) -> None:
+    def drafted(confidence: float, temperature: float = 0.0) -> tuple[list[int], list[int]]:
+        speculation = SpeculationParams(4, min_draft_confidence=confidence)
+        params = SamplingParams(
+            max_tokens=60, temperature=temperature, seed=3, ignore_eos=True, speculation=speculation
+        )
+        output = engine.generate("hello world", params)[0]
+        return output.token_ids, output.stats.drafted_per_position
+
+    for temperature in (0.0, 0.8):
+        tokens, full = drafted(0.0, temperature)
+        assert len(full) == 4
+        counts = [drafted(confidence, temperature) for confidence in (0.05, 0.2, 1.0)]
+        assert [t for t, _ in counts] == [tokens] * 3
+        totals = [sum(d) for _, d in counts]
+        assert sum(full) >= totals[0] > totals[1] > totals[2]
+
+
 def test_end_of_text_ends_unless_ignored(planted: Path, engine: Engine) -> None:
     tokens = engine.generate("a", greedy(3, max_tokens=250))[0].token_ids
     assert 0 in tokens
@@ -292,8 +401,10 @@ def test_generation_config_gives_end_tokens_and_defaults(planted: Path, engine: 
     assert recommended == SamplingParams(temperature=0.6, top_k=20, top_p=0.9, min_p=0.05)
     assert write(temperature=0.6, do_sample=False).default_sampling_params().temperature == 0
     assert write().default_sampling_params() == SamplingParams()
-    with pytest.warns(SpecdecWarning, match="recommends {'repetition_penalty': 1.2}, which is not supported"):
-        write(repetition_penalty=1.2).default_sampling_params()
+    penalised = write(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1).default_sampling_params()
+    assert penalised == SamplingParams(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1)
+    with pytest.warns(SpecdecWarning, match="recommends {'typical_p': 0.9}, which is not supported"):
+        write(typical_p=0.9).default_sampling_params()
     for content, message in (
         ({"top_p": 0}, "top_p = 0 must be in"),
         ({"eos_token_id": 999}, "eos_token_id 999 is outside"),
@@ -370,6 +481,13 @@ def test_requests_that_cannot_run_are_refused_before_anything_runs(planted: Path
             engine.generate("a", params)
     with pytest.raises(ValueError, match="stop_token_ids: 259 is no token id of this model"):
         engine.generate("a", greedy(0, stop_token_ids=(259,)))
+    for fields, name in (({"logit_bias": {259: 1}}, "logit_bias"), ({"bad_words": ((1, 259),)}, "bad_words")):
+        with pytest.raises(ValueError, match=f"{name}: 259 is no token id of this model"):
+            engine.generate("a", greedy(0, **fields))
+    everything = {token: float("-inf") for token in range(1, 259)}
+    with pytest.raises(ValueError, match="leave none of the 259 tokens possible"):
+        engine.generate("a", greedy(0, logit_bias=everything, min_tokens=1, stop_token_ids=(0,)))
+    assert set(engine.generate("a", greedy(1, max_tokens=5, logit_bias=everything))[0].token_ids) == {0}
     with pytest.raises(ValueError, match="not valid Unicode"):
         engine.generate("a\udcff", greedy(0))
     with pytest.raises(CacheFullError, match=r"up to 33 tokens needs 5 pages of 8, the KV cache has 4.*num_pages"):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from specdec.kernels.philox import philox
-from specdec.rng import Stream, draw_seed, uniforms
+from specdec.kernels.philox import gumbel_noise, philox, uniforms
+from specdec.rng import Stream, draw_seed
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 VECTORS = [
@@ -28,22 +28,24 @@ def test_philox_is_elementwise() -> None:
     assert philox(counters, keys).tolist() == [v[2] for v in VECTORS]
 
 
-def test_every_argument_matters_and_nothing_else() -> None:
+def test_every_part_of_the_key_matters_and_nothing_else() -> None:
     base = (1, Stream.DRAFT, 5, 3)
-    value = uniforms(*base)
     others = [(2**40, Stream.DRAFT, 5, 3), (1, Stream.ACCEPT, 5, 3), (1, Stream.DRAFT, 6, 3), (1, Stream.DRAFT, 5, 4)]
-    assert len({float(uniforms(*other)) for other in [base, *others]}) == 5
-    batch = uniforms([[7], [1]], Stream.DRAFT, [[4, 5, 6], [4, 5, 6]], [[3], [3]])
-    assert batch.shape == (2, 3)
-    assert batch[1, 1] == value
+    together = uniforms(*zip(base, *others, base))
+    assert len(set(together.tolist())) == 5
+    assert together[0] == together[-1] == uniforms(*zip(base))[0]
+    noise = gumbel_noise(*zip(base, *others, base), 11)
+    assert len({tuple(row) for row in noise.tolist()}) == 5
+    assert (noise[-1] == noise[0]).all()
+    assert (noise[0, :7] == gumbel_noise(*zip(base), 7)[0]).all(), "of the vocabulary's size, too"
 
 
 def test_the_whole_seed_is_the_key() -> None:
-    assert uniforms(2**64 - 1, Stream.DRAFT, 0, 0) != uniforms(2**32 - 1, Stream.DRAFT, 0, 0)
+    assert len(set(uniforms([2**64 - 1, 2**32 - 1, 2**64 - 2**32], [1] * 3, [0] * 3, [0] * 3).tolist())) == 3
 
 
 def test_uniforms_fill_the_unit_interval_evenly() -> None:
-    u = uniforms(9, Stream.RESIDUAL, np.arange(200_000), 0)
+    u = uniforms([9], [Stream.RESIDUAL], np.arange(200_000), [0])
     assert u.min() >= 0
     assert u.max() < 1
     counts = np.histogram(u, bins=100, range=(0, 1))[0]

@@ -1,72 +1,171 @@
+"""What parameters make of logits, against transformers; which parameters are refused."""
+
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from specdec import SamplingParams, SpeculationParams
-from specdec.sampling import greedy_tokens, sample, transform_logits
+from specdec.counts import TokenCounts
+from specdec.edits import LogitRow, banned_tokens, edit_logits_
+from specdec.kernels.reference import ReferenceKernels, lowest_argmax
+from specdec.rng import Stream
+from specdec.sampling import draft_stream, row_sampling, target_stream
+from specdec.sequence import Sequence
 
 transformers = pytest.importorskip("transformers")
+VOCAB_SIZE = 60
 
 
-def warped_by_transformers(logits: Tensor, p: SamplingParams) -> Tensor:
-    warpers = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(p.temperature)])
+def make_sequence(params: SamplingParams, prompt: list[int], output: list[int], ends: frozenset[int]) -> Sequence:
+    sequence = Sequence(
+        request_id="x", prompt_token_ids=prompt, params=params, speculation=params.speculation or SpeculationParams(),
+        seed=1, max_total_tokens=99, end_token_ids=ends, output=None, bad_words=params.bad_words,
+    )  # fmt: skip
+    sequence.token_ids += output
+    for token in output:
+        if sequence.counts is not None:
+            sequence.counts.add(token)
+    return sequence
+
+
+def law(sequence: Sequence, drafts: list[int], logits: Tensor) -> Tensor:
+    kernels, row = ReferenceKernels(torch.device("cpu"), torch.float64), logits.clone()[None]
+    edit_logits_(row, [LogitRow(sequence, drafts)])
+    sampling = row_sampling([(sequence, Stream.TARGET, 0)])
+    kernels.truncate_(row, sampling)
+    return kernels.softmax(row, sampling.scales)[0]
+
+
+def law_by_transformers(
+    p: SamplingParams, ends: frozenset[int], prompt_len: int, tokens: list[int], logits: Tensor
+) -> Tensor:
+    t = transformers
+    steps: list[Callable[[Tensor, Tensor], Tensor]] = []
+    if p.biases:
+        steps.append(t.SequenceBiasLogitsProcessor({(token,): bias for token, bias in p.biases}))
+    if p.bad_words:
+        steps.append(t.NoBadWordsLogitsProcessor([list(word) for word in p.bad_words], eos_token_id=None))
+    if p.min_tokens and ends:
+        steps.append(t.MinNewTokensLengthLogitsProcessor(prompt_len, p.min_tokens, sorted(ends), device="cpu"))
+    if p.repetition_penalty != 1:
+        steps.append(t.RepetitionPenaltyLogitsProcessor(p.repetition_penalty))
+    steps.append(t.TemperatureLogitsWarper(p.temperature))
     if p.top_k:
-        warpers.append(transformers.TopKLogitsWarper(p.top_k))
+        steps.append(t.TopKLogitsWarper(p.top_k))
     if p.top_p < 1:
-        warpers.append(transformers.TopPLogitsWarper(p.top_p))
+        steps.append(t.TopPLogitsWarper(p.top_p))
     if p.min_p:
-        warpers.append(transformers.MinPLogitsWarper(p.min_p))
-    return warpers(torch.zeros(1, 1, dtype=torch.int64), logits[None])[0].softmax(-1)
+        steps.append(t.MinPLogitsWarper(p.min_p))
+    scores = logits[None]
+    for step in steps:
+        scores = step(torch.tensor([tokens]), scores)
+    return scores[0].softmax(-1)
 
 
-def test_transform_equals_transformers() -> None:
+def random_case(rng: random.Random) -> tuple[SamplingParams, frozenset[int]]:
+    def sometimes(value: object, otherwise: object) -> object:
+        return value if rng.random() < 0.5 else otherwise
+
+    params = SamplingParams(
+        max_tokens=30,
+        temperature=rng.choice([0.2, 0.7, 1.0, 1.7]),
+        top_k=rng.choice([0, 1, 5, 40, 10**6]),
+        top_p=rng.choice([1.0, 0.95, 0.5, 0.01]),
+        min_p=rng.choice([0.0, 0.05, 0.5, 1.0]),
+        repetition_penalty=sometimes(rng.uniform(0.5, 2), 1.0),
+        logit_bias=sometimes({t: rng.randrange(-12, 13) / 4 for t in rng.sample(range(VOCAB_SIZE), 4)}, None),
+        bad_words=sometimes([(1,), (3, 2), (4, 5, 6), (2, 2)], ()),
+        min_tokens=sometimes(rng.randint(1, 12), 0),
+    )
+    return params, frozenset(rng.sample(range(VOCAB_SIZE), 2))
+
+
+def test_laws_equal_those_of_transformers() -> None:
+    """With and without drafts at the end of the context; its tokens are few, so that they repeat."""
     rng = random.Random(0)
-    torch.manual_seed(0)
-    params = [
-        SamplingParams(
-            temperature=rng.choice([0.2, 0.7, 1.0, 1.7]),
-            top_k=rng.choice([0, 1, 5, 40, 10**6]),
-            top_p=rng.choice([1.0, 0.95, 0.5, 0.01]),
-            min_p=rng.choice([0.0, 0.05, 0.5, 1.0]),
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        params, ends = random_case(rng)
+        prompt, output, drafts = (
+            [rng.randrange(7) for _ in range(n)] for n in (rng.randint(1, 6), rng.randrange(9), rng.randrange(5))
         )
-        for _ in range(400)
+        logits = 3 * torch.randn(VOCAB_SIZE, generator=generator, dtype=torch.float64)
+        ours = law(make_sequence(params, prompt, output, ends), drafts, logits)
+        theirs = law_by_transformers(params, ends, len(prompt), prompt + output + drafts, logits)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_presence_and_frequency_penalties_count_output_and_drafts_only() -> None:
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    sequence = make_sequence(params, [1, 1, 2], [3, 4, 3], frozenset())
+    logits = torch.zeros(1, 8, dtype=torch.float64)
+    edit_logits_(logits, [LogitRow(sequence, [3, 2, 5])])
+    assert logits.tolist() == [[0, 0, -0.75, -1.25, -0.75, -0.75, 0, 0]]
+
+
+def test_rows_of_a_batch_are_edited_apart() -> None:
+    rng = random.Random(1)
+    cases = [random_case(rng) for _ in range(12)]
+    sequences = [
+        make_sequence(p, [1, 2, 3], [rng.randrange(7) for _ in range(i)], ends) for i, (p, ends) in enumerate(cases)
     ]
-    logits = 3 * torch.randn(len(params), 60, dtype=torch.float64)
-    ours = transform_logits(logits, params)
-    theirs = torch.stack([warped_by_transformers(row, p) for row, p in zip(logits, params)])
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    rows = [LogitRow(s, [rng.randrange(7) for _ in range(i)]) for s in sequences for i in range(3)]
+    logits = torch.randn(len(rows), VOCAB_SIZE)
+    together = logits.clone()
+    edit_logits_(together, rows)
+    for i, row in enumerate(rows):
+        alone = logits[i : i + 1].clone()
+        edit_logits_(alone, [row])
+        assert torch.equal(alone[0], together[i])
+    assert not torch.equal(together, logits)
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
-    logits = torch.randn(5, 50)
-    params = [SamplingParams(temperature=0.5 + i, top_p=0.9, top_k=7) for i in range(5)]
-    together = transform_logits(logits, params)
-    for i in range(5):
-        assert torch.equal(transform_logits(logits[i : i + 1], params[i : i + 1])[0], together[i])
+def test_counts_follow_the_tokens() -> None:
+    counts = TokenCounts.of_prompt([5, 5, 7])
+    for token in (7, 9, 9):
+        counts.add(token)
+
+    def after(drafts: list[int]) -> dict[int, int]:
+        ids, numbers = counts.after(drafts)
+        return dict(zip(ids.tolist(), numbers.tolist(), strict=True))
+
+    assert after([]) == {5: 0, 7: 1, 9: 2}
+    assert after([5, 4, 4, 9]) == {5: 1, 7: 1, 9: 3, 4: 2}
+    assert after([]) == {5: 0, 7: 1, 9: 2}, "drafts leave no trace"
 
 
-def test_greedy_takes_the_lowest_index_among_equals() -> None:
+def test_ends_are_banned_until_min_tokens_in_every_row() -> None:
+    sequence = make_sequence(SamplingParams(min_tokens=4), [1], [2, 3], frozenset({0, 9}))
+    assert [sorted(banned_tokens(LogitRow(sequence, [2] * n))) for n in range(4)] == [[0, 9], [0, 9], [], []]
+    assert sequence.edits_logits
+    assert not make_sequence(SamplingParams(min_tokens=2), [1], [2, 3], frozenset({0})).edits_logits
+
+
+def test_streams_of_rules_and_drafts() -> None:
+    def streams(temperature: float, rule: str, draft_sampling: str) -> tuple[int, int]:
+        params = SamplingParams(temperature=temperature, speculation=SpeculationParams(2, rule, draft_sampling))
+        sequence = make_sequence(params, [1], [], frozenset())
+        return target_stream(sequence), draft_stream(sequence)
+
+    assert streams(0, "coupled", "sampled") == (-1, -1)
+    assert streams(1, "coupled", "sampled") == (Stream.TARGET, Stream.TARGET)
+    assert streams(1, "coupled", "greedy") == (Stream.TARGET, -1)
+    assert streams(1, "block", "sampled")[1] == streams(1, "token", "sampled")[1] == Stream.DRAFT
+    assert streams(1, "token", "greedy")[1] == -1
+    sequence = make_sequence(SamplingParams(), [1, 2], [3], frozenset())
+    assert row_sampling([(sequence, Stream.DRAFT, 5), (sequence, Stream.TARGET, 5)]).starts == [3, 0]
+
+
+def test_the_lowest_index_among_equals() -> None:
     logits = torch.zeros(3, 5000)
     logits[1, 4000:] = 1
     logits[2, [7, 4999]] = 2
-    assert greedy_tokens(logits).tolist() == [0, 4000, 7]
-
-
-def test_the_largest_uniform_gives_the_last_possible_token() -> None:
-    generator = torch.Generator().manual_seed(0)
-    probs = torch.rand(5000, 7, generator=generator) * torch.rand(5000, 1, generator=generator)
-    probs[:, 5:] = 0
-    assert sample(probs, torch.full((5000,), 1 - 2**-53, dtype=torch.float64)).unique().tolist() == [4]
-
-
-def test_sample_inverts_the_cdf() -> None:
-    probs = torch.tensor([1.0, 3.0, 0.0, 4.0]).expand(80_000, 4)
-    u = (torch.arange(80_000, dtype=torch.float64) + 0.5) / 80_000
-    assert torch.bincount(sample(probs, u), minlength=4).tolist() == [10_000, 30_000, 0, 40_000]
+    assert lowest_argmax(logits).tolist() == [0, 4000, 7]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +182,20 @@ def test_sample_inverts_the_cdf() -> None:
         ({"min_p": 1.5}, r"min_p = 1.5 must be in \[0, 1\]"),
         ({"stop": ("a", "")}, "stop = '' must be a non-empty string"),
         ({"stop_token_ids": (-1,)}, "stop_token_ids = -1 must be an integer"),
+        ({"min_tokens": 17}, "min_tokens = 17 must be an integer, from 0 to 16: it is at most max_tokens"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0 must be a finite number, above 0"),
+        ({"presence_penalty": 2.5}, r"presence_penalty = 2.5 must be in \[-2, 2\]"),
+        ({"frequency_penalty": float("nan")}, r"frequency_penalty = nan must be in \[-2, 2\]"),
+        ({"logit_bias": {3: 101}}, r"logit_bias of token 3 = 101 must be in \[-100, 100\]"),
+        ({"logit_bias": {3: float("inf")}}, "logit_bias of token 3 = inf"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias = 'a' must be an integer, at least 0: it is a token id"),
+        ({"logit_bias": [(3, 1.0), (3, 2.0)]}, "names a token twice"),
+        ({"logit_bias": [3]}, "logit_bias: 3 must be a token id and a number"),
+        ({"bad_words": ("a", "")}, "bad_words: '' must be a non-empty string or token ids"),
+        ({"bad_words": [[]]}, r"bad_words: \[\] must be a non-empty string or token ids"),
+        ({"bad_words": [[-1]]}, "bad_words = -1 must be an integer"),
+        ({"logprobs": -1}, "logprobs = -1 must be an integer, from 0 to 100"),
+        ({"logprobs": True}, "logprobs = True"),
         ({"seed": 2**64}, "seed = 18446744073709551616 must be an integer, from 0 to"),
         ({"seed": -1}, "seed = -1"),
         ({"speculation": 3}, "speculation = 3 must be a SpeculationParams or None"),
@@ -102,7 +215,8 @@ def test_impossible_sampling_params_raise(fields: dict[str, object], message: st
         ),
         ({"num_speculative_tokens": -1}, "num_speculative_tokens = -1"),
         ({"num_speculative_tokens": True}, "num_speculative_tokens = True"),
-        ({"verification": "magic"}, "verification = 'magic' is unknown: choose one of token"),
+        ({"verification": "magic"}, "verification = 'magic' is unknown: choose one of coupled, block, token"),
+        ({"min_draft_confidence": 1.1}, r"min_draft_confidence = 1.1 must be in \[0, 1\]"),
         ({"draft_sampling": "beam"}, "draft_sampling = 'beam' is unknown: choose one of sampled, greedy"),
     ],
 )
@@ -112,5 +226,14 @@ def test_impossible_speculation_params_raise(fields: dict[str, object], message:
 
 
 def test_unknown_parameters_raise() -> None:
-    with pytest.raises(TypeError, match="logit_bias"):
-        SamplingParams(logit_bias={1: 2})
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)
+
+
+def test_parameters_are_taken_in_their_usual_forms() -> None:
+    params = SamplingParams(logit_bias={7: 1, 3: -2.5}, bad_words="word", stop="x")
+    assert params.logit_bias == ((3, -2.5), (7, 1))
+    assert params.bad_words == ("word",)
+    assert SamplingParams(bad_words=["a", [1, 2]]).bad_words == ("a", (1, 2))
+    assert hash(params) == hash(SamplingParams(logit_bias=((7, 1), (3, -2.5)), bad_words=["word"], stop=["x"]))
+    assert SamplingParams().logit_bias == ()

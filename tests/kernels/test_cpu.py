@@ -12,7 +12,6 @@ from torch import Tensor
 from fakes import WHY_NO_COMPILER
 from specdec.kernels import AttentionMetadata, RoutingConfig, select
 from specdec.kernels.cpu import CpuKernels
-from specdec.kernels.philox import gumbel_noise
 
 if WHY_NO_COMPILER:
     pytest.skip(WHY_NO_COMPILER, allow_module_level=True)
@@ -270,63 +269,6 @@ def test_head_argmax_is_the_lowest_best_id(kernels: CpuKernels, vocab_size: int)
         ]
 
 
-@pytest.mark.parametrize("size", [1, 15, 173, 50_000])
-def test_softmax_is_right_and_row_invariant(fp32: CpuKernels, size: int) -> None:
-    logits, scales = 5 * randn(MAX_ROWS, size), torch.linspace(0.3, 4, MAX_ROWS)
-    logits[:, size // 2 + 1 :: 3] = float("-inf")
-    whole = fp32.softmax(logits, scales)
-    expected = (logits.double() * scales.double()[:, None]).softmax(-1)
-    torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=1e-12)
-    assert (whole[logits == float("-inf")] == 0).all()
-    for rows in range(1, MAX_ROWS + 1):
-        assert torch.equal(fp32.softmax(logits[:rows], scales[:rows]), whole[:rows]), rows
-
-
-@pytest.mark.parametrize("vocab_size", [1, 6, 64, 173, 5000])
-def test_gumbel_argmax_is_the_reference_choice(fp32: CpuKernels, vocab_size: int) -> None:
-    rows = 200 if vocab_size < 1000 else 40
-    logits, scales = 2 * randn(rows, vocab_size), torch.linspace(0.2, 3, rows)
-    logits[::3, vocab_size // 2 + 1 :] = float("-inf")
-    seeds = [(0x9E3779B97F4A7C15 * (r + 1)) % 2**64 for r in range(rows)]
-    positions = [(7919 * r) % 2**31 for r in range(rows)]
-    finite = logits.isfinite().all(-1)
-    ids = fp32.gumbel_argmax(logits, scales, seeds, positions)
-    noise = torch.from_numpy(gumbel_noise(seeds, positions, vocab_size))
-    scores = logits.double() * scales.double()[:, None] + noise
-    best = scores.max(-1)
-    chosen = scores.gather(1, ids.clamp(min=0)[:, None])[:, 0]
-    assert (ids[~finite] == -1).all()
-    assert (chosen - best.values)[finite].abs().max() <= 2e-5, "another token than the best, and not for a near-tie"
-    assert torch.equal(EXACT.gumbel_argmax(logits, scales, seeds, positions)[finite], best.indices[finite])
-    alone = [
-        fp32.gumbel_argmax(logits[r : r + 1], scales[r : r + 1], seeds[r : r + 1], positions[r : r + 1])
-        for r in range(9)
-    ]
-    assert torch.equal(torch.cat(alone), ids[:9])
-
-
-def test_gumbel_argmax_samples_the_softmax(fp32: CpuKernels) -> None:
-    """Pearson's chi-square over 20,000 positions, at its 1e-4 quantile for 5 degrees of freedom."""
-    logits, num = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -3.0]), 20_000
-    ids = fp32.gumbel_argmax(logits.expand(num, 6), torch.full((num,), 0.7), [12345] * num, list(range(num)))
-    expected = (0.7 * logits.double()).softmax(0) * num
-    counts = torch.bincount(ids, minlength=6)
-    assert ((counts - expected) ** 2 / expected).sum() < 25.7
-
-
-def test_noise_at_both_ends_of_the_words(fp32: CpuKernels) -> None:
-    """G = -log(-log u) to 1e-6 for the smallest and largest of a million numbers: what decides a choice among many."""
-    noise = torch.from_numpy(gumbel_noise([1], [0], 1_000_000))[0]
-    top, low = int(noise.argmax()), int(noise.argmin())
-    for token in (top, low):  # raise it by just so much that it wins, or does not
-        for margin, wins in ((2e-5, True), (-2e-5, False)):
-            logits = torch.zeros(1, 1_000_000)
-            rest = noise.clone()
-            rest[token] = -1e9
-            logits[0, token] = float(rest.max() - noise[token]) + margin
-            assert (int(fp32.gumbel_argmax(logits, torch.ones(1), [1], [0])) == token) == wins
-
-
 def test_results_do_not_depend_on_the_instruction_set() -> None:
     """One operation of each kind, to the bit."""
     x, weight = randn(30, 173), randn(96, 173, seed=1).bfloat16()
@@ -342,8 +284,6 @@ def test_results_do_not_depend_on_the_instruction_set() -> None:
                 attended,
                 kernels.rms_norm(x, x[0], 1e-5),
                 kernels.silu_and_mul(both),
-                kernels.softmax(both, torch.ones(30)),
-                kernels.gumbel_argmax(both, torch.ones(30), list(range(30)), list(range(30))),
             ]
         )
     for other in outputs[1:]:

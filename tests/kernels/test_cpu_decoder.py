@@ -16,7 +16,7 @@ from fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
 from specdec.batch import Extend, build_batch
 from specdec.kernels import DecoderOutput, composed
 from specdec.kernels.cpu import CpuKernels
-from specdec.kernels.interface import DraftChain
+from specdec.kernels.interface import GREEDY, NOT_DRAFTED, NOT_FINITE, DraftChain, DraftSampling, RowSampling
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
 
 pytestmark = NEEDS_COMPILER
@@ -109,41 +109,118 @@ def test_a_decoder_is_its_operations_to_the_bit(model: LoadedModel, kv_dtype: to
         assert torch.equal(fused.view(torch.uint8), single.view(torch.uint8)), "the caches, NaN included"
 
 
+def start(model: LoadedModel, num: int) -> DecoderOutput:
+    generator = torch.Generator().manual_seed(num)
+    return DecoderOutput(*(torch.randn(num, model.config.hidden_size, generator=generator) for _ in range(2)))
+
+
+def both_chains(model: LoadedModel, counts: list[int], positions: list[int], **values: Any) -> list[DraftChain]:
+    """Two equal ones, each with memory of its own."""
+    last, tables = start(model, len(counts)), [table(s) for s in range(len(counts))]
+    return [
+        DraftChain(last, positions, tables, c[-1:].nan_to_num(0.5), counts, values["recycle_unnormed"], sampling)
+        for c, sampling in zip(caches(model, torch.float32), values.get("sampling", (None, None)))
+    ]
+
+
+def assert_its_steps(model: LoadedModel, chains: list[DraftChain]) -> Tensor:
+    """The chain as one call and as single operations: the same drafts, experts, caches and probabilities."""
+    kernels, mtp = model.target.kernels, model.mtp
+    assert mtp is not None
+    prepared, head = mtp.decoder.prepared, model.target.head
+    shape = (max(chains[0].counts) - 1, 1, len(chains[0].counts), model.config.num_experts_per_tok)
+    ids = [torch.full(shape, -1) for _ in range(2)]
+    ours = kernels.draft_chain(prepared, head, chains[0], ids[0])
+    theirs = composed.draft_chain(kernels, prepared, head, chains[1], None, ids[1])
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*ids)
+    assert torch.equal(chains[0].kv_cache, chains[1].kv_cache)
+    probs = [c.sampling.probs for c in chains if c.sampling is not None and c.sampling.probs is not None]
+    assert not probs or torch.equal(*probs)
+    return ours
+
+
+SHAPES = [([4], [7]), ([5, 3, 3, 1], [0, 11, 4, 30]), ([1, 1], [2, 9]), ([1, 4, 2, 6, 1, 3], [8, 0, 25, 7, 3, 12])]
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("recycle_unnormed", [False, True])
 def test_a_draft_chain_is_its_steps_to_the_bit(model: LoadedModel, recycle_unnormed: bool) -> None:
-    kernels, mtp = model.target.kernels, model.mtp
-    assert mtp is not None
-    head = model.target.head
-    for counts, positions in (([4], [7]), ([5, 3, 3, 1], [0, 11, 4, 30]), ([1, 1], [2, 9])):
-        fused, single = (c[-1:].nan_to_num(0.5) for c in caches(model, torch.float32))
-        generator = torch.Generator().manual_seed(len(counts))
-        last = DecoderOutput(
-            *(torch.randn(len(counts), model.config.hidden_size, generator=generator) for _ in range(2))
-        )
-        tables = [table(s) for s in range(len(counts))]
-        ids = [torch.full((counts[0] - 1, 1, len(counts), model.config.num_experts_per_tok), -1) for _ in range(2)]
-        chains = [DraftChain(last, positions, tables, cache, counts, recycle_unnormed) for cache in (fused, single)]
-        ours = kernels.draft_chain(mtp.decoder.prepared, head, chains[0], ids[0])
-        theirs = composed.draft_chain(
-            kernels, mtp.decoder.prepared, chains[1], lambda _, normed: kernels.head_argmax(normed, head), ids[1]
-        )
-        assert torch.equal(ours, theirs)
-        assert torch.equal(*ids)
-        assert torch.equal(fused, single)
-        assert [(row >= 0).sum() for row in ours] == counts
+    for counts, positions in SHAPES:
+        drafts = assert_its_steps(model, both_chains(model, counts, positions, recycle_unnormed=recycle_unnormed))
+        assert [(row >= 0).sum() for row in drafts] == counts
+
+
+def draft_sampling(
+    model: LoadedModel, num: int, steps: int, min_confidence: list[float], prob_rows: list[int]
+) -> DraftSampling:
+    """Greedy and noisy rows in turns, with every combination of cuts."""
+    rows = RowSampling(
+        scales=[[1.0, 2.5, 0.7][b % 3] for b in range(num)],
+        top_k=[[0, 20, 3][b % 3] for b in range(num)],
+        top_p=[[0.9, 1.0, 0.8, 0.97][b % 4] for b in range(num)],
+        min_p=[[0.0, 0.05][b % 2] for b in range(num)],
+        seeds=[2**64 - 1 - 977 * b for b in range(num)],
+        streams=[[1, GREEDY, 0][b % 3] for b in range(num)],
+        positions=[31 * b + 8 for b in range(num)],
+        starts=[31 * b + 6 for b in range(num)],
+    )
+    held = max(prob_rows, default=-1) + 1
+    probs = torch.full((held, steps, model.config.vocab_size), -7.0) if held else None
+    return DraftSampling(rows, min_confidence, probs, prob_rows)
 
 
 @torch.inference_mode()
-def test_a_chain_ends_where_logits_are_not_finite(model: LoadedModel) -> None:
+@pytest.mark.parametrize("confident", [False, True], ids=["to the end", "while confident"])
+@pytest.mark.parametrize("with_probs", [False, True], ids=["ids only", "with laws"])
+def test_a_sampled_draft_chain_is_its_steps_to_the_bit(model: LoadedModel, confident: bool, with_probs: bool) -> None:
+    ended = 0
+    for counts, positions in SHAPES:
+        num, steps = len(counts), max(counts) + 1
+        min_confidence = [[0.04, 0.0, 0.4, 0.08][b % 4] if confident else 0.0 for b in range(num)]
+        prob_rows = [b // 2 if b % 2 == 0 else -1 for b in reversed(range(num))] if with_probs else [-1] * num
+        both = [draft_sampling(model, num, steps, min_confidence, prob_rows) for _ in range(2)]
+        chains = both_chains(model, counts, positions, recycle_unnormed=confident, sampling=both)
+        drafts = assert_its_steps(model, chains)
+        drafted = [int((row >= 0).sum()) for row in drafts]
+        assert all(n == count if c == 0 else n <= count for n, count, c in zip(drafted, counts, min_confidence))
+        ended += sum(counts) - sum(drafted)
+        if with_probs:
+            assert_laws(chains[0], drafts)
+    assert (ended > 0) == confident
+
+
+def assert_laws(chain: DraftChain, drafts: Tensor) -> None:
+    """One for each draft and for the one at which the confidence ended a chain; each draft is a token of its law."""
+    assert chain.sampling is not None
+    assert chain.sampling.probs is not None
+    for row, least, count, ids in zip(
+        chain.sampling.prob_rows, chain.sampling.min_confidence, chain.counts, drafts.tolist()
+    ):
+        if row < 0:
+            continue
+        for step, law in enumerate(chain.sampling.probs[row]):
+            if step < count and (step == 0 or ids[step - 1] >= 0):
+                assert abs(float(law.double().sum()) - 1) < 1e-6
+                assert (ids[step] >= 0) == (float(law.max()) >= least)
+                assert ids[step] < 0 or law[ids[step]] > 0
+            else:
+                assert (law == -7).all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_chain_ends_where_logits_are_not_finite(model: LoadedModel, sampled: bool) -> None:
+    both = [draft_sampling(model, 2, 3, [0.0, 0.5], [0, 1]) if sampled else None for _ in range(2)]
+    chains = both_chains(model, [3, 2], [3, 4], recycle_unnormed=False, sampling=both)
+    chains[0].last.normed[1, 0] = float("nan")  # both chains' start
     kernels, mtp = model.target.kernels, model.mtp
     assert mtp is not None
-    cache = caches(model, torch.float32)[0][-1:].nan_to_num(0.5)
-    normed = torch.randn(2, model.config.hidden_size)
-    normed[1, 0] = float("nan")
-    chain = DraftChain(DecoderOutput(normed, normed), [3, 4], [table(0), table(1)], cache, [3, 2], False)
-    drafts = kernels.draft_chain(mtp.decoder.prepared, model.target.head, chain)
+    drafts = kernels.draft_chain(mtp.decoder.prepared, model.target.head, chains[0])
     assert (drafts >= 0).tolist() == [[True, False, False], [False, False, False]]
+    assert drafts[1, 0] == NOT_FINITE
+    assert drafts[0, 1] == drafts[1, 1] == NOT_DRAFTED
+    assert torch.equal(drafts, composed.draft_chain(kernels, mtp.decoder.prepared, model.target.head, chains[1]))
 
 
 @pytest.mark.parametrize("first", ["torch", "kernels"])

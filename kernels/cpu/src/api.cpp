@@ -6,6 +6,7 @@
 
 #include "decoder.h"
 #include "draft.h"
+#include "residual.h"
 
 using namespace specdec;
 
@@ -112,7 +113,7 @@ void sd_attention(const Cache* cache, const Batch* batch, int64_t heads, const f
 
 void sd_decode(const Decoder* decoder, const Forward* forward, int32_t threads) { decode(*decoder, *forward, threads); }
 
-// Greedy drafts; see specdec.kernels.interface.Kernels.draft_chain
+// See specdec.kernels.interface.Kernels.draft_chain
 void sd_draft_chain(const Decoder* decoder, const Matrix* head, const Chain* chain, int32_t threads) {
   draft_chain(*decoder, *head, *chain, threads);
 }
@@ -122,17 +123,48 @@ void sd_head_argmax(const Matrix* head, const float* x, int64_t rows, int64_t* i
   head_argmax(*head, {x, head->in, nullptr, rows}, ids, threads);
 }
 
-// logits [rows, size], scales [rows] -> probabilities
-void sd_softmax(const float* logits, const float* scales, int64_t rows, int64_t size, float* probs, int32_t threads) {
-  parallel_rows(rows, rows * size, threads, [&](int64_t r) { softmax(logits + r * size, scales[r], size, probs + r * size); });
+// logits [rows, size], in place; rows as many as `sampling` has
+void sd_truncate(float* logits, const Sampling* sampling, int64_t size, int32_t threads) {
+  parallel_rows(sampling->rows, sampling->rows * size, threads, [&](int64_t r) {
+    static thread_local Truncation truncation;
+    truncation.run(logits + r * size, size, sampling->scale(r), sampling->top_k(r), sampling->top_p(r), sampling->min_p(r));
+  });
 }
 
-void sd_gumbel_argmax(const float* logits, const float* scales, const uint64_t* seeds, const int64_t* positions, int64_t rows,
-                      int64_t size, int64_t* ids, int32_t threads) {
-  parallel_rows(rows, rows * size * 16, threads, [&](int64_t r) {
-    const Best best = gumbel_argmax(logits + r * size, scales[r], size, seeds[r], uint32_t(positions[r]));
-    ids[r] = best.finite ? best.id : -1;
+// logits [rows, size] -> ids [rows], -1 for a row of NaN
+void sd_choose(const float* logits, const Sampling* sampling, int64_t size, int64_t* ids, int32_t threads) {
+  parallel_rows(sampling->rows, sampling->rows * size, threads, [&](int64_t r) {
+    static thread_local Choice choice;
+    ids[r] = choice.run(logits + r * size, size, sampling->scale(r), sampling->greedy(r), sampling->key(r, 0));
   });
+}
+
+// logits [rows, size], scales [rows] -> probabilities
+void sd_softmax(const float* logits, const double* scales, int64_t rows, int64_t size, float* probs, int32_t threads) {
+  parallel_rows(rows, rows * size, threads,
+                [&](int64_t r) { softmax(logits + r * size, float(scales[r]), size, probs + r * size); });
+}
+
+void sd_residual_mass(const Residuals* laws, double* masses, int32_t threads) {
+  parallel_rows(laws->num, laws->num * laws->size, threads, [&](int64_t i) {
+    static thread_local std::vector<double> sums;
+    masses[i] = laws->law(i).mass(sums);
+  });
+}
+
+// uniforms [num] -> ids [num], -1 where a law's sum is not finite
+void sd_sample_residual(const Residuals* laws, const double* uniforms, int64_t* ids, int32_t threads) {
+  parallel_rows(laws->num, laws->num * laws->size, threads, [&](int64_t i) {
+    static thread_local std::vector<double> sums;
+    ids[i] = sample_residual(*laws, i, uniforms[i], sums);
+  });
+}
+
+// positions and starts: [num] each
+void sd_uniforms(const uint64_t* seeds, int64_t stream, const int64_t* positions, const int64_t* starts, int64_t num,
+                 double* uniforms) {
+  for (int64_t i = 0; i < num; ++i)
+    uniforms[i] = uniform({seeds[i], uint32_t(positions[i]), uint32_t(starts[i]), uint32_t(stream)});
 }
 
 // Reads `size` 64-bit words; their exclusive or goes to `result`, or the compiler would leave the reading out.

@@ -29,7 +29,7 @@ struct Batch {
   int64_t num_sequences;
   const int64_t* query_starts;  // [B + 1]
   const int64_t* kv_lens;       // [B]
-  const int64_t* page_starts;   // [B + 1] into pages
+  const int64_t* page_starts;   // [B] into pages
   const int64_t* pages;
 };
 

@@ -1,6 +1,9 @@
 // From hidden states or logits to tokens.
 #pragma once
 
+#include <cfloat>
+
+#include "noise.h"
 #include "ops.h"
 
 namespace specdec {
@@ -28,10 +31,8 @@ inline void scan(const float* scores, int64_t size, int64_t first, Best& best) {
     unsound = add(unsound, sub(kept, kept));  // NaN where a score is not finite
   });
   if (reduce_add(unsound) != 0.0f) best.finite = false;
-  float values[LANES];
-  store(values, top);
-  const float value = *std::max_element(values, values + LANES);
-  if (value <= best.value) return;
+  const float value = reduce_max(top);
+  if (value < best.value) return;
   for (int64_t i = 0; i < size; ++i)
     if (scores[i] == value) return best.offer(value, first + i);
 }
@@ -63,78 +64,116 @@ inline void head_argmax(const Matrix& head, const Rows& rows, int64_t* ids, int 
   }
 }
 
-// y = softmax(x * scale)
-inline void softmax(const float* x, float scale, int64_t size, float* y) {
-  V top = set1(-INFINITY);
-  for_vectors(size, [&](int64_t i, int n) { top = max(load_n(x + i, n, -INFINITY), top); });
-  float values[LANES];
-  store(values, top);
-  const V shift = set1(*std::max_element(values, values + LANES)), factor = set1(scale);
-  V sum = set1(0.0f);
-  for_vectors(size, [&](int64_t i, int n) {
-    V p = exp(mul(sub(load_n(x + i, n, -INFINITY), shift), factor));
-    sum = add(sum, p);
-    store_n(y + i, p, n);
-  });
-  const V total = set1(reduce_add(sum));
-  for_vectors(size, [&](int64_t i, int n) { store_n(y + i, div(load_n(y + i, n), total), n); });
-}
+// Sums in fp64 as many chains side by side, whatever the instruction set.
+class Sum {
+ public:
+  template <class T>
+  void add(const T* values) {  // LANES of them
+    for (int i = 0; i < LANES; ++i) lanes_[i] += double(values[i]);
+  }
+  double total() const {
+    double sum = 0.0;
+    for (double lane : lanes_) sum += lane;
+    return sum;
+  }
 
-struct Philox {
-  uint32_t c[4][LANES];
+ private:
+  double lanes_[LANES] = {};
 };
 
-// Philox4x32-10 (Salmon et al., SC'11): counters (first + lane, position, 0, 0), the target's own stream.
-inline Philox philox(uint32_t first, uint32_t position, uint64_t seed) {
-  Philox p;
-  for (int i = 0; i < LANES; ++i) {
-    p.c[0][i] = first + i;
-    p.c[1][i] = position;
-    p.c[2][i] = p.c[3][i] = 0;
+// Adds exp((x - top) * scale) to the sum, and writes it to `weights` where there are any.
+inline void weigh(const float* x, int64_t size, float top, float scale, float* weights, Sum& sum) {
+  for_vectors(size, [&](int64_t i, int n) {
+    float w[LANES];
+    store(w, exp(mul(sub(load_n(x + i, n, -INFINITY), set1(top)), set1(scale))));
+    sum.add(w);
+    if (weights) std::memcpy(weights + i, w, sizeof(float) * n);
+  });
+}
+
+// y = softmax(x * scale), or nothing where y is null; returns the largest probability.
+inline float softmax(const float* x, float scale, int64_t size, float* y) {
+  V top = set1(-INFINITY);
+  for_vectors(size, [&](int64_t i, int n) { top = max(load_n(x + i, n, -INFINITY), top); });
+  Sum sum;
+  weigh(x, size, reduce_max(top), scale, y, sum);
+  const float total = float(sum.total());
+  if (y) for_vectors(size, [&](int64_t i, int n) { store_n(y + i, div(load_n(y + i, n), set1(total)), n); });
+  return 1.0f / total;
+}
+
+// How rows of logits become tokens. Mirrored by specdec.kernels.cpu.native.Sampling.
+struct Sampling {
+  int64_t rows;
+  const double* reals;    // scales, top_p, min_p: [rows] each
+  const int64_t* ints;    // top_k, streams, positions, starts: [rows] each
+  const uint64_t* seeds;  // [rows]
+
+  float scale(int64_t r) const { return float(reals[r]); }
+  double top_p(int64_t r) const { return reals[rows + r]; }
+  double min_p(int64_t r) const { return reals[2 * rows + r]; }
+  int64_t top_k(int64_t r) const { return ints[r]; }
+  bool greedy(int64_t r) const { return ints[rows + r] < 0; }
+  NoiseKey key(int64_t r, int64_t advance) const {
+    return {seeds[r], uint32_t(ints[2 * rows + r] + advance), uint32_t(ints[3 * rows + r]), uint32_t(ints[rows + r])};
   }
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < LANES; ++i) {
-      const uint64_t a = uint64_t(p.c[0][i]) * 0xD2511F53u, b = uint64_t(p.c[2][i]) * 0xCD9E8D57u;
-      p.c[0][i] = uint32_t(b >> 32) ^ p.c[1][i] ^ k0;
-      p.c[1][i] = uint32_t(b);
-      p.c[2][i] = uint32_t(a >> 32) ^ p.c[3][i] ^ k1;
-      p.c[3][i] = uint32_t(a);
+};
+
+// The largest logit of each block; returns the largest of all, NaN where one is NaN or infinite, or none is finite.
+inline float survey(const float* x, int64_t size, std::vector<float>& tops) {
+  tops.resize((size + BLOCK - 1) / BLOCK);
+  const V lowest = set1(-INFINITY), least = set1(-FLT_MAX);
+  V top = lowest, unsound = set1(0.0f);
+  for (int64_t first = 0; first < size; first += BLOCK) {
+    V block = lowest;
+    for_vectors(std::min(BLOCK, size - first), [&](int64_t i, int n) {
+      const V v = load_n(x + first + i, n, -INFINITY), finite = max(least, v);
+      block = max(v, block);
+      unsound = add(unsound, sub(finite, finite));
+    });
+    tops[first / BLOCK] = reduce_max(block);
+    top = max(block, top);
+  }
+  const float all = reduce_max(top);
+  return reduce_add(unsound) == 0.0f && all >= -FLT_MAX ? all : NAN;
+}
+
+// G <= -log(1 - u) for every word's noise and u, as computed: to within a part of this.
+constexpr double NOISE_ERROR = 1e-4;
+
+// The first of the largest logits, or of the largest sums of scaled logits and noise. -1 for a row of NaN.
+class Choice {
+ public:
+  int64_t run(const float* logits, int64_t size, float scale, bool greedy, const NoiseKey& key) {
+    const float top = survey(logits, size, tops_);
+    if (std::isnan(top)) return -1;
+    const int64_t likely = std::find(tops_.begin(), tops_.end(), top) - tops_.begin();
+    if (greedy) return std::find(logits + likely * BLOCK, logits + size, top) - logits;
+    Best best;
+    score(logits, size, scale, likely, sixteen_calls(likely * BLOCK, key), best);
+    for (int64_t b = 0; b < int64_t(tops_.size()); ++b) {
+      // How much noise the largest logit needs, less what rounding may hide. G <= -log(1 - u), so a word makes so
+      // much only if (1 - u) * e^needed <= 1; and 1 - u >= 2^-33.
+      const double needed =
+          double(best.value) - double(tops_[b]) * scale - NOISE_ERROR - 1e-6 * std::fabs(double(best.value));
+      if (b == likely || needed > 22.9) continue;
+      const CallWords calls = sixteen_calls(b * BLOCK, key);
+      const double least = 0x1p32 - 1.0 - 0x1p32 * std::exp(-needed);
+      if (calls.any_at_least(least > 0.0 ? uint32_t(least) : 0)) score(logits, size, scale, b, calls, best);
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    return best.id;
   }
-  return p;
-}
 
-// -log((word + 1/2) / 2^32), to full relative precision at both ends.
-inline V exponential(const uint32_t* words) {
-  float u[LANES], below_one[LANES];
-  for (int i = 0; i < LANES; ++i) {
-    u[i] = float((double(words[i]) + 0.5) * 0x1p-32);
-    below_one[i] = float((double(words[i]) + 0.5) * 0x1p-32 - 1.0);
-  }
-  V r, e = split(load(u), r);
-  float exponent[LANES], rest[LANES];
-  store(exponent, e);
-  store(rest, r);
-  for (int i = 0; i < LANES; ++i)
-    if (words[i] >= 0xB504F334u) exponent[i] = 0.0f, rest[i] = below_one[i];  // u >= sqrt(1/2): log1p(u - 1)
-  return sub(set1(0.0f), log_scaled(load(exponent), load(rest)));
-}
-
-// argmax of logits * scale + Gumbel noise keyed by (seed, position, token): a sample of softmax(logits * scale).
-inline Best gumbel_argmax(const float* logits, float scale, int64_t size, uint64_t seed, uint32_t position) {
-  Best best;
-  for (int64_t first = 0; first < size; first += 4 * LANES) {
-    const Philox p = philox(uint32_t(first / 4), position, seed);
-    float noise[4][LANES], scores[4 * LANES];
-    for (int w = 0; w < 4; ++w) store(noise[w], sub(set1(0.0f), log(exponential(p.c[w]))));
-    const int64_t count = std::min<int64_t>(4 * LANES, size - first);
-    for (int64_t i = 0; i < count; ++i) scores[i] = std::fma(logits[first + i], scale, noise[i % 4][i / 4]);
+ private:
+  static void score(const float* logits, int64_t size, float scale, int64_t block, const CallWords& calls, Best& best) {
+    float scores[BLOCK];
+    gumbel(calls, scores);
+    const int64_t first = block * BLOCK, count = std::min(BLOCK, size - first);
+    for (int64_t i = 0; i < count; ++i) scores[i] = std::fma(logits[first + i], scale, scores[i]);
     scan(scores, count, first, best);
   }
-  return best;
-}
+
+  std::vector<float> tops_;  // of each block
+};
 
 }  // namespace specdec

@@ -281,6 +281,29 @@ inline float reduce_add(V x) {
   return a[0];
 #endif
 }
+
+// Of values without NaN.
+inline float reduce_max(V x) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  __m256 s = _mm256_max_ps(_mm512_castps512_ps256(x.v),
+                           _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1)));
+#else
+  __m256 s = _mm256_max_ps(x.a, x.b);
+#endif
+  __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+  t = _mm_max_ss(t, _mm_shuffle_ps(t, t, 1));
+  return _mm_cvtss_f32(t);
+#else
+  float a[LANES];
+  store(a, x);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) a[i] = a[i] > a[i + width] ? a[i] : a[i + width];
+  return a[0];
+#endif
+}
+
 // e^x to about 1 ulp: 2^n * p(r), |r| <= ln 2 / 2. Below -87 it is 0 (no denormals), above 88.7 infinite.
 inline V exp(V x) {
   V clamped = min(set1(89.0f), max(set1(-87.0f), x));  // in this order a NaN stays one
@@ -344,6 +367,108 @@ inline V log_scaled(V e, V r) {
 inline V log(V x) {
   V r, e = split(x, r);
   return log_scaled(e, r);
+}
+
+// Sixteen 32-bit words, each the low half of 64 bits whose high half may hold anything; and one of them.
+inline uint64_t multiply(uint64_t x, uint32_t y) { return uint64_t(uint32_t(x)) * y; }  // the low half in place
+inline uint64_t high(uint64_t x) { return x >> 32; }
+inline uint64_t exclusive_or(uint64_t x, uint64_t y, uint32_t z) { return x ^ y ^ z; }
+
+#if defined(__AVX512F__)
+
+struct Words {
+  __m512i a, b;
+};
+inline Words same_words(uint32_t x) { return {_mm512_set1_epi64(x), _mm512_set1_epi64(x)}; }
+inline Words words_from(uint32_t first) {  // first, first + 1, ...
+  const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  return {_mm512_add_epi64(lanes, _mm512_set1_epi64(first)), _mm512_add_epi64(lanes, _mm512_set1_epi64(first + 8))};
+}
+inline Words multiply(Words x, uint32_t y) {
+  const __m512i m = _mm512_set1_epi64(y);
+  return {_mm512_mul_epu32(x.a, m), _mm512_mul_epu32(x.b, m)};
+}
+inline Words high(Words x) { return {_mm512_srli_epi64(x.a, 32), _mm512_srli_epi64(x.b, 32)}; }
+inline Words exclusive_or(Words x, Words y, uint32_t z) {
+  const __m512i k = _mm512_set1_epi64(z);
+  return {_mm512_ternarylogic_epi64(x.a, y.a, k, 0x96), _mm512_ternarylogic_epi64(x.b, y.b, k, 0x96)};
+}
+inline Words larger(Words x, Words y) {  // of the high halves, too
+  return {_mm512_max_epu32(x.a, y.a), _mm512_max_epu32(x.b, y.b)};
+}
+inline bool any_at_least(Words x, uint32_t least) {
+  return _mm512_cmpge_epu32_mask(_mm512_max_epu32(x.a, x.b), _mm512_set1_epi32(int(least))) & 0x5555;
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+struct Words {
+  __m256i v[4];
+};
+template <class F>
+inline Words each_quarter(F f) {
+  return {{f(0), f(1), f(2), f(3)}};
+}
+inline Words same_words(uint32_t x) {
+  return each_quarter([&](int) { return _mm256_set1_epi64x(x); });
+}
+inline Words words_from(uint32_t first) {
+  return each_quarter(
+      [&](int i) { return _mm256_add_epi64(_mm256_setr_epi64x(0, 1, 2, 3), _mm256_set1_epi64x(first + 4 * i)); });
+}
+inline Words multiply(Words x, uint32_t y) {
+  return each_quarter([&](int i) { return _mm256_mul_epu32(x.v[i], _mm256_set1_epi64x(y)); });
+}
+inline Words high(Words x) {
+  return each_quarter([&](int i) { return _mm256_srli_epi64(x.v[i], 32); });
+}
+inline Words exclusive_or(Words x, Words y, uint32_t z) {
+  return each_quarter(
+      [&](int i) { return _mm256_xor_si256(_mm256_xor_si256(x.v[i], y.v[i]), _mm256_set1_epi64x(z)); });
+}
+inline Words larger(Words x, Words y) {
+  return each_quarter([&](int i) { return _mm256_max_epu32(x.v[i], y.v[i]); });
+}
+inline bool any_at_least(Words x, uint32_t least) {
+  __m256i top = _mm256_max_epu32(_mm256_max_epu32(x.v[0], x.v[1]), _mm256_max_epu32(x.v[2], x.v[3]));
+  __m256i reached = _mm256_cmpeq_epi32(_mm256_max_epu32(top, _mm256_set1_epi32(int(least))), top);
+  return _mm256_movemask_ps(_mm256_castsi256_ps(reached)) & 0x55;
+}
+
+#else
+
+struct Words {
+  uint64_t v[LANES];
+};
+template <class F>
+inline Words each_word(F f) {
+  Words r;
+  for (int i = 0; i < LANES; ++i) r.v[i] = f(i);
+  return r;
+}
+inline Words same_words(uint32_t x) { return each_word([&](int) { return x; }); }
+inline Words words_from(uint32_t first) { return each_word([&](int i) { return first + i; }); }
+inline Words multiply(const Words& x, uint32_t y) { return each_word([&](int i) { return multiply(x.v[i], y); }); }
+inline Words high(const Words& x) { return each_word([&](int i) { return high(x.v[i]); }); }
+inline Words exclusive_or(const Words& x, const Words& y, uint32_t z) {
+  return each_word([&](int i) { return exclusive_or(x.v[i], y.v[i], z); });
+}
+inline Words larger(const Words& x, const Words& y) {
+  return each_word([&](int i) { return uint32_t(x.v[i]) > uint32_t(y.v[i]) ? x.v[i] : y.v[i]; });
+}
+inline bool any_at_least(const Words& x, uint32_t least) {
+  bool any = false;
+  for (uint64_t word : x.v) any |= uint32_t(word) >= least;
+  return any;
+}
+
+#endif
+
+inline void store(uint32_t* p, const Words& x) {
+  uint64_t wide[LANES];
+  static_assert(sizeof x == sizeof wide, "in order, whatever they are made of");
+  std::memcpy(wide, &x, sizeof wide);
+  for (int i = 0; i < LANES; ++i) p[i] = uint32_t(wide[i]);
 }
 
 }  // namespace specdec

@@ -1,0 +1,351 @@
+"""Every rule keeps the target's law: exactly, by enumeration through the engine; and tests that would see it if not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from enumeration import (
+    Context,
+    Enumerator,
+    NoiseUsedTwice,
+    RandomModel,
+    TableKernels,
+    completed,
+    distance,
+    rejection_law,
+    target_law,
+)
+from torch import Tensor
+
+from specdec import SamplingParams, SpeculationParams, draft, target, verify
+from specdec.draft import DraftResult, MTPDrafter
+from specdec.edits import LogitRow
+from specdec.kernels.interface import Residuals, RowSampling
+from specdec.rng import Stream
+from specdec.verify import Proposal
+
+EXACT = 1e-12
+PLAIN = SamplingParams(ignore_eos=True)
+# Fields that change the law, with values that matter on a vocabulary of 4; prompts are [1].
+LAW_FIELDS = {
+    "temperature": {"temperature": 0.6},
+    "top_k": {"top_k": 2},
+    "top_p": {"top_p": 0.7},
+    "min_p": {"min_p": 0.3},
+    "repetition_penalty": {"repetition_penalty": 1.7},
+    "presence_penalty": {"presence_penalty": 1.1},
+    "frequency_penalty": {"frequency_penalty": -0.8},
+    "logit_bias": {"logit_bias": {0: -0.7, 2: 1.5, 3: float("-inf")}},
+    "bad_words": {"bad_words": ((2,), (1, 3), (0, 1, 0))},
+    "min_tokens": {"min_tokens": 3, "ignore_eos": False, "stop_token_ids": (2,)},
+}  # fmt: skip
+EVERYTHING = {
+    "temperature": 1.3, "top_k": 3, "top_p": 0.93, "min_p": 0.05, "repetition_penalty": 1.2, "presence_penalty": 0.4,
+    "frequency_penalty": 0.3, "logit_bias": {1: 0.5}, "bad_words": ((0, 0),), "min_tokens": 2, "ignore_eos": False,
+}  # fmt: skip
+
+
+def defined_law(model: RandomModel, params: SamplingParams, prompt: list[int]) -> Callable[[Context], Tensor]:
+    """The next token's law by the definitions, one token at a time."""
+
+    def law(context: Context) -> Tensor:
+        logits, output = model.logits(context).tolist(), context[len(prompt) :]
+        size, ends = len(logits), {0} - ({0} if params.ignore_eos else set()) | set(params.stop_token_ids)
+        if output and output[-1] in ends:
+            return torch.zeros(size, dtype=torch.float64)  # the request has ended
+        for token, bias in dict(params.logit_bias).items():
+            logits[token] += bias
+        for *start, last in params.bad_words:
+            if list(context[len(context) - len(start) :]) == start:
+                logits[last] = float("-inf")
+        if len(output) < params.min_tokens:
+            for token in ends:
+                logits[token] = float("-inf")
+        for token in set(context):
+            logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
+        for token in set(output):
+            logits[token] -= params.presence_penalty + params.frequency_penalty * output.count(token)
+        logits = [x / params.temperature for x in logits]
+        if 0 < params.top_k < size:
+            kth = sorted(logits)[-params.top_k]
+            logits = [x if x >= kth else float("-inf") for x in logits]
+        probs = torch.tensor(logits, dtype=torch.float64).softmax(-1)
+        kept, total = torch.zeros(size, dtype=torch.float64), 0.0
+        for token in sorted(range(size), key=lambda t: -probs[t].item()):
+            if total < params.top_p:
+                kept[token] = probs[token]
+            total += probs[token].item()
+        kept[kept < params.min_p * kept.max()] = 0
+        return kept / kept.sum()
+
+    return law
+
+
+def request_law(model: RandomModel, params: SamplingParams, prompt: list[int]) -> dict[Context, float]:
+    """The law of whole outputs, which may end early."""
+    law = defined_law(model, params, prompt)
+    ended: dict[Context, float] = {}
+    running: dict[Context, float] = {(): 1.0}
+    for _ in range(params.max_tokens):
+        longer = {}
+        for tokens, probability in running.items():
+            following = law((*prompt, *tokens)).tolist()
+            if sum(following) == 0:
+                ended[tokens] = probability
+            longer |= {(*tokens, t): probability * p for t, p in enumerate(following) if p > 0}
+        running = longer
+    return ended | running
+
+
+def enumerator(folder: Path, vocab_size: int, seed: int, zeros: float = 0.2) -> Enumerator:
+    return Enumerator(
+        folder, RandomModel(vocab_size, seed, zeros=zeros), RandomModel(vocab_size, 1000 + seed, zeros=zeros)
+    )
+
+
+def error_of(engine: Enumerator, params: SamplingParams, prompt: tuple[int, ...] = (1,)) -> float:
+    """How far the engine's law is from the target's."""
+    expected = request_law(engine.kernels.tables[0], params, list(prompt))
+    assert abs(sum(expected.values()) - 1) < EXACT
+    law = engine.law(list(prompt), params)
+    assert abs(sum(law.values()) - 1) < EXACT
+    return distance(law, expected)
+
+
+# Vocabulary, K, tokens: always more than one iteration.
+SIZES = [(2, 1, 5), (2, 3, 6), (2, 4, 6), (3, 2, 5), (4, 2, 4), (4, 3, 4), (5, 1, 4)]
+
+
+@pytest.mark.parametrize("draft_sampling", ["sampled", "greedy"])
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize(("vocab_size", "k", "num_tokens"), SIZES)
+def test_rejection_keeps_the_targets_law_through_the_engine(
+    tmp_path: Path, vocab_size: int, k: int, num_tokens: int, rule: str, draft_sampling: str
+) -> None:
+    speculation = SpeculationParams(k, rule, draft_sampling)
+    for seed in range(2):
+        engine = enumerator(tmp_path / str(seed), vocab_size, seed)
+        assert error_of(engine, replace(PLAIN, max_tokens=num_tokens, speculation=speculation)) < EXACT
+
+
+@pytest.mark.parametrize("draft_sampling", ["sampled", "greedy"])
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_chains_that_end_on_low_confidence_keep_the_law(tmp_path: Path, rule: str, draft_sampling: str) -> None:
+    """The threshold lies where some chains end early, some at once, and some not."""
+    for seed, (vocab_size, k, num_tokens, confidence) in enumerate([(3, 2, 5, 0.5), (2, 3, 5, 0.6), (4, 2, 4, 0.4)]):
+        engine = enumerator(tmp_path / str(seed), vocab_size, seed, zeros=0.0)
+        speculation = SpeculationParams(k, rule, draft_sampling, min_draft_confidence=confidence)
+        params = replace(PLAIN, max_tokens=num_tokens, speculation=speculation)
+        lengths = set()
+        verified = engine.engine._verifier.verify
+
+        def recording(
+            scheduled: object, drafts: DraftResult, lengths: set[int] = lengths, verified: object = verified
+        ) -> object:
+            lengths.update(map(len, drafts.draft_token_ids))
+            return verified(scheduled, drafts)
+
+        engine.engine._verifier.verify = recording
+        assert error_of(engine, params) < EXACT
+        assert {0, 1, k} <= lengths, lengths
+
+
+@pytest.mark.parametrize(
+    ("k", "rule", "draft_sampling"),
+    [(0, "token", "sampled"), *((2, *x) for x in itertools.product(["token", "block"], ["sampled", "greedy"]))],
+)
+@pytest.mark.parametrize("name", [*LAW_FIELDS, "everything"])
+def test_every_field_changes_the_law_as_defined(
+    tmp_path: Path, name: str, k: int, rule: str, draft_sampling: str
+) -> None:
+    fields = {**LAW_FIELDS, "everything": EVERYTHING}[name]
+    engine = enumerator(tmp_path, 4, seed=5, zeros=0.1)
+    speculation = SpeculationParams(k, rule, draft_sampling)
+    params = replace(PLAIN, max_tokens=4, speculation=speculation, **fields)
+    assert error_of(engine, params) < EXACT
+    default = {field: value for field, value in fields.items() if field in ("ignore_eos", "stop_token_ids")}
+    unchanged = request_law(engine.kernels.tables[0], replace(PLAIN, max_tokens=4, **default), [1])
+    assert distance(request_law(engine.kernels.tables[0], params, [1]), unchanged) > 0.01, "the field does nothing here"
+
+
+@pytest.mark.parametrize("greedy_drafts", [False, True], ids=["sampled", "one-hot"])
+@pytest.mark.parametrize(("vocab_size", "k"), [(2, 4), (3, 3), (5, 2), (5, 3), (4, 4)])
+def test_one_iteration_keeps_the_law_and_block_accepts_more(vocab_size: int, k: int, greedy_drafts: bool) -> None:
+    for seed in range(3):
+        p, q = (RandomModel(vocab_size, s, zeros=0.3) for s in (seed, 1000 + seed))
+
+        def law(context: Context, p: RandomModel = p) -> Tensor:
+            return p.logits(context).softmax(-1)
+
+        context, accepted = (0,), {}
+        exact = target_law(law, context, k + 1)
+        for block in (False, True):
+            emitted, accepted[block] = rejection_law(p, q, context, k, block=block, greedy_drafts=greedy_drafts)
+            assert distance(completed(emitted, law, context, k + 1), exact) < EXACT
+        if greedy_drafts:
+            assert accepted[True] == pytest.approx(accepted[False], abs=EXACT)
+        else:
+            assert accepted[True] >= accepted[False] - EXACT
+
+
+def test_the_largest_instance() -> None:
+    """Vocabulary 5, K = 4: iterations that start from every last token, so that the law of two is theirs composed."""
+
+    class LastToken(RandomModel):
+        def logits(self, context: Context) -> Tensor:
+            return super().logits(context[-1:])
+
+    p, q = LastToken(5, 3, zeros=0.25), LastToken(5, 4, zeros=0.25)
+    laws, exact = {}, {}
+    for token in range(5):
+        for block in (False, True):
+            laws[token, block], _ = rejection_law(p, q, (token,), 4, block=block, greedy_drafts=False)
+        exact[token] = target_law(lambda c: p.logits(c).softmax(-1), (token,), 5)
+    for (token, _), law in laws.items():
+        whole = completed(law, lambda c: p.logits(c).softmax(-1), (token,), 5)
+        assert distance(whole, exact[token]) < EXACT
+
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+
+
+def shared_draft_and_residual_noise(patch: pytest.MonkeyPatch) -> None:
+    draw = verify._draw
+    patch.setattr(
+        verify, "_draw", lambda k, p, stream, at: draw(k, p, Stream.DRAFT if stream == Stream.RESIDUAL else stream, at)
+    )
+
+
+def wrong_q(patch: pytest.MonkeyPatch) -> None:
+    """The law without the request's temperature."""
+    drafted = MTPDrafter.draft
+
+    def flatter(self: MTPDrafter, scheduled: object) -> DraftResult:
+        result = drafted(self, scheduled)
+        return result if result.draft_probs is None else replace(result, draft_probs=result.draft_probs.sqrt())
+
+    patch.setattr(MTPDrafter, "draft", flatter)
+
+
+def one_uniform_for_a_block(patch: pytest.MonkeyPatch) -> None:
+    draw = verify._draw
+
+    def same(kernels: object, proposals: list[Proposal], stream: Stream, at: list[tuple[int, int]]) -> list[float]:
+        return draw(kernels, proposals, stream, [(b, 0) for b, _ in at] if stream == Stream.ACCEPT else at)
+
+    patch.setattr(verify, "_draw", same)
+
+
+def first_failure_stop_in_block(patch: pytest.MonkeyPatch) -> None:
+    accepted = verify._accepted
+    patch.setattr(verify, "_accepted", lambda k, p, t: accepted(k, [replace(x, block=False) for x in p], t))
+
+
+def a_draft_dropped_for_its_own_low_q(patch: pytest.MonkeyPatch) -> None:
+    drafted = MTPDrafter.draft
+
+    def dropping(self: MTPDrafter, scheduled: object) -> DraftResult:
+        result = drafted(self, scheduled)
+        for ids, row in zip(result.draft_token_ids, result.prob_rows):
+            low = [i for i, d in enumerate(ids) if row >= 0 and result.draft_probs[row, i, d] < 0.4]
+            del ids[low[0] if low else len(ids) :]
+        return result
+
+    patch.setattr(MTPDrafter, "draft", dropping)
+
+
+def softmax_q_for_greedy_drafts(patch: pytest.MonkeyPatch) -> None:
+    """The drafts are argmaxes, judged as if they had been drawn."""
+    rows = draft.row_sampling
+
+    def argmaxes(chosen: list[tuple[object, int, int]]) -> RowSampling:
+        sampled = rows(chosen)
+        return replace(sampled, streams=[-1] * len(sampled))
+
+    patch.setattr(draft, "row_sampling", argmaxes)
+
+
+def penalties_blind_to_the_drafts(patch: pytest.MonkeyPatch) -> None:
+    edit = target.edit_logits_
+    patch.setattr(target, "edit_logits_", lambda logits, rows: edit(logits, [LogitRow(r.sequence, []) for r in rows]))
+
+
+def residual_replaced_by_p(patch: pytest.MonkeyPatch) -> None:
+    sample = TableKernels.sample_residual
+
+    def from_p(self: TableKernels, laws: Residuals, uniforms: list[float]) -> list[int]:
+        nothing = [-1] * len(uniforms)
+        return sample(self, replace(laws, q_rows=nothing, excluded=nothing), uniforms)
+
+    patch.setattr(TableKernels, "sample_residual", from_p)
+
+
+def noise_reused_across_iterations(patch: pytest.MonkeyPatch) -> None:
+    rows = draft.row_sampling
+    patch.setattr(draft, "row_sampling", lambda chosen: replace(rows(chosen), starts=[0] * len(chosen)))
+
+
+def uniforms_reused_across_iterations(patch: pytest.MonkeyPatch) -> None:
+    uniforms = TableKernels.uniforms
+
+    def unkeyed(self: TableKernels, seeds: list[int], stream: int, at: list[int], starts: list[int]) -> list[float]:
+        return uniforms(self, seeds, stream, at, [0] * len(starts))
+
+    patch.setattr(TableKernels, "uniforms", unkeyed)
+
+
+def bonus_from_the_wrong_row(patch: pytest.MonkeyPatch) -> None:
+    residuals = verify._residuals
+
+    def shifted(
+        p: Tensor, q: Tensor, proposals: list[Proposal], reached: object, laws: list[tuple[int, int]]
+    ) -> Residuals:
+        law = residuals(p, q, proposals, reached, laws)
+        bonus = [i > 0 and i == len(proposals[b].draft_token_ids) for b, i in laws]
+        return replace(law, p_rows=[row - late for row, late in zip(law.p_rows, bonus)])
+
+    patch.setattr(verify, "_residuals", shifted)
+
+
+MUTANTS: list[tuple[Mutation, str]] = [
+    (shared_draft_and_residual_noise, "token"),
+    (shared_draft_and_residual_noise, "block"),
+    (wrong_q, "token"),
+    (wrong_q, "block"),
+    (one_uniform_for_a_block, "token"),
+    (one_uniform_for_a_block, "block"),
+    (first_failure_stop_in_block, "block"),
+    (a_draft_dropped_for_its_own_low_q, "token"),
+    (a_draft_dropped_for_its_own_low_q, "block"),
+    (softmax_q_for_greedy_drafts, "token"),
+    (softmax_q_for_greedy_drafts, "block"),
+    (penalties_blind_to_the_drafts, "token"),
+    (penalties_blind_to_the_drafts, "block"),
+    (residual_replaced_by_p, "token"),
+    (residual_replaced_by_p, "block"),
+    (noise_reused_across_iterations, "token"),
+    (noise_reused_across_iterations, "block"),
+    (uniforms_reused_across_iterations, "token"),
+    (uniforms_reused_across_iterations, "block"),
+    (bonus_from_the_wrong_row, "token"),
+    (bonus_from_the_wrong_row, "block"),
+]
+
+
+@pytest.mark.parametrize(("mutate", "rule"), MUTANTS, ids=[f"{m.__name__}-{rule}" for m, rule in MUTANTS])
+def test_mutants_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutate: Mutation, rule: str) -> None:
+    engine = enumerator(tmp_path, 3, seed=1, zeros=0.1)
+    fields = {"presence_penalty": 0.8, "frequency_penalty": 0.6} if "penalties" in mutate.__name__ else {}
+    params = replace(PLAIN, max_tokens=4, speculation=SpeculationParams(2, rule), **fields)
+    assert error_of(engine, params) < EXACT
+    mutate(monkeypatch)
+    if "noise" in mutate.__name__ or "uniform" in mutate.__name__:
+        with pytest.raises(NoiseUsedTwice):
+            error_of(engine, params)
+    else:
+        assert error_of(engine, params) > 1e-3
