@@ -437,7 +437,7 @@ def lossless(
     kernels: Annotated[str, typer.Option(help="auto, reference or cpu (C++).")] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
-    samples: Annotated[int, typer.Option(help="Sampled outputs per rule, over all parameter combinations.")] = 8000,
+    samples: Annotated[int, typer.Option(help="Sampled outputs per rule, over all parameter combinations.")] = 5000,
     alpha: Annotated[float, typer.Option(help="The probability that a lossless engine fails.")] = 1e-6,
     rules: Annotated[str, typer.Option(help="Verification rules to sample with.")] = "coupled,block,token",
     num_speculative_tokens: Annotated[

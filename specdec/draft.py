@@ -88,26 +88,24 @@ class MTPDrafter:
             last = DecoderOutput(last.normed[kept], last.unnormed[kept])
         drafting = [extended[i] for i in kept]
         sequences = [scheduled[b].sequence for b in drafting]
-        counts = [scheduled[b].num_draft_tokens for b in drafting]
-        sampling = self._sampling(sequences, max(counts))
-        chain = DraftChain(
+        chain = self._chain(sequences, [scheduled[b].num_draft_tokens for b in drafting], last)
+        edit = _editor(sequences) if any(s.edits_logits for s in sequences) else None
+        ids = self.mtp.decoder.draft_chain(self.target.head, chain, edit).tolist()
+        for i, b in enumerate(drafting):
+            result.draft_token_ids[b] = _drafted(ids[i])
+            result.prob_rows[b] = -1 if chain.sampling is None else chain.sampling.prob_rows[i]
+        return result if chain.sampling is None else replace(result, draft_probs=chain.sampling.probs)
+
+    def _chain(self, sequences: list[Sequence], counts: list[int], last: DecoderOutput) -> DraftChain:
+        return DraftChain(
             last=last,
             positions=[len(s.token_ids) - 2 for s in sequences],  # of the last pairs
             page_tables=[s.page_table for s in sequences],
             kv_cache=self.kv_cache.unsqueeze(0),
             counts=counts,
             recycle_unnormed=self.recycling == "pre_norm",
-            sampling=sampling,
+            sampling=self._sampling(sequences, max(counts)),
         )
-        edit = _editor(sequences) if any(s.edits_logits for s in sequences) else None
-        ids = self.mtp.decoder.draft_chain(self.target.head, chain, edit).tolist()
-        for b, row in zip(drafting, ids):
-            result.draft_token_ids[b][:] = _drafted(row)
-        if sampling is None or sampling.probs is None:
-            return result
-        for b, prob_row in zip(drafting, sampling.prob_rows):
-            result.prob_rows[b] = prob_row
-        return replace(result, draft_probs=sampling.probs)
 
     def _sampling(self, sequences: list[Sequence], num_steps: int) -> DraftSampling | None:
         """How the chain draws, and room for the laws that rejection rules need; None where it takes every argmax."""
@@ -116,10 +114,9 @@ class MTPDrafter:
         edits = any(s.edits_logits for s in sequences)
         if not edits and not any(confidences) and all(stream == GREEDY for stream in streams):
             return None
-        num_rows, prob_rows = 0, [-1] * len(sequences)
-        for i, stream in enumerate(streams):
-            if stream == Stream.DRAFT:
-                prob_rows[i], num_rows = num_rows, num_rows + 1
+        num_rows = streams.count(Stream.DRAFT)
+        numbers = iter(range(num_rows))
+        prob_rows = [next(numbers) if stream == Stream.DRAFT else -1 for stream in streams]
         kernels = self.target.kernels
         dtype = torch.promote_types(kernels.activation_dtype, torch.float32)
         shape = (num_rows, num_steps, self.target.config.vocab_size)
