@@ -445,14 +445,18 @@ def lossless(
     ] = 3,
     temperature: Annotated[float, typer.Option(help="Of the plain samples; other combinations follow it.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Another one draws other samples from other prompts.")] = 0,
+    comparison_seeds: Annotated[
+        int, typer.Option(help="Seeds per parameter combination that are compared with plain decoding.")
+    ] = 8,
+    comparison_tokens: Annotated[int, typer.Option(help="Length of the outputs that are.")] = 32,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON here.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a summary.")] = False,
 ) -> None:
     """Certify that speculation changes nothing: exact laws, and equality with plain decoding (exit code 1 if not)."""
     with user_errors():
         from specdec.eval.lossless import LosslessOptions, certify
-        from specdec.eval.lossless_report import as_json as certificate_as_json
-        from specdec.eval.lossless_report import print_certificate, progress_bar, write_json
+        from specdec.eval.lossless.report import as_json as certificate_as_json
+        from specdec.eval.lossless.report import print_certificate, progress_bar, write_json
 
         _check_backend("auto", dtype, kernels, threads)
         if output is not None and not output.absolute().parent.is_dir():
@@ -469,6 +473,8 @@ def lossless(
                 num_speculative_tokens=num_speculative_tokens,
                 temperature=temperature,
                 seed=seed,
+                comparison_seeds=comparison_seeds,
+                comparison_tokens=comparison_tokens,
             )
         except ValueError as error:
             raise InvalidOption(str(error)) from error

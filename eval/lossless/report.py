@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specdec.eval.lossless import NUM_ITERATIONS, POWER, Certificate, Comparison, Detectable
-from specdec.eval.lossless import Progress as Report
+from specdec.eval.lossless.certificate import NUM_ITERATIONS, POWER, Certificate, Comparison, Detectable
+from specdec.eval.lossless.certificate import Progress as Report
 
 SCHEMA = 1
 
