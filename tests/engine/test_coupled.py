@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from enumeration import Enumerator, RandomModel
+from laws import EVERYTHING, LAW_FIELDS, defined_law
 
 from fakes import NEEDS_COMPILER, write_planted_checkpoint
 from specdec import Engine, SamplingParams, SpeculationParams, draft, target
@@ -27,28 +28,49 @@ def tables(tmp_path: Path) -> Enumerator:
     return Enumerator(tmp_path, RandomModel(VOCAB_SIZE, 7, zeros=0.1), RandomModel(VOCAB_SIZE, 8, zeros=0.1))
 
 
-def own_sample(tables: Enumerator, seed: int) -> list[int]:
+def own_sample(tables: Enumerator, params: SamplingParams) -> list[int]:
     """By definition: x_t = argmax of log p + G[t] with the target's noise of the absolute position t."""
-    tokens = list(PROMPT)
+    law, tokens = defined_law(tables.kernels.tables[0], params, PROMPT), list(PROMPT)
     for position in range(len(PROMPT), len(PROMPT) + NUM_TOKENS):
-        noise = torch.from_numpy(gumbel_noise([seed], [0], [position], [0], VOCAB_SIZE))[0]
-        tokens.append(int((tables.kernels.tables[0].logits(tuple(tokens)) + noise).argmax()))
+        probs = law(tuple(tokens))
+        if probs.sum() == 0:
+            break
+        noise = torch.from_numpy(gumbel_noise([params.seed], [0], [position], [0], VOCAB_SIZE))[0]
+        tokens.append(int((probs.log() + noise).argmax()))
     return tokens[len(PROMPT) :]
 
 
-def outputs_are_own_samples(tables: Enumerator, num_seeds: int = 40) -> bool:
-    seeds = [2**63 + 977 * i for i in range(num_seeds)]
+def outputs_are_own_samples(tables: Enumerator, num_seeds: int = 40, **fields: object) -> bool:
     params = [
-        replace(COUPLED, seed=seed, speculation=SpeculationParams(i % 6, "coupled", ("sampled", "greedy")[i % 2]))
-        for i, seed in enumerate(seeds)
+        replace(COUPLED, seed=2**63 + 977 * i, speculation=SpeculationParams(i % 6, "coupled", drafts), **fields)
+        for i, drafts in zip(range(num_seeds), itertools.cycle(["sampled", "greedy"]))
     ]
     outputs = tables.engine.generate([PROMPT] * num_seeds, params)
     assert sum(o.stats.num_accepted_tokens for o in outputs) > 20
-    return [o.token_ids for o in outputs] == [own_sample(tables, seed) for seed in seeds]
+    return [o.token_ids for o in outputs] == [own_sample(tables, p) for p in params]
 
 
 def test_the_output_is_the_targets_own_sample_path_by_path(tables: Enumerator) -> None:
     assert outputs_are_own_samples(tables)
+
+
+@pytest.mark.parametrize("name", [*LAW_FIELDS, "everything"])
+def test_it_is_under_every_parameter(tables: Enumerator, name: str) -> None:
+    fields = {**LAW_FIELDS, "everything": EVERYTHING}[name]
+    assert outputs_are_own_samples(tables, **fields)
+    changed, plain = (
+        [own_sample(tables, replace(COUPLED, seed=seed, **f)) for seed in range(40)] for f in (fields, {})
+    )
+    assert changed != plain
+
+
+def test_no_field_is_forgotten() -> None:
+    """Those that do not change the law have their tests in test_generate.py and test_text.py."""
+    others = {
+        "max_tokens", "stop", "include_stop_str_in_output", "stop_token_ids", "ignore_eos", "skip_special_tokens",
+        "seed", "logprobs", "speculation",
+    }  # fmt: skip
+    assert {f.name for f in fields(SamplingParams)} == others | LAW_FIELDS.keys()
 
 
 def match_probability(tables: Enumerator, context: tuple[int, ...]) -> float:

@@ -65,3 +65,13 @@ def test_an_unfinished_character_comes_out_at_the_end() -> None:
     assert output.text == "ok"
     assert output.flush()
     assert output.text == "ok"
+
+
+def test_stop_strings_that_end_before_min_tokens_are_not_sought() -> None:
+    text = "ab ab ab"
+    for least, expected in ((0, ""), (1, ""), (2, ""), (3, "ab "), (5, "ab "), (6, "ab ab ")):
+        output = OutputText(TOKENIZER, SamplingParams(stop="ab", min_tokens=least))
+        for token_id in TOKENIZER.encode(text):
+            if output.push(token_id):
+                break
+        assert output.text == expected, least
