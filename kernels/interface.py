@@ -153,6 +153,20 @@ class RowSampling:
     def __len__(self) -> int:
         return len(self.scales)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether `Kernels.truncate_` has anything to cut."""
+        return any(self.top_k) or any(self.min_p) or min(self.top_p) < 1
+
+    @cached_property
+    def packed(self) -> tuple[array[float], array[int], array[int]]:
+        """scales, top_p, min_p as doubles; top_k, streams, positions, starts as int64; seeds as uint64."""
+        return (
+            array("d", self.scales + self.top_p + self.min_p),
+            array("q", self.top_k + self.streams + self.positions + self.starts),
+            array("Q", self.seeds),
+        )
+
     def select(self, rows: list[int], advance: int = 0) -> RowSampling:
         """Some of the rows, with noise for positions `advance` further on."""
         values = {f.name: [getattr(self, f.name)[r] for r in rows] for f in fields(self)}
@@ -342,7 +356,8 @@ class Kernels(Protocol):
 
     def choose(self, logits: Tensor, sampling: RowSampling) -> Tensor:
         """logits [R, V] after `truncate_` -> ids [R] int64, the lowest among equals: the argmax, or with noise that of
-        scale * logits + Gumbel noise, which is a sample of softmax(scale * logits). -1 for a row of NaN.
+        scale * logits + Gumbel noise, which is a sample of softmax(scale * logits). -1 for a row with a NaN or +inf, or
+        without a finite logit.
 
         Token v takes word v % 4 of the Philox call with counter (v // 4, position, start, stream) and
         G = -log(-log((word + 1/2) / 2^32)).

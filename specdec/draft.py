@@ -22,7 +22,7 @@ from specdec.kernels.interface import GREEDY, NOT_DRAFTED, NOT_FINITE, DraftChai
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.mtp import MTPLayer
 from specdec.rng import Stream
-from specdec.sampling import draft_stream, row_sampling
+from specdec.sampling import SampledRows, draft_stream, row_sampling
 from specdec.scheduler import ScheduledSequence
 from specdec.sequence import Sequence
 
@@ -121,7 +121,7 @@ class MTPDrafter:
         dtype = torch.promote_types(kernels.activation_dtype, torch.float32)
         shape = (num_rows, num_steps, self.target.config.vocab_size)
         probs = torch.empty(shape, dtype=dtype, device=kernels.device) if num_rows else None
-        rows = row_sampling([(s, stream, len(s.token_ids)) for s, stream in zip(sequences, streams)])
+        rows = row_sampling(SampledRows(s, stream, len(s.token_ids)) for s, stream in zip(sequences, streams))
         return DraftSampling(rows, confidences, probs, prob_rows)
 
     def _extend(self, sequences: Seq[Sequence]) -> DecoderOutput:

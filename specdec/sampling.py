@@ -6,26 +6,37 @@ logits before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from specdec.kernels.interface import GREEDY, RowSampling
 from specdec.rng import Stream
 from specdec.sequence import Sequence
 
 
-def row_sampling(rows: Seq[tuple[Sequence, int, int]]) -> RowSampling:
-    """(sequence, stream, position) of each row."""
-    params = [sequence.params for sequence, _, _ in rows]
-    return RowSampling(
-        scales=[1.0 if p.greedy else 1 / p.temperature for p in params],
-        top_k=[0 if p.greedy else p.top_k for p in params],
-        top_p=[1.0 if p.greedy else p.top_p for p in params],
-        min_p=[0.0 if p.greedy else p.min_p for p in params],
-        seeds=[sequence.seed for sequence, _, _ in rows],
-        streams=[stream for _, stream, _ in rows],
-        positions=[position for _, _, position in rows],
-        starts=[len(sequence.token_ids) if stream == Stream.DRAFT else 0 for sequence, stream, _ in rows],
-    )
+class SampledRows(NamedTuple):
+    """`count` rows of a sequence, the first of which decides the token at `position`."""
+
+    sequence: Sequence
+    stream: int
+    position: int
+    count: int = 1
+
+
+def row_sampling(spans: Iterable[SampledRows]) -> RowSampling:
+    rows = RowSampling([], [], [], [], [], [], [], [])
+    for sequence, stream, position, count in spans:
+        p = sequence.params
+        greedy = p.temperature == 0
+        rows.scales.extend([1.0 if greedy else 1 / p.temperature] * count)
+        rows.top_k.extend([0 if greedy else p.top_k] * count)
+        rows.top_p.extend([1.0 if greedy else p.top_p] * count)
+        rows.min_p.extend([0.0 if greedy else p.min_p] * count)
+        rows.seeds.extend([sequence.seed] * count)
+        rows.streams.extend([stream] * count)
+        rows.positions.extend(range(position, position + count))
+        rows.starts.extend([len(sequence.token_ids) if stream == Stream.DRAFT else 0] * count)
+    return rows
 
 
 def target_stream(sequence: Sequence) -> int:

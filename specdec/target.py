@@ -18,9 +18,9 @@ from specdec.errors import ModelError
 from specdec.kernels.interface import RowSampling
 from specdec.logprobs import TokenLogprobs, token_logprobs
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
-from specdec.sampling import row_sampling, target_stream
+from specdec.sampling import SampledRows, row_sampling, target_stream
 from specdec.scheduler import ScheduledSequence
-from specdec.sequence import Sequence
+from specdec.sequence import Rule, Sequence
 from specdec.verify import Proposal, match_choices, verify_by_rejection
 
 REJECTION_RULES = ("block", "token")
@@ -37,25 +37,23 @@ class TargetResult:
     hidden: Seq[Tensor]  # [B] of [num_new_tokens + num_draft_tokens, H]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Deciding:
     """A sequence that samples. first_row: of the forward's rows, the one that decides its next token; its drafts' rows
-    follow."""
+    follow. edits: whether `specdec.edits` has anything to do."""
 
     index: int  # among the scheduled ones
     sequence: Sequence
+    rule: Rule
+    edits: bool
     drafts: list[int]
     prob_row: int
     first_row: int
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.drafts) + 1
+    num_rows: int
 
     @property
     def needs_only_argmax(self) -> bool:
-        s = self.sequence
-        return s.rule == "greedy" and not s.edits_logits and s.params.logprobs is None
+        return self.rule == "greedy" and not self.edits and self.sequence.params.logprobs is None
 
 
 class TargetVerifier:
@@ -65,11 +63,7 @@ class TargetVerifier:
     def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
         batch = self._build_batch(scheduled, drafts)
         hidden = self.target.forward(batch.input_ids, batch.positions, batch.metadata, self.kv_cache)
-        deciding = [
-            Deciding(b, s.sequence, drafts.draft_token_ids[b], drafts.prob_rows[b], start + s.num_new_tokens - 1)
-            for b, (s, start) in enumerate(zip(scheduled, batch.row_starts))
-            if s.samples
-        ]
+        deciding = _deciding(scheduled, drafts, batch.row_starts)
         result = TargetResult(
             [[] for _ in scheduled], [[] for _ in scheduled], hidden.split_with_sizes(batch.metadata.query_lens)
         )
@@ -98,36 +92,27 @@ class TargetVerifier:
         """Logits -> edits -> truncation -> rules."""
         if not deciding:
             return
-        deciding = sorted(deciding, key=lambda d: d.sequence.rule in REJECTION_RULES)
+        deciding = sorted(deciding, key=lambda d: d.rule in REJECTION_RULES)
         logits = self.target.compute_logits(_rows_of(deciding, hidden))  # [R, V]
         raw = logits.clone() if any(d.sequence.params.logprobs is not None for d in deciding) else logits
-        if any(d.sequence.edits_logits for d in deciding):
+        if any(d.edits for d in deciding):
             edit_logits_(logits, [LogitRow(d.sequence, d.drafts[:i]) for d in deciding for i in range(d.num_rows)])
         sampling = row_sampling(
-            [
-                (d.sequence, target_stream(d.sequence), len(d.sequence.token_ids) + i)
-                for d in deciding
-                for i in range(d.num_rows)
-            ]
+            SampledRows(d.sequence, target_stream(d.sequence), len(d.sequence.token_ids), d.num_rows) for d in deciding
         )
-        self.target.kernels.truncate_(logits, sampling)
-        output = self._decide(deciding, logits, sampling, draft_probs)
-        rows = [d.num_rows for d in deciding]
-        for d, token_ids, before, after in zip(
-            deciding, output, raw.split_with_sizes(rows), logits.split_with_sizes(rows)
-        ):
+        if sampling.cuts:
+            self.target.kernels.truncate_(logits, sampling)
+        for d, token_ids in zip(deciding, self._decide(deciding, logits, sampling, draft_probs)):
             result.output_token_ids[d.index] = _finite(token_ids)
-            params = d.sequence.params
-            if params.logprobs is not None:
-                processed = after / (params.temperature or 1.0)
-                result.logprobs[d.index] = token_logprobs(token_ids, before, processed, params.logprobs)
+        if raw is not logits:
+            _add_logprobs(deciding, raw, logits, result)
 
     def _decide(
         self, deciding: list[Deciding], logits: Tensor, sampling: RowSampling, draft_probs: Tensor | None
     ) -> list[list[int]]:
         """The tokens that each sequence emits; those with exact-match rules come first."""
         kernels = self.target.kernels
-        exact = [d for d in deciding if d.sequence.rule not in REJECTION_RULES]
+        exact = [d for d in deciding if d.rule not in REJECTION_RULES]
         num_exact = sum(d.num_rows for d in exact)
         output = []
         if exact:
@@ -138,18 +123,46 @@ class TargetVerifier:
             probs = kernels.softmax(logits[num_exact:], sampling.scales[num_exact:])
             proposals, first_row = [], 0
             for d in deciding[len(exact) :]:
-                s = d.sequence
-                block = s.rule == "block"
+                s, block = d.sequence, d.rule == "block"
                 proposals.append(Proposal(d.drafts, first_row, d.prob_row, block, s.seed, len(s.token_ids)))
                 first_row += d.num_rows
             output += verify_by_rejection(kernels, probs, draft_probs, proposals)
         return output
 
 
+def _add_logprobs(deciding: list[Deciding], raw: Tensor, processed: Tensor, result: TargetResult) -> None:
+    """raw, processed [R, V]: the logits before and after the requests' transforms, but for the temperature."""
+    rows = [d.num_rows for d in deciding]
+    for d, before, after in zip(deciding, raw.split_with_sizes(rows), processed.split_with_sizes(rows)):
+        params, token_ids = d.sequence.params, result.output_token_ids[d.index]
+        if params.logprobs is not None:
+            after = after / (params.temperature or 1.0)
+            result.logprobs[d.index] = token_logprobs(token_ids, before, after, params.logprobs)
+
+
+def _deciding(scheduled: Seq[ScheduledSequence], drafts: DraftResult, row_starts: list[int]) -> list[Deciding]:
+    return [
+        Deciding(
+            index=b,
+            sequence=s.sequence,
+            rule=s.sequence.rule,
+            edits=s.sequence.edits_logits,
+            drafts=drafts.draft_token_ids[b],
+            prob_row=drafts.prob_rows[b],
+            first_row=row_starts[b] + s.num_new_tokens - 1,
+            num_rows=len(drafts.draft_token_ids[b]) + 1,
+        )
+        for b, s in enumerate(scheduled)
+        if s.samples
+    ]
+
+
 def _rows_of(deciding: list[Deciding], hidden: Tensor) -> Tensor:
-    """The rows that decide, in order."""
-    rows = [row for d in deciding for row in range(d.first_row, d.first_row + d.num_rows)]
-    return hidden if rows == list(range(len(hidden))) else hidden[rows]
+    """The rows that decide, in the order of `deciding`."""
+    rows: list[int] = []
+    for d in deciding:
+        rows += range(d.first_row, d.first_row + d.num_rows)
+    return hidden if rows == list(range(hidden.shape[0])) else hidden[rows]
 
 
 def _finite(token_ids: list[int]) -> list[int]:

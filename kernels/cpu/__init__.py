@@ -276,12 +276,8 @@ def _at(values: array[Any]) -> int:
 
 
 def _sampling(sampling: RowSampling) -> native.Sampling:
-    reals = array("d", sampling.scales + sampling.top_p + sampling.min_p)
-    ints = array("q", sampling.top_k + sampling.streams + sampling.positions + sampling.starts)
-    seeds = array("Q", sampling.seeds)
-    struct = native.Sampling(len(seeds), _at(reals), _at(ints), _at(seeds))
-    struct.arrays = reals, ints, seeds  # they live as long
-    return struct
+    reals, ints, seeds = sampling.packed
+    return native.Sampling(len(seeds), _at(reals), _at(ints), _at(seeds))
 
 
 def _draft_sampling(sampling: DraftSampling) -> native.DraftSampling:
@@ -292,7 +288,7 @@ def _draft_sampling(sampling: DraftSampling) -> native.DraftSampling:
     struct = native.DraftSampling(
         rows, _at(confidence), _at(prob_rows), address(probs), 0 if probs is None else probs.shape[1]
     )
-    struct.arrays = rows.arrays, confidence, prob_rows
+    struct.arrays = confidence, prob_rows  # they live as long
     return struct
 
 

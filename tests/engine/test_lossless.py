@@ -231,9 +231,13 @@ def residual_replaced_by_p(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TableKernels, "sample_residual", from_p)
 
 
+def without_starts(sampling: RowSampling) -> RowSampling:
+    return replace(sampling, starts=[0] * len(sampling))
+
+
 def noise_reused_across_iterations(patch: pytest.MonkeyPatch) -> None:
     rows = draft.row_sampling
-    patch.setattr(draft, "row_sampling", lambda chosen: replace(rows(chosen), starts=[0] * len(chosen)))
+    patch.setattr(draft, "row_sampling", lambda chosen: without_starts(rows(chosen)))
 
 
 def uniforms_reused_across_iterations(patch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from specdec.counts import TokenCounts
 from specdec.edits import LogitRow, banned_tokens, edit_logits_
 from specdec.kernels.reference import ReferenceKernels, lowest_argmax
 from specdec.rng import Stream
-from specdec.sampling import draft_stream, row_sampling, target_stream
+from specdec.sampling import SampledRows, draft_stream, row_sampling, target_stream
 from specdec.sequence import Sequence
 
 transformers = pytest.importorskip("transformers")
@@ -36,7 +36,7 @@ def make_sequence(params: SamplingParams, prompt: list[int], output: list[int], 
 def law(sequence: Sequence, drafts: list[int], logits: Tensor) -> Tensor:
     kernels, row = ReferenceKernels(torch.device("cpu"), torch.float64), logits.clone()[None]
     edit_logits_(row, [LogitRow(sequence, drafts)])
-    sampling = row_sampling([(sequence, Stream.TARGET, 0)])
+    sampling = row_sampling([SampledRows(sequence, Stream.TARGET, 0)])
     kernels.truncate_(row, sampling)
     return kernels.softmax(row, sampling.scales)[0]
 
@@ -158,7 +158,8 @@ def test_streams_of_rules_and_drafts() -> None:
     assert streams(1, "block", "sampled")[1] == streams(1, "token", "sampled")[1] == Stream.DRAFT
     assert streams(1, "token", "greedy")[1] == -1
     sequence = make_sequence(SamplingParams(), [1, 2], [3], frozenset())
-    assert row_sampling([(sequence, Stream.DRAFT, 5), (sequence, Stream.TARGET, 5)]).starts == [3, 0]
+    rows = row_sampling([SampledRows(sequence, Stream.DRAFT, 5), SampledRows(sequence, Stream.TARGET, 7, 2)])
+    assert (rows.starts, rows.positions, rows.seeds) == ([3, 0, 0], [5, 7, 8], [1, 1, 1])
 
 
 def test_the_lowest_index_among_equals() -> None:

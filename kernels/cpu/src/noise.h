@@ -38,6 +38,11 @@ constexpr int64_t BLOCK = 4 * LANES;  // the tokens of sixteen calls: token t ha
 
 struct CallWords {
   Words c[4];
+  uint32_t word(int64_t token) const {
+    uint32_t all[LANES];
+    store(all, c[token % 4]);
+    return all[token / 4];
+  }
   bool any_at_least(uint32_t least) const {
     return specdec::any_at_least(larger(larger(c[0], c[1]), larger(c[2], c[3])), least);
   }

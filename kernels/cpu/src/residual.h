@@ -17,9 +17,9 @@ class ResidualLaw {
     for (size_t b = 0; b < sums.size(); ++b) {
       double law[WIDTH];
       fill(b * WIDTH, law);
-      Sum sum;
-      for (int64_t i = 0; i < WIDTH; i += LANES) sum.add(law + i);
-      total += sums[b] = sum.total();
+      double lanes[LANES] = {};
+      for (int64_t i = 0; i < WIDTH; ++i) lanes[i % LANES] += law[i];
+      total += sums[b] = std::accumulate(lanes, lanes + LANES, 0.0);
     }
     return total;
   }

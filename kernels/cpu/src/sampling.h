@@ -64,38 +64,22 @@ inline void head_argmax(const Matrix& head, const Rows& rows, int64_t* ids, int 
   }
 }
 
-// Sums in fp64 as many chains side by side, whatever the instruction set.
-class Sum {
- public:
-  template <class T>
-  void add(const T* values) {  // LANES of them
-    for (int i = 0; i < LANES; ++i) lanes_[i] += double(values[i]);
-  }
-  double total() const {
-    double sum = 0.0;
-    for (double lane : lanes_) sum += lane;
-    return sum;
-  }
-
- private:
-  double lanes_[LANES] = {};
-};
-
 // Adds exp((x - top) * scale) to the sum, and writes it to `weights` where there are any.
-inline void weigh(const float* x, int64_t size, float top, float scale, float* weights, Sum& sum) {
+inline void weigh(const float* x, int64_t size, float top, float scale, float* weights, Doubles& sum) {
+  Doubles chains = sum;
   for_vectors(size, [&](int64_t i, int n) {
-    float w[LANES];
-    store(w, exp(mul(sub(load_n(x + i, n, -INFINITY), set1(top)), set1(scale))));
-    sum.add(w);
-    if (weights) std::memcpy(weights + i, w, sizeof(float) * n);
+    const V w = exp(mul(sub(load_n(x + i, n, -INFINITY), set1(top)), set1(scale)));
+    chains.add(w);
+    if (weights) store_n(weights + i, w, n);
   });
+  sum = chains;
 }
 
 // y = softmax(x * scale), or nothing where y is null; returns the largest probability.
 inline float softmax(const float* x, float scale, int64_t size, float* y) {
   V top = set1(-INFINITY);
   for_vectors(size, [&](int64_t i, int n) { top = max(load_n(x + i, n, -INFINITY), top); });
-  Sum sum;
+  Doubles sum;
   weigh(x, size, reduce_max(top), scale, y, sum);
   const float total = float(sum.total());
   if (y) for_vectors(size, [&](int64_t i, int n) { store_n(y + i, div(load_n(y + i, n), set1(total)), n); });
@@ -147,31 +131,65 @@ class Choice {
   int64_t run(const float* logits, int64_t size, float scale, bool greedy, const NoiseKey& key) {
     const float top = survey(logits, size, tops_);
     if (std::isnan(top)) return -1;
-    const int64_t likely = std::find(tops_.begin(), tops_.end(), top) - tops_.begin();
-    if (greedy) return std::find(logits + likely * BLOCK, logits + size, top) - logits;
-    Best best;
-    score(logits, size, scale, likely, sixteen_calls(likely * BLOCK, key), best);
+    const int64_t block = std::find(tops_.begin(), tops_.end(), top) - tops_.begin();
+    const int64_t likely = std::find(logits + block * BLOCK, logits + size, top) - logits;
+    if (greedy) return likely;
+    Candidates candidates(logits, size, scale);
+    candidates.push(likely, sixteen_calls(block * BLOCK, key).word(likely % BLOCK));
+    candidates.score();
     for (int64_t b = 0; b < int64_t(tops_.size()); ++b) {
       // How much noise the largest logit needs, less what rounding may hide. G <= -log(1 - u), so a word makes so
       // much only if (1 - u) * e^needed <= 1; and 1 - u >= 2^-33.
-      const double needed =
-          double(best.value) - double(tops_[b]) * scale - NOISE_ERROR - 1e-6 * std::fabs(double(best.value));
-      if (b == likely || needed > 22.9) continue;
-      const CallWords calls = sixteen_calls(b * BLOCK, key);
+      const double best = candidates.best.value;
+      const double needed = best - double(tops_[b]) * scale - NOISE_ERROR - 1e-6 * std::fabs(best);
+      if (needed > 22.9) continue;
       const double least = 0x1p32 - 1.0 - 0x1p32 * std::exp(-needed);
-      if (calls.any_at_least(least > 0.0 ? uint32_t(least) : 0)) score(logits, size, scale, b, calls, best);
+      candidates.add(b * BLOCK, sixteen_calls(b * BLOCK, key), least > 0.0 ? uint32_t(least) : 0);
     }
-    return best.id;
+    candidates.score();
+    return candidates.best.id;
   }
 
  private:
-  static void score(const float* logits, int64_t size, float scale, int64_t block, const CallWords& calls, Best& best) {
-    float scores[BLOCK];
-    gumbel(calls, scores);
-    const int64_t first = block * BLOCK, count = std::min(BLOCK, size - first);
-    for (int64_t i = 0; i < count; ++i) scores[i] = std::fma(logits[first + i], scale, scores[i]);
-    scan(scores, count, first, best);
-  }
+  // Tokens whose noise is worth its two logarithms, taken a vector at a time.
+  struct Candidates {
+    const float* logits;
+    int64_t size;
+    float scale;
+    Best best;
+    int count = 0;
+    int64_t ids[LANES];
+    uint32_t words[LANES] = {};
+
+    Candidates(const float* logits, int64_t size, float scale) : logits(logits), size(size), scale(scale) {}
+
+    // Those of a block whose words are at least so large.
+    void add(int64_t first, const CallWords& calls, uint32_t least) {
+      if (!calls.any_at_least(least)) return;
+      for (int w = 0; w < 4; ++w) {
+        uint32_t all[LANES];
+        store(all, calls.c[w]);
+        for (int i = 0; i < LANES; ++i) {
+          const int64_t id = first + 4 * i + w;
+          if (all[i] >= least && id < size) push(id, all[i]);
+        }
+      }
+    }
+
+    void push(int64_t id, uint32_t word) {
+      ids[count] = id;
+      words[count++] = word;
+      if (count == LANES) score();
+    }
+
+    void score() {
+      if (count == 0) return;
+      float noise[LANES];
+      store(noise, sub(set1(0.0f), log(exponential(words))));
+      for (int i = 0; i < count; ++i) best.offer(std::fma(logits[ids[i]], scale, noise[i]), ids[i]);
+      count = 0;
+    }
+  };
 
   std::vector<float> tops_;  // of each block
 };

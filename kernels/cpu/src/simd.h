@@ -304,6 +304,48 @@ inline float reduce_max(V x) {
 #endif
 }
 
+
+// Sixteen doubles: chains of additions side by side.
+struct Doubles {
+#if defined(__AVX512F__)
+  __m512d a = _mm512_setzero_pd(), b = _mm512_setzero_pd();
+  void add(V x) {
+    a = _mm512_add_pd(a, _mm512_cvtps_pd(_mm512_castps512_ps256(x.v)));
+    b = _mm512_add_pd(b, _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1))));
+  }
+  void store(double* p) const {
+    _mm512_storeu_pd(p, a);
+    _mm512_storeu_pd(p + 8, b);
+  }
+#elif defined(__AVX2__) && defined(__FMA__)
+  __m256d a = _mm256_setzero_pd(), b = a, c = a, d = a;
+  void add(V x) {
+    a = _mm256_add_pd(a, _mm256_cvtps_pd(_mm256_castps256_ps128(x.a)));
+    b = _mm256_add_pd(b, _mm256_cvtps_pd(_mm256_extractf128_ps(x.a, 1)));
+    c = _mm256_add_pd(c, _mm256_cvtps_pd(_mm256_castps256_ps128(x.b)));
+    d = _mm256_add_pd(d, _mm256_cvtps_pd(_mm256_extractf128_ps(x.b, 1)));
+  }
+  void store(double* p) const {
+    _mm256_storeu_pd(p, a);
+    _mm256_storeu_pd(p + 4, b);
+    _mm256_storeu_pd(p + 8, c);
+    _mm256_storeu_pd(p + 12, d);
+  }
+#else
+  double v[LANES] = {};
+  void add(V x) {
+    for (int i = 0; i < LANES; ++i) v[i] += double(x.v[i]);
+  }
+  void store(double* p) const { std::memcpy(p, v, sizeof v); }
+#endif
+  double total() const {  // first to last
+    double lanes[LANES], sum = 0.0;
+    store(lanes);
+    for (double lane : lanes) sum += lane;
+    return sum;
+  }
+};
+
 // e^x to about 1 ulp: 2^n * p(r), |r| <= ln 2 / 2. Below -87 it is 0 (no denormals), above 88.7 infinite.
 inline V exp(V x) {
   V clamped = min(set1(89.0f), max(set1(-87.0f), x));  // in this order a NaN stays one

@@ -31,7 +31,7 @@ class Truncation {
   }
 
  private:
-  static constexpr int64_t BUCKETS = 4096, FEW = 64;
+  static constexpr uint32_t BUCKETS = 4096, FEW = 64;
 
   static float at_least(double value) {
     const float nearest = float(value);
@@ -67,7 +67,7 @@ class Truncation {
   // What lies below `floor` goes in any case, and what lies below `least` has gone.
   Cut top_p_cut(const float* x, int64_t size, float top, float scale, double top_p, float least, float floor) {
     weights_.resize(size);
-    Sum sum;
+    Doubles sum;
     for (int64_t first = 0; first < size; first += BLOCK)
       if (tops_[first / BLOCK] >= least)
         weigh(x + first, std::min(BLOCK, size - first), top, scale, weights_.data() + first, sum);
@@ -105,12 +105,12 @@ class Truncation {
         high = std::max(high, at);
       }
       if (low == high) break;
-      if (int64_t(ids_.size()) <= FEW) {
+      if (ids_.size() <= FEW) {
         std::stable_sort(ids_.begin(), ids_.end(), [&](int32_t a, int32_t b) { return x[a] > x[b]; });
         break;
       }
       int shift = 0;
-      while (((high - low) >> shift) >= BUCKETS) ++shift;
+      while (((high - low) >> shift) >= std::min(BUCKETS, uint32_t(ids_.size()))) ++shift;
       sums_.assign(((high - low) >> shift) + 1, 0.0);
       const auto bucket = [&](int32_t id) { return (high - ordinal(x[id])) >> shift; };
       for (int32_t id : ids_) sums_[bucket(id)] += weight(id);
