@@ -248,7 +248,7 @@ class Engine:
                 SpecdecWarning,
                 stacklevel=4,
             )
-        return OFF
+        return asked or default or OFF
 
     def _make_drafter(self) -> Drafter:
         model, cache = self.runtime.model, self.runtime.kv_cache

@@ -15,27 +15,27 @@ from specdec.sequence import Sequence
 
 
 class SampledRows(NamedTuple):
-    """`count` rows of a sequence, the first of which decides the token at `position`."""
+    """Rows of a sequence, the first of which decides the token at `position`."""
 
     sequence: Sequence
     stream: int
     position: int
-    count: int = 1
+    num_rows: int = 1
 
 
 def row_sampling(spans: Iterable[SampledRows]) -> RowSampling:
     rows = RowSampling([], [], [], [], [], [], [], [])
-    for sequence, stream, position, count in spans:
+    for sequence, stream, position, num_rows in spans:
         p = sequence.params
         greedy = p.temperature == 0
-        rows.scales.extend([1.0 if greedy else 1 / p.temperature] * count)
-        rows.top_k.extend([0 if greedy else p.top_k] * count)
-        rows.top_p.extend([1.0 if greedy else p.top_p] * count)
-        rows.min_p.extend([0.0 if greedy else p.min_p] * count)
-        rows.seeds.extend([sequence.seed] * count)
-        rows.streams.extend([stream] * count)
-        rows.positions.extend(range(position, position + count))
-        rows.starts.extend([len(sequence.token_ids) if stream == Stream.DRAFT else 0] * count)
+        rows.scales.extend([1.0 if greedy else 1 / p.temperature] * num_rows)
+        rows.top_k.extend([0 if greedy else p.top_k] * num_rows)
+        rows.top_p.extend([1.0 if greedy else p.top_p] * num_rows)
+        rows.min_p.extend([0.0 if greedy else p.min_p] * num_rows)
+        rows.seeds.extend([sequence.seed] * num_rows)
+        rows.streams.extend([stream] * num_rows)
+        rows.positions.extend(range(position, position + num_rows))
+        rows.starts.extend([len(sequence.token_ids) if stream == Stream.DRAFT else 0] * num_rows)
     return rows
 
 

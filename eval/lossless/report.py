@@ -73,12 +73,15 @@ def print_certificate(certificate: Certificate, out: Console) -> None:
     s = certificate.sampling
     out.print(
         f"{s.num_tests} tests, alpha {certificate.options.alpha:g} over all of them: an e-process fails at log10 E >= "
-        f"{s.log10_e_limit:.2f}, a G-test at p <= {s.p_limit:.2g}; shifts are total variation, power {POWER:.0%}",
+        f"{s.log10_e_limit:.2f}, a G-test at p <= {s.p_limit:.2g}. The table has the largest E and the least p of each "
+        "rule, tokens per iteration (length), and the smallest shift of the law, in total variation, that would have "
+        f"been found with {POWER:.0%} power.",
         soft_wrap=True,
     )
     for r in s.rules:
         out.print(
-            f"{r.rule}: {r.contexts:,} contexts, {r.repeated_contexts:,} of them visited more than once, "
+            f"{r.rule}: {r.tokens:,} tokens in {r.contexts:,} contexts, {r.repeated_contexts:,} of them visited more "
+            "than once, "
             f"{r.rounded_contexts:,} left out for rounding; {r.together.pooled_positions:,} tokens pooled; "
             f"{r.few_iterations:,} samples had fewer than {NUM_ITERATIONS} iterations with drafts; "
             f"at the context visited most ({r.context_visits:,} times), a shift of {_shift(r.context_shift)}",
@@ -102,29 +105,15 @@ def _rules_table(certificate: Certificate) -> Table:
     k = certificate.options.num_speculative_tokens
     title = f"Sampling, K = {k}, {len(certificate.combinations)} parameter combinations"
     table = Table(title=title, title_justify="left")
-    for i, name in enumerate(
-        (
-            "rule",
-            "samples",
-            "tokens",
-            "iterations",
-            "accepted length",
-            "log10 E",
-            "at",
-            "least p",
-            "smallest shift found",
-        )
-    ):
-        table.add_column(name, justify="left" if i in (0, 6) else "right")
+    for name in ("rule", "samples", "iterations", "length", "log10 E", "least p", "shift"):
+        table.add_column(name, justify="left" if name == "rule" else "right")
     for r in certificate.sampling.rules:
         table.add_row(
             r.rule,
             f"{r.samples:,}",
-            f"{r.tokens:,}",
             f"{r.iterations:,}",
             "" if r.mean_acceptance_length is None else f"{r.mean_acceptance_length:.2f}",
             f"{r.worst.log10_e:.2f}",
-            r.worst.combination,
             f"{r.smallest_p:.2g}",
             _shift(r.together.pooled_shift),
         )

@@ -158,6 +158,33 @@ def test_seeded_sampling_does_not_depend_on_the_batch(engine: Engine, rule: str,
     assert engine.generate(PROMPTS[0], params(99))[0].token_ids != alone[0]
 
 
+def test_requests_of_all_kinds_share_a_batch(engine: Engine) -> None:
+    """Rules, drafts, temperatures, parameters and lengths mixed: each request as if it were alone."""
+    kinds = [
+        {"temperature": 0},
+        {"temperature": 0, "presence_penalty": 1.0},
+        {"temperature": 0, "logprobs": 2},
+        {"speculation": SpeculationParams(3, "coupled")},
+        {"speculation": SpeculationParams(2, "block"), "top_p": 0.9, "logprobs": 1},
+        {"speculation": SpeculationParams(5, "token", "greedy"), "frequency_penalty": 0.5},
+        {"speculation": SpeculationParams(4, "token", min_draft_confidence=0.1), "top_k": 9},
+        {"speculation": SpeculationParams(0, "token"), "min_p": 0.02},
+        {"speculation": SpeculationParams(8, "block", "greedy"), "logit_bias": {7: 3.0}},
+        {"speculation": SpeculationParams(1, "coupled", "greedy"), "bad_words": ((5,), (6, 7)), "min_tokens": 9},
+    ]
+    params = [SamplingParams(max_tokens=11 + 3 * i, seed=i, ignore_eos=True, **kind) for i, kind in enumerate(kinds)]
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(kinds))]
+    alone = [engine.generate(prompt, p)[0] for prompt, p in zip(prompts, params)]
+    order = random.Random(3).sample(range(len(kinds)), len(kinds))
+    together = engine.generate([prompts[i] for i in order], [params[i] for i in order])
+    exact = engine.runtime.model.target.kernels.name == "cpu"
+    for i, output in zip(order, together):
+        assert output.token_ids == alone[i].token_ids, kinds[i]
+        if exact:
+            assert output.logprobs == alone[i].logprobs
+            assert output.stats.accepted_per_position == alone[i].stats.accepted_per_position
+
+
 def test_a_drawn_seed_reproduces_the_output(engine: Engine) -> None:
     first = engine.generate("abc", SamplingParams(max_tokens=20, temperature=1.5))[0]
     again = engine.generate("abc", SamplingParams(max_tokens=20, temperature=1.5, seed=first.seed))[0]
@@ -525,10 +552,14 @@ def test_without_an_mtp_layer_it_decodes_plainly_and_says_so(tmp_path: Path) -> 
 def test_without_an_mtp_layer_sampling_works_too(tmp_path: Path, k: int | None) -> None:
     folder = write_checkpoint(tmp_path, with_mtp=False)
     engine = Engine.from_pretrained(folder, speculation=SpeculationParams(0))
-    speculation = None if k is None else SpeculationParams(k)
-    output = engine.generate("abc", SamplingParams(max_tokens=9, seed=1, ignore_eos=True, speculation=speculation))[0]
-    assert len(output.token_ids) == 9
-    assert output.stats.num_drafts == 0
+    outputs = []
+    for rule in ("coupled", "token"):
+        speculation = None if k is None else SpeculationParams(k, rule)
+        params = SamplingParams(max_tokens=9, seed=1, ignore_eos=True, speculation=speculation)
+        outputs.append(engine.generate("abc", params)[0])
+        assert len(outputs[-1].token_ids) == 9
+        assert outputs[-1].stats.num_drafts == 0
+    assert (outputs[0].token_ids == outputs[1].token_ids) == (k is None), "the rule decides which noise is used"
 
 
 def test_prompts_may_be_tuples_arrays_and_tensors(engine: Engine) -> None:
