@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args
 
@@ -195,6 +196,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @cached_property
+    def row_law(self) -> tuple[float, int, float, float]:
+        """1 / temperature, top_k, top_p, min_p; at temperature 0 those that leave a row as it is."""
+        return (1.0, 0, 1.0, 0.0) if self.greedy else (1 / self.temperature, self.top_k, self.top_p, self.min_p)
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:

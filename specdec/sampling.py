@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from specdec.kernels.interface import GREEDY, RowSampling
 from specdec.rng import Stream
-from specdec.sequence import Sequence
+from specdec.sequence import Rule, Sequence
 
 
 class SampledRows(NamedTuple):
@@ -24,24 +24,30 @@ class SampledRows(NamedTuple):
 
 
 def row_sampling(spans: Iterable[SampledRows]) -> RowSampling:
-    rows = RowSampling([], [], [], [], [], [], [], [])
+    scales: list[float] = []
+    top_k: list[int] = []
+    top_p: list[float] = []
+    min_p: list[float] = []
+    seeds: list[int] = []
+    streams: list[int] = []
+    positions: list[int] = []
+    starts: list[int] = []
     for sequence, stream, position, num_rows in spans:
-        p = sequence.params
-        greedy = p.temperature == 0
-        rows.scales.extend([1.0 if greedy else 1 / p.temperature] * num_rows)
-        rows.top_k.extend([0 if greedy else p.top_k] * num_rows)
-        rows.top_p.extend([1.0 if greedy else p.top_p] * num_rows)
-        rows.min_p.extend([0.0 if greedy else p.min_p] * num_rows)
-        rows.seeds.extend([sequence.seed] * num_rows)
-        rows.streams.extend([stream] * num_rows)
-        rows.positions.extend(range(position, position + num_rows))
-        rows.starts.extend([len(sequence.token_ids) if stream == Stream.DRAFT else 0] * num_rows)
-    return rows
+        scale, k, p, m = sequence.params.row_law
+        scales += [scale] * num_rows
+        top_k += [k] * num_rows
+        top_p += [p] * num_rows
+        min_p += [m] * num_rows
+        seeds += [sequence.seed] * num_rows
+        streams += [stream] * num_rows
+        positions += range(position, position + num_rows)
+        starts += [len(sequence.token_ids) if stream == Stream.DRAFT else 0] * num_rows
+    return RowSampling(scales, top_k, top_p, min_p, seeds, streams, positions, starts)
 
 
-def target_stream(sequence: Sequence) -> int:
+def target_stream(rule: Rule) -> int:
     """The noise of the target's own tokens, for the rules that compare drafts with them."""
-    return GREEDY if sequence.params.greedy else Stream.TARGET
+    return GREEDY if rule == "greedy" else Stream.TARGET
 
 
 def draft_stream(sequence: Sequence) -> int:

@@ -98,7 +98,7 @@ class TargetVerifier:
         if any(d.edits for d in deciding):
             edit_logits_(logits, [LogitRow(d.sequence, d.drafts[:i]) for d in deciding for i in range(d.num_rows)])
         sampling = row_sampling(
-            SampledRows(d.sequence, target_stream(d.sequence), len(d.sequence.token_ids), d.num_rows) for d in deciding
+            SampledRows(d.sequence, target_stream(d.rule), len(d.sequence.token_ids), d.num_rows) for d in deciding
         )
         if sampling.cuts:
             self.target.kernels.truncate_(logits, sampling)

@@ -150,7 +150,7 @@ def test_streams_of_rules_and_drafts() -> None:
     def streams(temperature: float, rule: str, draft_sampling: str) -> tuple[int, int]:
         params = SamplingParams(temperature=temperature, speculation=SpeculationParams(2, rule, draft_sampling))
         sequence = make_sequence(params, [1], [], frozenset())
-        return target_stream(sequence), draft_stream(sequence)
+        return target_stream(sequence.rule), draft_stream(sequence)
 
     assert streams(0, "coupled", "sampled") == (-1, -1)
     assert streams(1, "coupled", "sampled") == (Stream.TARGET, Stream.TARGET)
