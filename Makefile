@@ -24,7 +24,7 @@ lint: .venv/dev.stamp  ## format, lint, types, import layers
 check: lint test  ## what CI runs
 
 # A million samples per rule; with a vocabulary of 8 contexts come again and again. And a thousand seeds x 256 tokens
-# against plain decoding. One thread is the fastest for models so small. Half an hour.
+# against plain decoding. One thread is the fastest for models so small. Half an hour or more.
 certify: .venv/run.stamp  ## the certificate of losslessness, at high resolution
 	rm -rf build/certify
 	$(BIN)/python -m specdec.eval.lossless.small build/certify/checkpoint
