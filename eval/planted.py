@@ -51,6 +51,23 @@ RESIDUAL_STD, HEAD_SCALE = 0.002, 0.05
 MIN_MARGIN = 0.2  # of the greedy logit: what the layers' residual writes may take from it
 TOLERANCE = 0.002  # of the acceptance
 LOGITS_BYTES = 2**28
+ARCHITECTURE_CONFIG: dict[str, Any] = {
+    "architectures": [ARCHITECTURE],
+    "model_type": "glm4_moe",
+    "attention_bias": False,
+    "use_qk_norm": True,
+    "num_nextn_predict_layers": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "partial_rotary_factor": 0.5,
+    "tie_word_embeddings": False,
+}
 
 
 @dataclass(frozen=True)
@@ -150,26 +167,15 @@ def _config(shape: PlantedShape, dtype: str) -> dict[str, Any]:
         raise ValueError(f"dtype = {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     if shape.vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size = {shape.vocab_size} must be at least {MIN_VOCAB_SIZE}: one token per byte")
-    config = asdict(shape) | {
-        "architectures": [ARCHITECTURE],
-        "model_type": "glm4_moe",
-        "attention_bias": False,
-        "use_qk_norm": True,
-        "num_nextn_predict_layers": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "partial_rotary_factor": 0.5,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "eos_token_id": [END_TOKEN_ID],
-        "pad_token_id": END_TOKEN_ID,
-    }
+    config = (
+        asdict(shape)
+        | ARCHITECTURE_CONFIG
+        | {
+            "torch_dtype": dtype,
+            "eos_token_id": [END_TOKEN_ID],
+            "pad_token_id": END_TOKEN_ID,
+        }
+    )
     try:
         parse_config(config)
     except CheckpointError as error:
@@ -283,13 +289,19 @@ def _bisect(agreement: Callable[[float], float], wanted: float, resolution: floa
     return sigma, agreed
 
 
-def _layer_shapes(config: Glm4MoeConfig) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Names and shapes of each layer's tensors, the MTP layer's last."""
+def tensor_shapes(config: Glm4MoeConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors, the MTP layer's last."""
     model = build_model(config, select(torch.device("meta"), torch.float32, "reference"), with_mtp=True)
     assert model.mtp is not None
     slots = dict(iter_slots(model.target)) | dict(iter_slots(model.mtp, mtp_prefix(config)))
+    return {name: tuple(slot.shape) for name, slot in slots.items()}
+
+
+def _layer_shapes(config: Glm4MoeConfig) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The same layer by layer."""
+    shapes = tensor_shapes(config)
     for layer in range(config.num_hidden_layers + 1):
-        yield {name: tuple(slot.shape) for name, slot in slots.items() if name.startswith(f"model.layers.{layer}.")}
+        yield {name: shape for name, shape in shapes.items() if name.startswith(f"model.layers.{layer}.")}
 
 
 def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:

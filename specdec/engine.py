@@ -191,8 +191,10 @@ class Engine:
         """A text's tokens at the start of a word and after a space."""
         words: list[tuple[int, ...]] = []
         for word in params.bad_words:
-            texts = [word, " " + word] if isinstance(word, str) else []
-            words += [tuple(self.checkpoint.encode(text)) for text in texts] or [tuple(map(int, word))]
+            if isinstance(word, str):
+                words += [tuple(self.checkpoint.encode(text)) for text in (word, " " + word)]
+            else:
+                words.append(word)
         return tuple(dict.fromkeys(words))
 
     def _check_token_ids(

@@ -17,6 +17,10 @@ from specdec.kernels import KernelsUnavailableError
 from specdec.kernels.cpu.build import library_path
 
 
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def _why_no_compiler() -> str:
     try:
         library_path()

@@ -64,3 +64,31 @@ def defined_law(model: RandomModel, params: SamplingParams, prompt: list[int]) -
         return kept / kept.sum()
 
     return law
+
+
+def law_by_transformers(
+    p: SamplingParams, ends: frozenset[int], prompt_len: int, tokens: list[int], logits: Tensor
+) -> Tensor:
+    """The same by transformers' processors, which have no presence and frequency penalty."""
+    import transformers as t
+
+    steps: list[Callable[[Tensor, Tensor], Tensor]] = []
+    if p.biases:
+        steps.append(t.SequenceBiasLogitsProcessor({(token,): bias for token, bias in p.biases}))
+    if p.bad_words:
+        steps.append(t.NoBadWordsLogitsProcessor([list(word) for word in p.bad_words], eos_token_id=None))
+    if p.min_tokens and ends:
+        steps.append(t.MinNewTokensLengthLogitsProcessor(prompt_len, p.min_tokens, sorted(ends), device="cpu"))
+    if p.repetition_penalty != 1:
+        steps.append(t.RepetitionPenaltyLogitsProcessor(p.repetition_penalty))
+    steps.append(t.TemperatureLogitsWarper(p.temperature))
+    if p.top_k:
+        steps.append(t.TopKLogitsWarper(p.top_k))
+    if p.top_p < 1:
+        steps.append(t.TopPLogitsWarper(p.top_p))
+    if p.min_p:
+        steps.append(t.MinPLogitsWarper(p.min_p))
+    scores = logits[None]
+    for step in steps:
+        scores = step(torch.tensor([tokens]), scores)
+    return scores[0].softmax(-1)

@@ -298,8 +298,8 @@ def _reproduce(plan: Plan, rule: str, combination: int | None) -> dict[str, Any]
     """How sample i is drawn: see `Plan`."""
     o, step = plan.options, len(plan.combinations)
     first = plan.seed(rule, 0)
-    seeds = {"first_seed": first, "last_seed": first + o.samples - 1}
+    seeds: dict[str, Any] = {"first_seed": first, "last_seed": first + o.samples - 1}
     if combination is not None:
         seeds["first_seed"], seeds["seed_step"] = first + combination, step
-        seeds["params"] = plan.combinations[combination].described()  # type: ignore[assignment]
+        seeds["params"] = plan.combinations[combination].described()
     return {"rule": rule, "num_speculative_tokens": o.num_speculative_tokens, **seeds}

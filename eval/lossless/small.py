@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,10 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from torch import Tensor
 
-from specdec.eval.lossless.certificate import (
-    MIN_VOCAB_SIZE,
-)
-from specdec.kernels import select
-from specdec.model.config import ARCHITECTURE, Glm4MoeConfig, parse_config
-from specdec.model.layers import iter_slots
-from specdec.model.weights import build_model, mtp_prefix
+from specdec.eval.lossless.certificate import MIN_VOCAB_SIZE
+from specdec.eval.planted import ARCHITECTURE_CONFIG, PlantedShape, tensor_shapes
+from specdec.model.config import Glm4MoeConfig, parse_config
+from specdec.model.weights import mtp_prefix
 
 SMALL_HIDDEN, SMALL_NOISE, SMALL_SHARPNESS = 32, 1.5, 0.07
 
@@ -46,56 +44,35 @@ def write_small_checkpoint(folder: Path, seed: int = 0, vocab_size: int = MIN_VO
 
 
 def _small_config(vocab_size: int) -> dict[str, Any]:
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "glm4_moe",
-        "vocab_size": vocab_size,
-        "hidden_size": SMALL_HIDDEN,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_nextn_predict_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-        "attention_bias": True,
-        "use_qk_norm": True,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "partial_rotary_factor": 0.5,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "eos_token_id": [0],
-        "pad_token_id": 0,
-    }
+    shape = PlantedShape(
+        hidden_size=SMALL_HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=48,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=vocab_size,
+        max_position_embeddings=256,
+    )
+    ours = {"attention_bias": True, "torch_dtype": "float32", "eos_token_id": [0], "pad_token_id": 0}
+    return asdict(shape) | ARCHITECTURE_CONFIG | ours
 
 
 def _small_tensors(config: Glm4MoeConfig, generator: torch.Generator) -> dict[str, Tensor]:
     """By the checkpoint's names."""
-    model = build_model(config, select(torch.device("meta"), torch.float32, "reference"), with_mtp=True)
-    assert model.mtp is not None
-    slots = dict(iter_slots(model.target)) | dict(iter_slots(model.mtp, mtp_prefix(config)))
     tensors = {}
-    for name, slot in slots.items():
-        noise = torch.randn(slot.shape, generator=generator)
+    for name, shape in tensor_shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
         if "norm" in name:
             tensors[name] = 1 + 0.1 * noise
         elif name.endswith("bias"):
             tensors[name] = 0.1 * noise
         else:
             written = name.endswith(("o_proj.weight", "down_proj.weight"))
-            tensors[name] = (0.1 if written else 1.0) * noise * slot.shape[-1] ** -0.5
+            tensors[name] = (0.1 if written else 1.0) * noise * shape[-1] ** -0.5
     embed = torch.randn(config.vocab_size, SMALL_HIDDEN, generator=generator)
     tensors["model.embed_tokens.weight"] = embed
     tensors["lm_head.weight"] = SMALL_SHARPNESS * embed[torch.randperm(config.vocab_size, generator=generator)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
+from laws import law_by_transformers
 from torch import Tensor
 
 from specdec import SamplingParams, SpeculationParams
@@ -17,7 +17,7 @@ from specdec.rng import Stream
 from specdec.sampling import SampledRows, draft_stream, row_sampling, target_stream
 from specdec.sequence import Sequence
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 VOCAB_SIZE = 60
 
 
@@ -39,32 +39,6 @@ def law(sequence: Sequence, drafts: list[int], logits: Tensor) -> Tensor:
     sampling = row_sampling([SampledRows(sequence, Stream.TARGET, 0)])
     kernels.truncate_(row, sampling)
     return kernels.softmax(row, sampling.scales)[0]
-
-
-def law_by_transformers(
-    p: SamplingParams, ends: frozenset[int], prompt_len: int, tokens: list[int], logits: Tensor
-) -> Tensor:
-    t = transformers
-    steps: list[Callable[[Tensor, Tensor], Tensor]] = []
-    if p.biases:
-        steps.append(t.SequenceBiasLogitsProcessor({(token,): bias for token, bias in p.biases}))
-    if p.bad_words:
-        steps.append(t.NoBadWordsLogitsProcessor([list(word) for word in p.bad_words], eos_token_id=None))
-    if p.min_tokens and ends:
-        steps.append(t.MinNewTokensLengthLogitsProcessor(prompt_len, p.min_tokens, sorted(ends), device="cpu"))
-    if p.repetition_penalty != 1:
-        steps.append(t.RepetitionPenaltyLogitsProcessor(p.repetition_penalty))
-    steps.append(t.TemperatureLogitsWarper(p.temperature))
-    if p.top_k:
-        steps.append(t.TopKLogitsWarper(p.top_k))
-    if p.top_p < 1:
-        steps.append(t.TopPLogitsWarper(p.top_p))
-    if p.min_p:
-        steps.append(t.MinPLogitsWarper(p.min_p))
-    scores = logits[None]
-    for step in steps:
-        scores = step(torch.tensor([tokens]), scores)
-    return scores[0].softmax(-1)
 
 
 def random_case(rng: random.Random) -> tuple[SamplingParams, frozenset[int]]:

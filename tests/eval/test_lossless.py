@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from laws import law_by_transformers
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -39,7 +40,7 @@ from specdec.eval.lossless.small import main as small_checkpoint_main
 from specdec.eval.lossless.small import write_small_checkpoint
 from specdec.kernels.interface import Residuals
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 OPTIONS = LosslessOptions(samples=320, num_speculative_tokens=2, comparison_prompts=1, comparison_seeds=1)
 
 
@@ -73,27 +74,6 @@ def law(vocab_size: int, seed: int, sharpness: float = 1.0) -> Tensor:
 # --- The law -----------------------------------------------------------------------------------------------------
 
 
-def by_transformers(logits: Tensor, prompt: list[int], output: list[int], p: SamplingParams) -> Tensor:
-    t, device = transformers, "cpu"
-    processors = t.LogitsProcessorList()
-    if p.biases:
-        processors.append(t.SequenceBiasLogitsProcessor({(token,): bias for token, bias in p.biases}))
-    if p.bad_words:
-        words = [list(word) for word in p.bad_words]
-        processors.append(t.NoBadWordsLogitsProcessor(words, eos_token_id=None))
-    ends = list(p.stop_token_ids)
-    processors.append(t.MinNewTokensLengthLogitsProcessor(len(prompt), p.min_tokens, ends or [0], device=device))
-    processors.append(t.RepetitionPenaltyLogitsProcessor(p.repetition_penalty))
-    processors.append(t.TemperatureLogitsWarper(p.temperature))
-    if p.top_k:
-        processors.append(t.TopKLogitsWarper(p.top_k))
-    if p.top_p < 1:
-        processors.append(t.TopPLogitsWarper(p.top_p))
-    if p.min_p:
-        processors.append(t.MinPLogitsWarper(p.min_p))
-    return processors(torch.tensor([prompt + output]), logits[None].clone())[0].softmax(-1)
-
-
 def test_the_law_is_that_of_transformers() -> None:
     rng = random.Random(0)
     for seed in range(300):
@@ -117,7 +97,7 @@ def test_the_law_is_that_of_transformers() -> None:
         ours, rounded = truncated_probs(z, params)
         torch.testing.assert_close(
             ours[0],
-            by_transformers(logits, prompt, output, params),
+            law_by_transformers(params, frozenset(params.stop_token_ids), len(prompt), prompt + output, logits),
             rtol=1e-12,
             atol=1e-14,
         )

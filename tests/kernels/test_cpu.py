@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import WHY_NO_COMPILER
+from fakes import WHY_NO_COMPILER, randn
 from specdec.kernels import AttentionMetadata, RoutingConfig, select
 from specdec.kernels.cpu import CpuKernels
 
 if WHY_NO_COMPILER:
     pytest.skip(WHY_NO_COMPILER, allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "num_threads")
 
 CPU = torch.device("cpu")
 EXACT = select(CPU, torch.float64, "reference")
@@ -36,23 +38,6 @@ def kernels(architecture: str, request: pytest.FixtureRequest) -> CpuKernels:
 @pytest.fixture(scope="module")
 def fp32(architecture: str) -> CpuKernels:
     return CpuKernels(torch.float32, architecture=architecture)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(poisoned_empty: None) -> None:
-    """Outputs start as NaN."""
-
-
-@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"], autouse=True)
-def _threads(request: pytest.FixtureRequest) -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("out", "size_in"), [(1, 1), (16, 16), (173, 96), (96, 173), (300, 1100), (64, 20)])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import WHY_NO_COMPILER
+from fakes import WHY_NO_COMPILER, randn
 from specdec.kernels import philox, select
 from specdec.kernels.cpu import CpuKernels, build
 from specdec.kernels.interface import GREEDY, Residuals, RowSampling
@@ -23,6 +23,8 @@ from specdec.kernels.reference import lowest_argmax, residual_law
 
 if WHY_NO_COMPILER:
     pytest.skip(WHY_NO_COMPILER, allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty", "num_threads")
 
 EXACT = select(torch.device("cpu"), torch.float64, "reference")
 MAX_ROWS = 17
@@ -34,23 +36,6 @@ GLM_VOCAB = 151_552
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     return CpuKernels(torch.float32, architecture=request.param)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(poisoned_empty: None) -> None:
-    """Outputs start as NaN."""
-
-
-@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"], autouse=True)
-def _threads(request: pytest.FixtureRequest) -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sampling(num: int, **values: Any) -> RowSampling:

@@ -304,7 +304,6 @@ inline float reduce_max(V x) {
 #endif
 }
 
-
 // Sixteen doubles: chains of additions side by side.
 struct Doubles {
 #if defined(__AVX512F__)
