@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from specdec import Engine
 from specdec.batch import Extend, build_batch
+from specdec.model.glm4_moe import Glm4MoeForCausalLM
 
 REPEATS = 15
 
@@ -81,8 +83,8 @@ def _target_forward(engine: Engine, prompts: list[list[int]], batch_size: int, r
     extends = _extends(engine, prompts, batch_size, rows)
 
     def run() -> object:
-        batch = build_batch(extends, engine.config.page_size, kv_cache.device)
-        return model.choose_tokens(model(batch.input_ids, batch.positions, batch.metadata, kv_cache)).tolist()
+        batch = build_batch(extends, engine.config.page_size)
+        return _argmaxes(model, model(batch.input_ids, batch.metadata, kv_cache))
 
     return run
 
@@ -96,8 +98,12 @@ def _mtp_forward(engine: Engine, prompts: list[list[int]], batch_size: int, rows
     ).to(target.kernels.device, target.kernels.activation_dtype)
 
     def run() -> object:
-        batch = build_batch(extends, engine.config.page_size, kv_cache.device)
-        output = mtp.draft(previous, batch.input_ids, batch.positions, batch.metadata, kv_cache[-1])
-        return target.choose_tokens(output.normed[:batch_size]).tolist()
+        batch = build_batch(extends, engine.config.page_size)
+        output = mtp.draft(previous, batch.input_ids, batch.metadata, kv_cache[-1])
+        return _argmaxes(target, output.normed[:batch_size])
 
     return run
+
+
+def _argmaxes(target: Glm4MoeForCausalLM, hidden: Tensor) -> list[int]:
+    return target.kernels.head_argmax(hidden, target.head).tolist()

@@ -3,7 +3,8 @@
     python -m specdec.eval.verification [--model bundled] [--batch-size 16] [-k 3] [--vocab-size 151552] [--json]
 
 Two tables, medians of many: the share of an engine step at a batch size (all threads), and milliseconds per row of
-logits with a large vocabulary on one thread, logits drawn at random with a standard deviation of 4.
+logits with a large vocabulary on one thread, logits drawn at random with a standard deviation of 4. What a verification
+takes beyond its forward and its logits is the difference of three timings of the same rows.
 """
 
 from __future__ import annotations
@@ -18,21 +19,24 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specdec import Engine, SamplingParams, SpeculationParams
-from specdec.config import Verification
-from specdec.kernels import Kernels
-from specdec.kernels.interface import RowSampling
+from specdec.config import Verification as Rule
+from specdec.edits import RequestEdits
+from specdec.kernels import AttentionMetadata, Kernels, RoutingConfig
+from specdec.kernels.interface import DecoderShape, DecoderWeights, RowSampling, Verification, Verified
 from specdec.rng import Stream
-from specdec.verify import Proposal, verify_by_rejection
+from specdec.verify import RULES as RULE_NUMBERS
 
-RULES: tuple[Verification, ...] = ("coupled", "token", "block")
+RULES: tuple[Rule, ...] = ("coupled", "token", "block")
 PARAMETERS: dict[str, dict[str, Any]] = {
     "temperature 0.8": {},
     "and top_k 50, top_p 0.95, min_p 0.05": {"top_k": 50, "top_p": 0.95, "min_p": 0.05},
     "and three penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1},
 }
-MAX_TOKENS, NUM_REPEATS = 128, 15
+MAX_TOKENS, NUM_STEPS, NUM_REPEATS = 128, 12, 15
+HIDDEN_SIZE, PROMPT_TOKENS, LOGIT_STD = 32, 300, 4.0  # of the single iteration with a large vocabulary
 
 
 @dataclass(frozen=True)
@@ -74,55 +78,112 @@ class Stopwatch:
         return result
 
 
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `Kernels.verify`, to be made again."""
+
+    kernels: Kernels
+    decoder: Any
+    head: Any
+    input_ids: list[int]
+    metadata: AttentionMetadata
+    kv_cache: Tensor
+    verification: Verification
+
+    def decision_s(self) -> float:
+        """Median seconds beyond the forward and the logits of the rows that decide."""
+        v, k = self.verification, self.kernels
+        forward = (self.decoder, self.head, self.input_ids, self.metadata, self.kv_cache)
+        hidden = k.verify(*forward, v).hidden
+        rows = hidden[[first + i for first, drafts in zip(v.first_rows, v.drafts) for i in range(len(drafts) + 1)]]
+        runs = (
+            partial(k.verify, *forward, v),
+            partial(k.verify, *forward, NOTHING),
+            partial(k.linear, rows, self.head),
+        )
+        times = [[timed(run) for run in runs] for _ in range(NUM_REPEATS)]
+        whole, without, logits = map(statistics.median, zip(*times))
+        return whole - without - logits
+
+
+NO_ROWS = RowSampling([], [], [], [], [], [], [], [])
+NOTHING = Verification([], [], [], NO_ROWS, [], [], None)
+
+
 def shares(model: str, batch_size: int, k: int) -> list[Share]:
+    """Steps are timed as they run, decisions when some of their calls are made again."""
     engine = Engine.from_pretrained(model, max_num_seqs=batch_size)
+    decoder, kernels = engine.runtime.model.target.decoder, engine.runtime.model.target.kernels
     prompts = [f"def f{i}(x):\n" for i in range(batch_size)]
-    step, rules = Stopwatch.on(engine, "_step"), Stopwatch.on(engine._verifier, "_apply_rules")
-    head = Stopwatch.on(engine.runtime.model.target, "compute_logits")
+    step, verify = Stopwatch.on(engine, "_step"), decoder.verify
+    calls: list[Call] = []
+
+    def recording(head: Any, ids: list[int], metadata: AttentionMetadata, cache: Tensor, v: Verification) -> Verified:
+        calls.append(Call(kernels, decoder.prepared, head, ids, metadata, cache, v))
+        return verify(head, ids, metadata, cache, v)
+
+    setattr(decoder, "verify", recording)  # noqa: B010
     found = []
     for rule in RULES:
         for name, fields in PARAMETERS.items():
             params = SamplingParams(temperature=0.8, max_tokens=MAX_TOKENS, ignore_eos=True, **fields)
             params = replace(params, speculation=SpeculationParams(k, rule))
-            for watch in (step, rules, head):
-                watch.seconds.clear()
+            calls.clear()
+            step.seconds.clear()
             engine.generate(prompts, [replace(params, seed=seed) for seed in range(batch_size)])
-            logits_to_tokens = [r - h for r, h in zip(rules.seconds, head.seconds, strict=True)]
-            found.append(Share(rule, name, statistics.median(step.seconds), statistics.median(logits_to_tokens)))
+            full = [call for call in calls if len(call.verification.rules) == batch_size]
+            decisions = [call.decision_s() for call in full[:: max(1, len(full) // NUM_STEPS)]]
+            found.append(Share(rule, name, statistics.median(step.seconds), statistics.median(decisions)))
     return found
 
 
 def row_costs(kernels: Kernels, vocab_size: int, k: int) -> list[RowCost]:
+    """A decoder without layers before a head drawn at random; every draft is accepted, so that all rows are needed."""
     torch.set_num_threads(1)
-    num_rows = k + 1
-    generator = torch.Generator().manual_seed(0)
-    p, q = (4 * torch.randn(n, vocab_size, generator=generator) for n in (num_rows, k))
-    sampling = RowSampling(
-        [1 / 0.8] * num_rows, [0] * num_rows, [1.0] * num_rows, [0.0] * num_rows, [1] * num_rows,
-        [Stream.TARGET] * num_rows, list(range(num_rows)), [0] * num_rows,
-    )  # fmt: skip
-    cut = replace(sampling, top_k=[50] * num_rows, top_p=[0.95] * num_rows, min_p=[0.05] * num_rows)
-    draft_probs = kernels.softmax(q, [1 / 0.8] * k)[None]
-    drafts = q.argmax(-1).tolist()
     found = []
     for rule in RULES:
-        for name, rows in zip(PARAMETERS, (sampling, cut)):
-            decide = partial(_decide, kernels, rule, rows, draft_probs, Proposal(drafts, 0, 0, rule == "block", 1, 10))
-            watch = Stopwatch(decide)
-            for _ in range(NUM_REPEATS):
-                watch(p.clone())
-            found.append(RowCost(rule, name, statistics.median(watch.seconds) / num_rows))
+        for name, fields in PARAMETERS.items():
+            params = SamplingParams(temperature=0.8, **fields)
+            call = _one_iteration(kernels, vocab_size, k, rule, params)
+            found.append(RowCost(rule, name, call.decision_s() / (k + 1)))
     return found
 
 
-def _decide(
-    kernels: Kernels, rule: str, rows: RowSampling, draft_probs: torch.Tensor, proposal: Proposal, logits: torch.Tensor
-) -> None:
-    kernels.truncate_(logits, rows)
-    if rule == "coupled":
-        kernels.choose(logits, rows)
-    else:
-        verify_by_rejection(kernels, kernels.softmax(logits, rows.scales), draft_probs, [proposal])
+def _one_iteration(kernels: Kernels, vocab_size: int, k: int, rule: Rule, params: SamplingParams) -> Call:
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(k + 1, HIDDEN_SIZE, generator=generator).to(kernels.dtype)
+    head = torch.randn(vocab_size, HIDDEN_SIZE, generator=generator) * LOGIT_STD / HIDDEN_SIZE**0.5
+    routing = RoutingConfig(1, 1, 1, True, 1.0)
+    shape = DecoderShape(1, 1, HIDDEN_SIZE, 1e-5, 1, routing)
+    weights = DecoderWeights(shape, embedding, None, (), torch.ones(HIDDEN_SIZE), torch.zeros(1, HIDDEN_SIZE))
+    prompt = torch.randint(vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
+    edits = RequestEdits.of(params, (), frozenset(), prompt)
+    scale, top_k, top_p, min_p = params.row_law
+    verification = Verification(
+        first_rows=[0],
+        drafts=[[0] * k],
+        rules=[RULE_NUMBERS[rule]],
+        rows=RowSampling([scale], [top_k], [top_p], [min_p], [1], [Stream.TARGET], [PROMPT_TOKENS], [0]),
+        edits=[None if edits is None else edits.current],
+        prob_rows=[0],
+        draft_probs=torch.full((1, k, vocab_size), 1 / vocab_size),
+    )
+    call = Call(
+        kernels, kernels.prepare(weights), kernels.pack(head.to(kernels.dtype)), list(range(k + 1)),
+        AttentionMetadata([k + 1], [k + 1], [[0]], k + 1), torch.zeros(1, 1, 2, k + 1, 1, HIDDEN_SIZE), verification,
+    )  # fmt: skip
+    for _ in range(k + 1):  # until the drafts are what it emits
+        forward = (call.decoder, call.head, call.input_ids, call.metadata, call.kv_cache)
+        emitted = kernels.verify(*forward, verification).token_ids[0]
+        verification.drafts[0][: len(emitted)] = emitted[:k]
+    assert len(emitted) == k + 1, "a draft is not accepted"
+    return call
 
 
 def main() -> None:
@@ -133,10 +194,9 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=151_552)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     args = parser.parse_args()
-    with torch.inference_mode():
-        of_steps = shares(args.model, args.batch_size, args.num_speculative_tokens)
-        kernels = Engine.from_pretrained(args.model).runtime.model.target.kernels
-        of_rows = row_costs(kernels, args.vocab_size, args.num_speculative_tokens)
+    of_steps = shares(args.model, args.batch_size, args.num_speculative_tokens)
+    kernels = Engine.from_pretrained(args.model).runtime.model.target.kernels
+    of_rows = row_costs(kernels, args.vocab_size, args.num_speculative_tokens)
     if args.json:
         print(json.dumps({"steps": [vars(s) for s in of_steps], "rows": [vars(r) for r in of_rows]}, indent=2))
         return

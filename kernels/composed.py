@@ -5,14 +5,17 @@ Shapes: T packed tokens, H hidden, D head_dim, Hq/Hkv query/KV heads, E experts,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.kernels import rules
 from specdec.kernels.interface import (
+    BLOCK_VERIFICATION,
+    EXACT_MATCH,
     NOT_DRAFTED,
     NOT_FINITE,
     AttentionMetadata,
@@ -23,14 +26,14 @@ from specdec.kernels.interface import (
     DraftChain,
     DraftSampling,
     FusionWeights,
+    HiddenRows,
     Kernels,
     LayerWeights,
     MLPWeights,
     MoEWeights,
+    Verification,
+    Verified,
 )
-
-Edit = Callable[[list[int], Tensor, Tensor], None]
-"""(sequences [b], their drafts so far [b, step], their logits [b, V]): changes the logits in place."""
 
 
 def mlp(kernels: Kernels, x: Tensor, gate_up: Any, down: Any) -> Tensor:
@@ -41,53 +44,61 @@ def mlp(kernels: Kernels, x: Tensor, gate_up: Any, down: Any) -> Tensor:
 def decode(
     kernels: Kernels,
     decoder: DecoderWeights,
-    input_ids: Tensor,
-    previous: Tensor | None,
-    positions: Tensor,
+    input_ids: list[int],
+    previous: list[HiddenRows] | None,
     metadata: AttentionMetadata,
     kv_cache: Tensor,
     expert_ids: Tensor | None = None,
 ) -> DecoderOutput:
     """See `Kernels.decode`."""
     assert (previous is None) == (decoder.fusion is None), "previous hidden states and a fusion belong together"
-    x = F.embedding(input_ids, decoder.embedding).to(kernels.activation_dtype)  # [T, H]
+    tokens, positions, slots = torch.tensor([input_ids, metadata.positions, metadata.slots], device=kv_cache.device)
+    x = F.embedding(tokens, decoder.embedding).to(kernels.activation_dtype)  # [T, H]
     if decoder.fusion is not None and previous is not None:
-        x = _fuse(kernels, decoder.shape, decoder.fusion, x, previous)
+        x = _fuse(kernels, decoder.shape, decoder.fusion, x, torch.cat([rows.tensor() for rows in previous]))
     for i, layer in enumerate(decoder.layers):
         chosen = None if expert_ids is None else expert_ids[i]
-        x = _layer(kernels, decoder, layer, x, positions, metadata, kv_cache[i], chosen)
+        x = _layer(kernels, decoder, layer, x, positions, slots, metadata, kv_cache[i], chosen)
     return DecoderOutput(kernels.rms_norm(x, decoder.norm, decoder.shape.rms_norm_eps), x)
 
 
 def draft_chain(
-    kernels: Kernels,
-    decoder: Any,
-    head: Any,
-    chain: DraftChain,
-    edit: Edit | None = None,
-    expert_ids: Tensor | None = None,
-) -> Tensor:
-    """`Kernels.draft_chain`, with logits that may be edited before anything is drawn from them."""
-    device, last = chain.kv_cache.device, chain.last
-    drafts = torch.full((len(chain.counts), max(chain.counts)), NOT_DRAFTED, dtype=torch.int64, device=device)
-    active = list(range(len(chain.counts)))
-    for step in range(drafts.shape[1]):
-        kept = [i for i, b in enumerate(active) if chain.counts[b] > step and (step == 0 or drafts[b, step - 1] >= 0)]
-        active = [active[i] for i in kept]
+    kernels: Kernels, decoder: Any, head: Any, chain: DraftChain, expert_ids: Tensor | None = None
+) -> list[list[int]]:
+    """See `Kernels.draft_chain`."""
+    metadata, num_pairs = chain.metadata, len(chain.input_ids)
+    chosen = None if expert_ids is None else expert_ids[:, :num_pairs]
+    output = kernels.decode(decoder, chain.input_ids, chain.previous, metadata, chain.kv_cache, chosen)
+    drafts: list[list[int]] = [[] for _ in chain.counts]
+    active = [b for b, count in enumerate(chain.counts) if count > 0]
+    ends = list(accumulate(metadata.query_lens))
+    kept = [ends[b] - 1 for b in active]
+    for step in range(max(chain.counts, default=0)):
         if not active:
             break
-        last = DecoderOutput(last.normed[kept], last.unnormed[kept])
+        output = DecoderOutput(output.normed[kept], output.unnormed[kept])
         if step > 0:
-            at = [chain.positions[b] + step for b in active]
-            metadata = _single_rows(at, [chain.page_tables[b] for b in active], chain.kv_cache)
-            last = kernels.decode(
-                decoder, drafts[active, step - 1], last.unnormed if chain.recycle_unnormed else last.normed,
-                torch.tensor(at, device=device), metadata, chain.kv_cache,
-                None if expert_ids is None else expert_ids[step - 1, :, : len(active)],
-            )  # fmt: skip
-        drafts[active, step] = _draw(kernels, head, chain.sampling, edit, last.normed, active, drafts[active, :step])
-        if (drafts[active, step] == NOT_FINITE).any():
+            if expert_ids is not None:
+                chosen = expert_ids[:, num_pairs + (step - 1) * len(drafts) :][:, : len(active)]
+            recycled = output.unnormed if chain.recycle_unnormed else output.normed
+            one_more = AttentionMetadata(
+                [1] * len(active),
+                [metadata.kv_lens[b] + step for b in active],
+                [metadata.page_tables[b] for b in active],
+                metadata.page_size,
+            )
+            last = [drafts[b][-1] for b in active]
+            output = kernels.decode(
+                decoder, last, [HiddenRows(recycled, 0, len(last))], one_more, chain.kv_cache, chosen
+            )
+        ids = _draw(kernels, head, chain.sampling, output.normed, active, [drafts[b] for b in active])
+        for b, token in zip(active, ids):
+            if token != NOT_DRAFTED:
+                drafts[b].append(token)
+        if NOT_FINITE in ids:
             break
+        kept = [i for i, b in enumerate(active) if ids[i] >= 0 and chain.counts[b] > step + 1]
+        active = [active[i] for i in kept]
     return drafts
 
 
@@ -95,24 +106,19 @@ def _draw(
     kernels: Kernels,
     head: Any,
     sampling: DraftSampling | None,
-    edit: Edit | None,
     normed: Tensor,
     sequences: list[int],
-    drafts: Tensor,
-) -> Tensor:
-    """Hidden states [b, H] of some of the chain's sequences, and their drafts [b, step] -> the next drafts [b]."""
+    drafts: list[list[int]],
+) -> list[int]:
+    """Hidden states [b, H] of some of the chain's sequences, and their drafts [b] so far -> the next drafts [b]."""
     if sampling is None:
-        ids = kernels.head_argmax(normed, head)
-        return ids.where(ids >= 0, NOT_FINITE)
-    step = drafts.shape[1]
-    logits = kernels.linear(normed, head)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if edit is not None:
-        edit(sequences, drafts, logits)
-    rows = sampling.rows.select(sequences, advance=step)
+        return [NOT_FINITE if token < 0 else token for token in kernels.head_argmax(normed, head).tolist()]
+    step = len(drafts[0])
+    logits = _logits(kernels, normed, head)
+    kernels.edit_(logits, [sampling.edits[b] for b in sequences], drafts)
+    rows = sampling.rows.select(sequences, [step] * len(sequences))
     kernels.truncate_(logits, rows)
-    ids = kernels.choose(logits, rows)
-    ids = ids.where(ids >= 0, NOT_FINITE)
+    ids = [NOT_FINITE if token < 0 else token for token in kernels.choose(logits, rows).tolist()]
     needed = [i for i, b in enumerate(sequences) if sampling.prob_rows[b] >= 0 or sampling.min_confidence[b] > 0]
     if needed:
         probs = kernels.softmax(logits[needed], [rows.scales[i] for i in needed])
@@ -125,16 +131,60 @@ def _draw(
     return ids
 
 
-def _single_rows(positions: list[int], page_tables: list[list[int]], kv_cache: Tensor) -> AttentionMetadata:
-    """One row per sequence, at the given positions."""
-    size = kv_cache.shape[3]
-    slots = [table[at // size] * size + at % size for at, table in zip(positions, page_tables)]
-    return AttentionMetadata(
-        query_lens=[1] * len(positions),
-        kv_lens=[at + 1 for at in positions],
-        page_tables=page_tables,
-        slot_mapping=torch.tensor(slots, device=kv_cache.device),
-    )
+def verify(
+    kernels: Kernels,
+    decoder: Any,
+    head: Any,
+    input_ids: list[int],
+    metadata: AttentionMetadata,
+    kv_cache: Tensor,
+    verification: Verification,
+    expert_ids: Tensor | None = None,
+) -> Verified:
+    """See `Kernels.verify`."""
+    hidden = kernels.decode(decoder, input_ids, None, metadata, kv_cache, expert_ids).normed
+    return _decide(kernels, head, hidden, verification) if verification.rules else Verified(hidden, [], None, None)
+
+
+def _decide(kernels: Kernels, head: Any, hidden: Tensor, v: Verification) -> Verified:
+    num_rows = [len(drafts) + 1 for drafts in v.drafts]
+    of = [b for b, n in enumerate(num_rows) for _ in range(n)]  # the sequence of each row
+    after = [i for n in num_rows for i in range(n)]  # how many drafts before it
+    logits = _logits(kernels, hidden[[v.first_rows[b] + i for b, i in zip(of, after)]], head)
+    raw = logits.clone() if v.keep_logits else None
+    kernels.edit_(logits, [v.edits[b] for b in of], [v.drafts[b][:i] for b, i in zip(of, after)])
+    rows = v.rows.select(of, after)
+    kernels.truncate_(logits, rows)
+    first = list(accumulate(num_rows, initial=0))
+    exact = [b for b, rule in enumerate(v.rules) if rule == EXACT_MATCH]
+    drawn = [b for b, rule in enumerate(v.rules) if rule != EXACT_MATCH]
+    token_ids: list[list[int]] = [[] for _ in v.drafts]
+    if exact:
+        chosen = [first[b] + i for b in exact for i in range(num_rows[b])]
+        choices = iter(kernels.choose(logits[chosen], rows.select(chosen)).tolist())
+        for b in exact:
+            token_ids[b] = rules.match_choices([next(choices) for _ in range(num_rows[b])], v.drafts[b])
+    if drawn:
+        probs = kernels.softmax(logits, rows.scales)
+        proposals = [
+            rules.Proposal(
+                v.drafts[b],
+                first[b],
+                v.prob_rows[b],
+                v.rules[b] == BLOCK_VERIFICATION,
+                v.rows.seeds[b],
+                v.rows.positions[b],
+            )
+            for b in drawn
+        ]
+        for b, tokens in zip(drawn, rules.verify_by_rejection(kernels, probs, v.draft_probs, proposals)):
+            token_ids[b] = tokens
+    return Verified(hidden, token_ids, raw, logits if v.keep_logits else None)
+
+
+def _logits(kernels: Kernels, hidden: Tensor, head: Any) -> Tensor:
+    logits = kernels.linear(hidden, head)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _fuse(kernels: Kernels, shape: DecoderShape, fusion: FusionWeights, embeds: Tensor, previous: Tensor) -> Tensor:
@@ -149,13 +199,14 @@ def _layer(
     layer: LayerWeights,
     x: Tensor,
     positions: Tensor,
+    slots: Tensor,
     metadata: AttentionMetadata,
     kv_cache: Tensor,
     expert_ids: Tensor | None,
 ) -> Tensor:
     eps = decoder.shape.rms_norm_eps
     normed = kernels.rms_norm(x, layer.input_norm, eps)
-    attended = _attention(kernels, decoder, layer.attention, normed, positions, metadata, kv_cache)
+    attended = _attention(kernels, decoder, layer.attention, normed, positions, slots, metadata, kv_cache)
     normed, x = kernels.add_rms_norm(attended, x, layer.post_attention_norm, eps)
     if isinstance(layer.mlp, MLPWeights):
         return x + kernels.mlp(normed, layer.mlp.gate_up, layer.mlp.down)
@@ -168,6 +219,7 @@ def _attention(
     weights: AttentionWeights,
     x: Tensor,
     positions: Tensor,
+    slots: Tensor,
     metadata: AttentionMetadata,
     kv_cache: Tensor,
 ) -> Tensor:
@@ -179,7 +231,7 @@ def _attention(
         q = kernels.rms_norm(q, weights.q_norm, shape.rms_norm_eps)
         k = kernels.rms_norm(k, weights.k_norm, shape.rms_norm_eps)
     kernels.rope_(q, k, positions, decoder.cos_sin)
-    kernels.append_kv(k, v, kv_cache, metadata.slot_mapping)
+    kernels.append_kv(k, v, kv_cache, slots)
     return kernels.linear(kernels.paged_attention(q, kv_cache, metadata).flatten(1), weights.o)
 
 

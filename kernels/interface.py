@@ -1,5 +1,7 @@
 """The operations a backend offers, with one signature each.
 
+What a step hands over is not frozen, which would triple the time to make it; nobody changes it all the same.
+
 Shapes: T packed tokens (ragged over sequences), B sequences, D head_dim, Hq/Hkv query/KV heads,
 H hidden, I expert width, E experts, k experts per token, V vocabulary. A KV cache of one layer is
 `[num_pages, 2, page_size, Hkv, D]`, keys first.
@@ -8,8 +10,7 @@ H hidden, I expert width, E experts, k experts per token, V vocabulary. A KV cac
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class AttentionMetadata:
     """Where the packed tokens of one forward live in the paged cache.
 
@@ -28,14 +29,28 @@ class AttentionMetadata:
     query_lens: list[int]  # [B], sum = T
     kv_lens: list[int]  # [B], kv_lens >= query_lens
     page_tables: list[list[int]]  # [B], at least ceil(kv_len / page_size) pages each
-    slot_mapping: Tensor  # [T] int64: page * page_size + offset of each token
+    page_size: int
 
-    @cached_property
+    @property
+    def positions(self) -> list[int]:
+        """[T] of each token in its sequence."""
+        return [at for count, end in zip(self.query_lens, self.kv_lens) for at in range(end - count, end)]
+
+    @property
+    def slots(self) -> list[int]:
+        """[T]: page * page_size + offset of each token."""
+        size, spans = self.page_size, zip(self.query_lens, self.kv_lens, self.page_tables)
+        return [pages[at // size] * size + at % size for n, end, pages in spans for at in range(end - n, end)]
+
     def packed(self) -> array[int]:
-        """The lists as int64 in one row, made once for all layers of a forward: query_starts [B + 1], kv_lens [B],
-        page_starts [B + 1], then all page tables."""
-        query_starts = [0, *accumulate(self.query_lens)]
-        return array("q", query_starts + self.kv_lens + flat_page_tables(self.page_tables))
+        """The lists as int64 in one row: query_starts [B + 1], kv_lens [B], page_starts [B + 1], then all page
+        tables."""
+        packed = array("q", accumulate(self.query_lens, initial=0))
+        packed.extend(self.kv_lens)
+        packed.extend(accumulate(map(len, self.page_tables), initial=0))
+        for table in self.page_tables:
+            packed.extend(table)
+        return packed
 
 
 @dataclass(frozen=True)
@@ -126,11 +141,51 @@ class DecoderOutput(NamedTuple):
     unnormed: Tensor
 
 
+class HiddenRows(NamedTuple):
+    """`num_rows` rows of `hidden` [T, H] from `first` on; T may be much larger."""
+
+    hidden: Tensor
+    first: int
+    num_rows: int
+
+    def tensor(self) -> Tensor:
+        """[num_rows, H]"""
+        return self.hidden[self.first : self.first + self.num_rows]
+
+
 GREEDY = -1  # a stream: no noise
 NOT_DRAFTED, NOT_FINITE = -1, -2  # in place of a draft's id
+EXACT_MATCH, TOKEN_REJECTION, BLOCK_VERIFICATION = 0, 1, 2  # verification rules, see `specdec.kernels.rules`
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
+class LogitEdits:
+    """What a request does to single logits, as of its committed tokens; a row after drafts counts these as well. Its
+    owner keeps it up to date.
+
+    In this order. Biases [n] are added to the logits of bias_ids [n]. -inf become: end_ids, in rows after fewer than
+    ends_banned drafts; and the last token of a bad word, word_tokens[word_starts[i] : word_starts[i + 1]], whose others
+    are the last tokens before the row (`recent` holds the last committed ones, as many as a word can need). Where
+    counted_ids is not empty: of these, the tokens of prompt and output, and of the drafts, a positive logit is divided
+    by `repetition`, another one multiplied; `presence` is subtracted where a token occurs in output and drafts, and
+    `frequency` once for each occurrence. counts: occurrences of counted_ids in the output.
+    """
+
+    bias_ids: array[int] = field(default_factory=lambda: array("q"))
+    biases: array[float] = field(default_factory=lambda: array("d"))
+    end_ids: array[int] = field(default_factory=lambda: array("q"))
+    ends_banned: int = 0
+    word_starts: array[int] = field(default_factory=lambda: array("q", [0]))
+    word_tokens: array[int] = field(default_factory=lambda: array("q"))
+    recent: array[int] = field(default_factory=lambda: array("q"))
+    counted_ids: array[int] = field(default_factory=lambda: array("q"))
+    counts: array[int] = field(default_factory=lambda: array("q"))
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
 class RowSampling:
     """How each of R rows of logits becomes a token. Every field has R values.
 
@@ -158,7 +213,6 @@ class RowSampling:
         """Whether `Kernels.truncate_` has anything to cut."""
         return any(self.top_k) or any(self.min_p) or min(self.top_p) < 1
 
-    @cached_property
     def packed(self) -> tuple[array[float], array[int], array[int]]:
         """scales, top_p, min_p as doubles; top_k, streams, positions, starts as int64; seeds as uint64."""
         return (
@@ -167,44 +221,80 @@ class RowSampling:
             array("Q", self.seeds),
         )
 
-    def select(self, rows: list[int], advance: int = 0) -> RowSampling:
-        """Some of the rows, with noise for positions `advance` further on."""
+    def select(self, rows: list[int], advance: list[int] | None = None) -> RowSampling:
+        """Some of the rows, with noise for positions `advance` [n] further on."""
         values = {f.name: [getattr(self, f.name)[r] for r in rows] for f in fields(self)}
-        values["positions"] = [position + advance for position in values["positions"]]
+        if advance is not None:
+            values["positions"] = [position + more for position, more in zip(values["positions"], advance)]
         return RowSampling(**values)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class DraftSampling:
     """How a chain's B sequences draw their drafts, where not all of them take the argmax whatever it is.
 
-    rows: for the first step; positions advance by one per step. min_confidence [B]: a sequence's chain ends before a
-    draft whose law has no probability of at least this (it looks at the law, never at the token drawn from it).
-    probs [Q, K, V] receives the laws of the drafts of those sequences that have a prob_row [B] in it, not -1.
+    rows: for the first step; positions advance by one per step. edits [B]: of the logits before. min_confidence [B]: a
+    sequence's chain ends before a draft whose law has no probability of at least this (it looks at the law, never at
+    the token drawn from it). probs [Q, K, V] receives the laws of the drafts of those sequences that have a prob_row
+    [B] in it, not -1.
     """
 
     rows: RowSampling
+    edits: list[LogitEdits | None]
     min_confidence: list[float]
     probs: Tensor | None
     prob_rows: list[int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class DraftChain:
-    """What a chain of drafts starts from, for B sequences.
+    """What the MTP layer runs in one step of B sequences: their pending pairs, then drafts from the last ones.
 
-    last [B, H]: the MTP layer's outputs at `positions` [B]. counts [B] >= 1: the most drafts of each sequence.
-    page_tables [B]; kv_cache [1, pages, 2, page_size, Hkv, D], appended to. recycle_unnormed: feed back the output
-    before the final norm. sampling: None where every draft is an argmax.
+    input_ids [T] and previous, T rows [B]: the pairs, at `metadata`'s positions. kv_cache [1, pages, 2, page_size, Hkv,
+    D], appended to. counts [B] >= 0: the most drafts of each sequence. recycle_unnormed: feed back the output before
+    the final norm. sampling: None where every draft is an argmax.
     """
 
-    last: DecoderOutput
-    positions: list[int]
-    page_tables: list[list[int]]
+    input_ids: list[int]
+    previous: list[HiddenRows]
+    metadata: AttentionMetadata
     kv_cache: Tensor
     counts: list[int]
     recycle_unnormed: bool
     sampling: DraftSampling | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Verification:
+    """B sequences' drafts before the target's rows, and the rule by which each decides.
+
+    first_rows [B]: of the forward's rows, the one that decides a sequence's next token; those of its drafts follow.
+    drafts [B] of up to K. rules [B]: EXACT_MATCH, TOKEN_REJECTION or BLOCK_VERIFICATION. rows: of each first row;
+    positions advance by one per row; a rejection rule's iteration starts at the first position. edits [B]: of the
+    logits before. prob_rows [B]: of draft_probs [Q, K, V], the laws that the drafts were drawn from; -1: point masses.
+    keep_logits: hand them back.
+    """
+
+    first_rows: list[int]
+    drafts: list[list[int]]
+    rules: list[int]
+    rows: RowSampling
+    edits: list[LogitEdits | None]
+    prob_rows: list[int]
+    draft_probs: Tensor | None
+    keep_logits: bool = False
+
+
+class Verified(NamedTuple):
+    """hidden [T, H]: the target's, after its final norm. token_ids [B]: what each sequence emits, its accepted drafts
+    and one token more, which is -1 where a row of logits that decides is not finite. raw, processed [R, V], or None:
+    the logits of all rows, k + 1 per sequence, before and after edits and truncation; processed ones are valid for the
+    rows of emitted tokens."""
+
+    hidden: Tensor
+    token_ids: list[list[int]]
+    raw: Tensor | None
+    processed: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,14 +311,6 @@ class Residuals:
     q: Tensor | None
     q_rows: list[int]
     excluded: list[int]
-
-
-def flat_page_tables(page_tables: list[list[int]]) -> list[int]:
-    """page_starts [B + 1], then the pages of all tables."""
-    flat = [0, *accumulate(map(len, page_tables))]
-    for table in page_tables:
-        flat += table
-    return flat
 
 
 class Kernels(Protocol):
@@ -318,35 +400,55 @@ class Kernels(Protocol):
     def decode(
         self,
         decoder: Any,
-        input_ids: Tensor,
-        previous: Tensor | None,
-        positions: Tensor,
+        input_ids: list[int],
+        previous: list[HiddenRows] | None,
         metadata: AttentionMetadata,
         kv_cache: Tensor,
         expert_ids: Tensor | None = None,
     ) -> DecoderOutput:
         """The whole of a prepared decoder: embed, fuse (MTP), layers, final norm.
 
-        input_ids, positions [T] int64; previous [T, H], if and only if the decoder has a fusion; kv_cache
+        input_ids [T]; previous, T rows, if and only if the decoder has a fusion; kv_cache
         [layers, pages, 2, page_size, Hkv, D], appended to. expert_ids [layers, T, k] int64 is filled with every
         row's choices, where a layer has experts. Equals `specdec.kernels.composed.decode`, to the bit where the
         backend is row-invariant.
         """
         ...
 
-    def draft_chain(self, decoder: Any, head: Any, chain: DraftChain, expert_ids: Tensor | None = None) -> Tensor:
-        """Drafts of a prepared MTP layer: draft 1 comes from the chain's start; each later one from one more row, which
-        takes the draft before and the output before.
+    def draft_chain(
+        self, decoder: Any, head: Any, chain: DraftChain, expert_ids: Tensor | None = None
+    ) -> list[list[int]]:
+        """Drafts of a prepared MTP layer: draft 1 comes from the last pair's row; each later one from one more row,
+        which takes the draft before and the output before.
 
-        expert_ids [K-1, 1, B, k] int64: the first rows of each step are filled with the experts of the sequences that
-        still draft. -> ids [B, K] int64, K = max(counts): NOT_DRAFTED beyond a sequence's count or where its
-        confidence ended it; where logits are not finite NOT_FINITE, and the whole chain ends.
+        expert_ids [1, T + (K-1) B, k] int64 is filled with the experts of the pairs, then at the beginning of every
+        B rows with those of the sequences that still draft. -> [B] of up to counts ids, fewer where its confidence
+        ended a chain; where logits are not finite the last is NOT_FINITE, and all chains end. Equals
+        `specdec.kernels.composed.draft_chain`.
         """
+        ...
+
+    def verify(
+        self,
+        decoder: Any,
+        head: Any,
+        input_ids: list[int],
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
+        verification: Verification,
+        expert_ids: Tensor | None = None,
+    ) -> Verified:
+        """`decode`, then for the rows that decide: logits -> edits -> truncation -> rules. Equals
+        `specdec.kernels.composed.verify`."""
         ...
 
     def head_argmax(self, x: Tensor, head: Any) -> Tensor:
         """x [R, H], packed head [V, H] -> ids [R] int64: argmax of the logits, the lowest id among equals,
         -1 where a logit is not finite."""
+        ...
+
+    def edit_(self, logits: Tensor, edits: list[LogitEdits | None], drafts: list[list[int]]) -> None:
+        """logits [R, V], contiguous, in at least fp32; edits and the drafts before a row [R]: in place."""
         ...
 
     def truncate_(self, logits: Tensor, sampling: RowSampling) -> None:

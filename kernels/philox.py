@@ -1,10 +1,12 @@
 """Philox4x32-10 (Salmon et al., SC'11), the counter-based generator behind every random number here.
 
 The key is a request's 64-bit seed, the counter (call, position, start, stream); a call gives four words.
-`specdec.rng` says what positions, starts and streams are.
+`specdec.rng` says what positions and starts are.
 """
 
 from __future__ import annotations
+
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +16,15 @@ _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _ROUNDS = 10
+
+
+class Stream(IntEnum):
+    """Independent sources within a request."""
+
+    TARGET = 0
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
 
 
 def philox(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:

@@ -7,6 +7,9 @@ row-invariant: a row agrees with itself in another batch to rounding only.
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,9 +21,13 @@ from specdec.kernels.interface import (
     DecoderOutput,
     DecoderWeights,
     DraftChain,
+    HiddenRows,
+    LogitEdits,
     Residuals,
     RoutingConfig,
     RowSampling,
+    Verification,
+    Verified,
 )
 from specdec.kernels.philox import gumbel_noise, uniforms
 
@@ -126,24 +133,42 @@ class ReferenceKernels:
     def decode(
         self,
         decoder: DecoderWeights,
-        input_ids: Tensor,
-        previous: Tensor | None,
-        positions: Tensor,
+        input_ids: list[int],
+        previous: list[HiddenRows] | None,
         metadata: AttentionMetadata,
         kv_cache: Tensor,
         expert_ids: Tensor | None = None,
     ) -> DecoderOutput:
-        return composed.decode(self, decoder, input_ids, previous, positions, metadata, kv_cache, expert_ids)
+        return composed.decode(self, decoder, input_ids, previous, metadata, kv_cache, expert_ids)
 
     def draft_chain(
         self, decoder: DecoderWeights, head: Tensor, chain: DraftChain, expert_ids: Tensor | None = None
-    ) -> Tensor:
-        return composed.draft_chain(self, decoder, head, chain, None, expert_ids)
+    ) -> list[list[int]]:
+        return composed.draft_chain(self, decoder, head, chain, expert_ids)
+
+    def verify(
+        self,
+        decoder: DecoderWeights,
+        head: Tensor,
+        input_ids: list[int],
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
+        verification: Verification,
+        expert_ids: Tensor | None = None,
+    ) -> Verified:
+        return composed.verify(self, decoder, head, input_ids, metadata, kv_cache, verification, expert_ids)
 
     def head_argmax(self, x: Tensor, head: Tensor) -> Tensor:
         logits = self.linear(x, head)
         best = lowest_argmax(logits)
         return best.where(logits.isfinite().all(-1), -1)
+
+    def edit_(self, logits: Tensor, edits: list[LogitEdits | None], drafts: list[list[int]]) -> None:
+        for row, e, before in zip(logits, edits, drafts, strict=True):
+            if e is not None:
+                row[list(e.bias_ids)] += torch.tensor(e.biases.tolist(), dtype=row.dtype, device=row.device)
+                row[banned_tokens(e, before)] = float("-inf")
+                _penalise_(row, e, before)
 
     def truncate_(self, logits: Tensor, sampling: RowSampling) -> None:
         rows = zip(logits, sampling.scales, sampling.top_k, sampling.top_p, sampling.min_p, strict=True)
@@ -180,6 +205,30 @@ class ReferenceKernels:
 
     def uniforms(self, seeds: list[int], stream: int, positions: list[int], starts: list[int]) -> list[float]:
         return uniforms(seeds, [stream] * len(seeds), positions, starts).tolist()
+
+
+def banned_tokens(e: LogitEdits, drafts: list[int]) -> list[int]:
+    """What may not follow the committed tokens and `drafts`."""
+    banned = e.end_ids.tolist() if len(drafts) < e.ends_banned else []
+    before = [*e.recent, *drafts]
+    for start, end in pairwise(e.word_starts):
+        *others, last = e.word_tokens[start:end]
+        if len(before) >= len(others) and before[len(before) - len(others) :] == others:
+            banned.append(last)
+    return banned
+
+
+def _penalise_(row: Tensor, e: LogitEdits, drafts: list[int]) -> None:
+    if not e.counted_ids:
+        return
+    counts = Counter(dict(zip(e.counted_ids, e.counts)))
+    counts.update(drafts)
+    ids = list(counts)
+    number = torch.tensor([counts[token] for token in ids], dtype=row.dtype, device=row.device)
+    values = row[ids]
+    values = torch.where(values > 0, values / e.repetition, values * e.repetition)
+    values = values - e.presence * number.clamp(max=1)
+    row[ids] = values - e.frequency * number
 
 
 def _keep_top_p_(row: Tensor, scale: float, top_p: float) -> None:

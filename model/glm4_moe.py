@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels import AttentionMetadata, Kernels
-from specdec.kernels.interface import DecoderShape, DecoderWeights
+from specdec.kernels.interface import DecoderShape, DecoderWeights, Verification, Verified
 from specdec.model.config import Glm4MoeConfig
 from specdec.model.layers import Decoder, DecoderLayer, Embedding, Linear, Matrices, RMSNorm, RotaryEmbedding
 
@@ -81,18 +81,20 @@ class Glm4MoeForCausalLM(nn.Module):
             ),
         )
 
-    def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, kv_cache: Tensor) -> Tensor:
-        """Packed tokens [T] and positions [T] -> hidden states [T, H] after the final norm.
+    def forward(self, input_ids: list[int], metadata: AttentionMetadata, kv_cache: Tensor) -> Tensor:
+        """Packed tokens [T] -> hidden states [T, H] after the final norm.
 
         kv_cache [num_layers or more, pages, 2, page_size, Hkv, D]; keys and values are appended to it.
         """
-        return self.decoder(input_ids, None, positions, metadata, kv_cache).normed
+        return self.decoder(input_ids, None, metadata, kv_cache).normed
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> logits [R, V] in at least fp32."""
         logits = self.kernels.linear(hidden, self.head)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def choose_tokens(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H] -> the logits' argmax [R] int64, the lowest id among equals; -1 where one is not finite."""
-        return self.kernels.head_argmax(hidden, self.head)
+    def verify(
+        self, input_ids: list[int], metadata: AttentionMetadata, kv_cache: Tensor, verification: Verification
+    ) -> Verified:
+        """`forward`, and the tokens that each sequence emits after it; see `Kernels.verify`."""
+        return self.decoder.verify(self.head, input_ids, metadata, kv_cache, verification)

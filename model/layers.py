@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels import AttentionMetadata, DecoderOutput, Kernels
-from specdec.kernels.composed import Edit, draft_chain
 from specdec.kernels.interface import (
     AttentionWeights,
     DecoderWeights,
     DraftChain,
+    HiddenRows,
     LayerWeights,
     MLPWeights,
     MoEWeights,
+    Verification,
+    Verified,
 )
 from specdec.model.config import Glm4MoeConfig
 
@@ -284,33 +286,47 @@ class Decoder:
 
     def __call__(
         self,
-        input_ids: Tensor,
-        previous: Tensor | None,
-        positions: Tensor,
+        input_ids: list[int],
+        previous: list[HiddenRows] | None,
         metadata: AttentionMetadata,
         kv_cache: Tensor,
     ) -> DecoderOutput:
         """See `Kernels.decode`."""
-        chosen = None
-        if self._trace is not None:
-            chosen = self._no_experts(len(self.weights.layers), len(input_ids))
-            self._trace.append(DecoderRun(chosen, metadata.kv_lens))
-        return self.kernels.decode(self.prepared, input_ids, previous, positions, metadata, kv_cache, chosen)
+        chosen = self._trace_run(input_ids, metadata)
+        return self.kernels.decode(self.prepared, input_ids, previous, metadata, kv_cache, chosen)
 
-    def draft_chain(self, head: Any, chain: DraftChain, edit: Edit | None = None) -> Tensor:
-        """See `Kernels.draft_chain`; with `edit`, `specdec.kernels.composed.draft_chain`."""
-        chosen = None
-        if self._trace is not None:
-            chosen = self._no_experts(max(chain.counts) - 1, 1, len(chain.counts))
-        if edit is None:
-            drafts = self.kernels.draft_chain(self.prepared, head, chain, chosen)
-        else:
-            drafts = draft_chain(self.kernels, self.prepared, head, chain, edit, chosen)
-        if self._trace is not None and chosen is not None:
-            for step, ids in enumerate(chosen, 1):
-                ran = [b for b, count in enumerate(chain.counts) if count > step and drafts[b, step - 1] >= 0]
-                if ran:
-                    self._trace.append(DecoderRun(ids[:, : len(ran)], [chain.positions[b] + step + 1 for b in ran]))
+    def verify(
+        self,
+        head: Any,
+        input_ids: list[int],
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
+        verification: Verification,
+    ) -> Verified:
+        """See `Kernels.verify`."""
+        chosen = self._trace_run(input_ids, metadata)
+        return self.kernels.verify(self.prepared, head, input_ids, metadata, kv_cache, verification, chosen)
+
+    def _trace_run(self, input_ids: list[int], metadata: AttentionMetadata) -> Tensor | None:
+        if self._trace is None:
+            return None
+        chosen = self._no_experts(len(self.weights.layers), len(input_ids))
+        self._trace.append(DecoderRun(chosen, metadata.kv_lens))
+        return chosen
+
+    def draft_chain(self, head: Any, chain: DraftChain) -> list[list[int]]:
+        """See `Kernels.draft_chain`."""
+        if self._trace is None:
+            return self.kernels.draft_chain(self.prepared, head, chain)
+        num_pairs, num, kv_lens = len(chain.input_ids), len(chain.counts), chain.metadata.kv_lens
+        chosen = self._no_experts(1, num_pairs + max(0, max(chain.counts) - 1) * num)
+        drafts = self.kernels.draft_chain(self.prepared, head, chain, chosen)
+        self._trace.append(DecoderRun(chosen[:, :num_pairs], kv_lens))
+        for step in range(1, max(chain.counts)):
+            ran = [b for b, ids in enumerate(drafts) if min(chain.counts[b] - 1, len(ids)) >= step and min(ids) >= 0]
+            if ran:
+                first = num_pairs + (step - 1) * num
+                self._trace.append(DecoderRun(chosen[:, first : first + len(ran)], [kv_lens[b] + step for b in ran]))
         return drafts
 
     def _no_experts(self, *shape: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from specdec.kernels import AttentionMetadata, Kernels
-from specdec.kernels.interface import DecoderOutput, DecoderWeights, FusionWeights
+from specdec.kernels.interface import DecoderOutput, DecoderWeights, FusionWeights, HiddenRows
 from specdec.model.config import Glm4MoeConfig
 from specdec.model.glm4_moe import Glm4MoeForCausalLM, decoder_shape
 from specdec.model.layers import Decoder, DecoderLayer, Linear, RMSNorm, RotaryEmbedding
@@ -52,11 +52,12 @@ class MTPLayer(DecoderLayer):
         )
 
     def draft(
-        self, previous: Tensor, next_token_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, kv_cache: Tensor
+        self, previous: Tensor, next_token_ids: list[int], metadata: AttentionMetadata, kv_cache: Tensor
     ) -> DecoderOutput:
-        """Pairs (previous [T, H], next token [T]) at `positions` [T] -> outputs [T, H].
+        """Pairs (previous [T, H], next token [T]) at `metadata`'s positions -> outputs [T, H].
 
         `normed` feeds the head and, by default, the next draft step; `unnormed` is the ablation. kv_cache
         [pages, 2, page_size, Hkv, D] is the MTP layer's own; its rows are appended to it.
         """
-        return self.decoder(next_token_ids, previous, positions, metadata, kv_cache.unsqueeze(0))
+        rows = [HiddenRows(previous, 0, len(previous))]
+        return self.decoder(next_token_ids, rows, metadata, kv_cache.unsqueeze(0))

@@ -97,7 +97,7 @@ class IncrementalDetokenizer:
     """Token ids in, text out, never a part of a character.
 
     Byte-level tokens may hold a piece of a UTF-8 character; decoded, an unfinished one is a single U+FFFD at
-    the very end, which is held back until the rest arrives. Each token decodes a short window, from the
+    the very end, which is held back until the rest arrives. Each push decodes a short window, from the
     boundary before the last one, not the whole output.
     """
 
@@ -108,9 +108,9 @@ class IncrementalDetokenizer:
         self._boundary = 0  # no character crosses it
         self._emitted = 0  # characters of the window's text that are out
 
-    def push(self, token_id: int) -> str:
-        """The text this token completes; empty while a character is unfinished."""
-        self._token_ids.append(token_id)
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete; what is unfinished at their end stays back."""
+        self._token_ids += token_ids
         text = self._decode()
         end = len(text) - text.endswith(REPLACEMENT)
         piece = text[self._emitted : end]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from torch import Tensor
-
+from specdec.kernels.interface import HiddenRows
 from specdec.scheduler import ScheduledSequence
 from specdec.sequence import FinishReason, Sequence
-from specdec.target import TargetResult
+from specdec.verify import TargetResult
 
 
 def commit(scheduled: Seq[ScheduledSequence], result: TargetResult) -> None:
@@ -18,7 +17,7 @@ def commit(scheduled: Seq[ScheduledSequence], result: TargetResult) -> None:
         num_accepted = max(0, len(token_ids) - 1)
         _commit_cache_rows(s.sequence, s.num_new_tokens + num_accepted, hidden)
         if token_ids:
-            s.sequence.stats.record_verification(len(hidden) - s.num_new_tokens, num_accepted)
+            s.sequence.stats.record_verification(hidden.num_rows - s.num_new_tokens, num_accepted)
             s.sequence.logprobs += logprobs
             _commit_tokens(s.sequence, token_ids)
 
@@ -30,14 +29,14 @@ def abort(sequence: Sequence) -> None:
     sequence.pending_hidden = None
 
 
-def _commit_cache_rows(sequence: Sequence, num_rows: int, hidden: Tensor) -> None:
+def _commit_cache_rows(sequence: Sequence, num_rows: int, hidden: HiddenRows) -> None:
     """Keeps the KV rows of new and accepted tokens; rejected drafts' rows are overwritten later."""
     sequence.num_computed_tokens += num_rows
     if sequence.speculates:
         # Draft ran the MTP layer over what was pending; these hidden states are for the next extend.
         pending = sequence.pending_hidden
-        sequence.num_mtp_tokens += 0 if pending is None else len(pending)
-        sequence.pending_hidden = hidden[:num_rows].clone()  # a view would keep the whole step's alive
+        sequence.num_mtp_tokens += 0 if pending is None else pending.num_rows
+        sequence.pending_hidden = HiddenRows(hidden.hidden, hidden.first, num_rows)
 
 
 def _commit_tokens(sequence: Sequence, token_ids: list[int]) -> None:
@@ -45,8 +44,8 @@ def _commit_tokens(sequence: Sequence, token_ids: list[int]) -> None:
     before = len(sequence.token_ids)
     for token_id in token_ids:
         sequence.token_ids.append(token_id)
-        if sequence.counts is not None:
-            sequence.counts.add(token_id)
+        if sequence.edits is not None:
+            sequence.edits.advance(token_id)
         sequence.finish_reason = _finish_reason(sequence, token_id)
         if sequence.finished:
             if sequence.output.flush():

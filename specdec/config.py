@@ -91,7 +91,7 @@ class SpeculationParams:
     """How the MTP head drafts and how drafts are verified; the engine's default, or one request's own.
 
     num_speculative_tokens: K, draft tokens per step; 0 switches speculation off (no MTP work at all).
-    verification: the rule at temperature > 0; each keeps the target's distribution, see `specdec.verify`.
+    verification: the rule at temperature > 0; each keeps the target's distribution, see `specdec.kernels.rules`.
         "coupled", drafter-invariant coupling (Daliri et al. 2024): a request's tokens are a function of model,
         prompt, parameters and seed alone, whatever K and batch are. "block", block verification (Sun et al. 2024):
         the most tokens per step. "token", token rejection (Leviathan et al. 2023; Chen et al. 2023).

@@ -14,17 +14,13 @@ from torch import Tensor
 
 from specdec.batch import Extend, build_batch
 from specdec.config import Recycling
-from specdec.edits import LogitRow, edit_logits_
 from specdec.errors import ModelError
-from specdec.kernels import DecoderOutput
-from specdec.kernels.composed import Edit
-from specdec.kernels.interface import GREEDY, NOT_DRAFTED, NOT_FINITE, DraftChain, DraftSampling
+from specdec.kernels.interface import GREEDY, NOT_FINITE, DraftChain, DraftSampling
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.mtp import MTPLayer
 from specdec.rng import Stream
-from specdec.sampling import SampledRows, draft_stream, row_sampling
+from specdec.sampling import draft_stream, row_sampling
 from specdec.scheduler import ScheduledSequence
-from specdec.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -72,83 +68,64 @@ class MTPDrafter:
     def __init__(
         self, target: Glm4MoeForCausalLM, mtp: MTPLayer, kv_cache: Tensor, page_size: int, recycling: Recycling
     ) -> None:
-        self.target, self.mtp, self.kv_cache, self.page_size = target, mtp, kv_cache, page_size
-        self.recycling = recycling
+        self.target, self.mtp, self.page_size, self.recycling = target, mtp, page_size, recycling
+        self.kv_cache = kv_cache.unsqueeze(0)
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
         result = DraftResult.nothing(scheduled)
         extended = [b for b, s in enumerate(scheduled) if s.sequence.pending_hidden is not None]
         if not extended:
             return result
-        last = self._extend([scheduled[b].sequence for b in extended])
-        kept = [i for i, b in enumerate(extended) if scheduled[b].num_draft_tokens > 0]
-        if not kept:
-            return result
-        if len(kept) < len(extended):
-            last = DecoderOutput(last.normed[kept], last.unnormed[kept])
-        drafting = [extended[i] for i in kept]
-        sequences = [scheduled[b].sequence for b in drafting]
-        chain = self._chain(sequences, [scheduled[b].num_draft_tokens for b in drafting], last)
-        edit = _editor(sequences) if any(s.edits_logits for s in sequences) else None
-        ids = self.mtp.decoder.draft_chain(self.target.head, chain, edit).tolist()
-        for i, b in enumerate(drafting):
-            result.draft_token_ids[b] = _drafted(ids[i])
-            result.prob_rows[b] = -1 if chain.sampling is None else chain.sampling.prob_rows[i]
-        return result if chain.sampling is None else replace(result, draft_probs=chain.sampling.probs)
+        chain = self._chain([scheduled[b] for b in extended])
+        sampling = chain.sampling
+        for i, (b, token_ids) in enumerate(zip(extended, self.mtp.decoder.draft_chain(self.target.head, chain))):
+            if NOT_FINITE in token_ids:
+                raise ModelError(
+                    "the MTP layer's logits are not finite: its weights are broken, or its dtype overflows"
+                )
+            result.draft_token_ids[b] = token_ids
+            result.prob_rows[b] = -1 if sampling is None else sampling.prob_rows[i]
+        return result if sampling is None else replace(result, draft_probs=sampling.probs)
 
-    def _chain(self, sequences: list[Sequence], counts: list[int], last: DecoderOutput) -> DraftChain:
+    def _chain(self, scheduled: list[ScheduledSequence]) -> DraftChain:
+        """The pending pairs, with true hidden states, and how many drafts follow the last one of each sequence."""
+        extends, pending = [], []
+        for s in scheduled:
+            sequence, hidden, first = s.sequence, s.sequence.pending_hidden, s.sequence.num_mtp_tokens
+            assert hidden is not None
+            tokens = sequence.token_ids[first + 1 : first + 1 + hidden.num_rows]
+            extends.append(Extend(tokens, first, sequence.page_table))
+            pending.append(hidden)
+        batch = build_batch(extends, self.page_size)
         return DraftChain(
-            last=last,
-            positions=[len(s.token_ids) - 2 for s in sequences],  # of the last pairs
-            page_tables=[s.page_table for s in sequences],
-            kv_cache=self.kv_cache.unsqueeze(0),
-            counts=counts,
+            input_ids=batch.input_ids,
+            previous=pending,
+            metadata=batch.metadata,
+            kv_cache=self.kv_cache,
+            counts=[s.num_draft_tokens for s in scheduled],
             recycle_unnormed=self.recycling == "pre_norm",
-            sampling=self._sampling(sequences, max(counts)),
+            sampling=self._sampling(scheduled),
         )
 
-    def _sampling(self, sequences: list[Sequence], num_steps: int) -> DraftSampling | None:
+    def _sampling(self, scheduled: list[ScheduledSequence]) -> DraftSampling | None:
         """How the chain draws, and room for the laws that rejection rules need; None where it takes every argmax."""
+        sequences = [s.sequence for s in scheduled]
         streams = [draft_stream(s) for s in sequences]
         confidences = [s.speculation.min_draft_confidence for s in sequences]
-        edits = any(s.edits_logits for s in sequences)
-        if not edits and not any(confidences) and all(stream == GREEDY for stream in streams):
+        edits = [s.logit_edits for s in sequences]
+        if not any(edits) and not any(confidences) and all(stream == GREEDY for stream in streams):
             return None
-        num_rows = streams.count(Stream.DRAFT)
+        needed = [
+            stream == Stream.DRAFT and s.num_draft_tokens > 0 for stream, s in zip(streams, scheduled, strict=True)
+        ]
+        kernels, num_rows = self.target.kernels, sum(needed)
         numbers = iter(range(num_rows))
-        prob_rows = [next(numbers) if stream == Stream.DRAFT else -1 for stream in streams]
-        kernels = self.target.kernels
         dtype = torch.promote_types(kernels.activation_dtype, torch.float32)
-        shape = (num_rows, num_steps, self.target.config.vocab_size)
-        probs = torch.empty(shape, dtype=dtype, device=kernels.device) if num_rows else None
-        rows = row_sampling(SampledRows(s, stream, len(s.token_ids)) for s, stream in zip(sequences, streams))
-        return DraftSampling(rows, confidences, probs, prob_rows)
-
-    def _extend(self, sequences: Seq[Sequence]) -> DecoderOutput:
-        """Runs the pending pairs of every sequence, with true hidden states -> the last row of each, [B, H]."""
-        hidden = [pending for s in sequences if (pending := s.pending_hidden) is not None]
-        extends = []
-        for s, rows in zip(sequences, hidden, strict=True):
-            first = s.num_mtp_tokens
-            extends.append(Extend(s.token_ids[first + 1 : first + 1 + len(rows)], first, s.page_table))
-        batch = build_batch(extends, self.page_size, self.kv_cache.device)
-        previous = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        output = self.mtp.draft(previous, batch.input_ids, batch.positions, batch.metadata, self.kv_cache)
-        if len(extends) == 1:
-            return DecoderOutput(output.normed[-1:], output.unnormed[-1:])
-        last = [start + extend_len - 1 for start, extend_len in zip(batch.row_starts, batch.metadata.query_lens)]
-        return DecoderOutput(output.normed[last], output.unnormed[last])
-
-
-def _editor(sequences: Seq[Sequence]) -> Edit:
-    def edit(chosen: list[int], drafts: Tensor, logits: Tensor) -> None:
-        edit_logits_(logits, [LogitRow(sequences[b], before) for b, before in zip(chosen, drafts.tolist())])
-
-    return edit
-
-
-def _drafted(token_ids: list[int]) -> list[int]:
-    """The drafts of one sequence, without what was not drafted."""
-    if NOT_FINITE in token_ids:
-        raise ModelError("the MTP layer's logits are not finite: its weights are broken, or its dtype overflows")
-    return token_ids[: token_ids.index(NOT_DRAFTED)] if NOT_DRAFTED in token_ids else token_ids
+        shape = (num_rows, max(s.num_draft_tokens for s in scheduled), self.target.config.vocab_size)
+        return DraftSampling(
+            rows=row_sampling(sequences, streams),
+            edits=edits,
+            min_confidence=confidences,
+            probs=torch.empty(shape, dtype=dtype, device=kernels.device) if num_rows else None,
+            prob_rows=[next(numbers) if need else -1 for need in needed],
+        )

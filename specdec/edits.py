@@ -1,85 +1,82 @@
-"""What a request's parameters do to single logits: bias, bans and penalties, as of the tokens before each row.
+"""What a request's parameters do to single logits, kept up with its tokens.
 
-A row of logits belongs to a sequence and to the drafts before it, so a penalty counts the drafts that a row presumes
-accepted: the transform is the same function of the context whether drafts led there or not.
+`specdec.kernels.interface.LogitEdits` says what is done to a row, drafts before it included: the transform is the same
+function of the context whether drafts led there or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from itertools import accumulate
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from specdec.sequence import Sequence
+from specdec.config import SamplingParams
+from specdec.kernels.interface import LogitEdits
 
 
-class LogitRow(NamedTuple):
-    """A row of logits: of the token that follows the sequence's tokens and `drafts`."""
+class RequestEdits:
+    """A request's `LogitEdits`, as of its committed tokens."""
 
-    sequence: Sequence
-    drafts: list[int]
+    @classmethod
+    def of(
+        cls,
+        params: SamplingParams,
+        bad_words: Seq[tuple[int, ...]],
+        end_token_ids: frozenset[int],
+        prompt_token_ids: Seq[int],
+    ) -> RequestEdits | None:
+        """bad_words: as token ids. None where the parameters ask for nothing."""
+        if not (params.biases or bad_words or params.min_tokens or params.penalises):
+            return None
+        return cls(params, bad_words, end_token_ids, prompt_token_ids)
 
+    def __init__(
+        self,
+        params: SamplingParams,
+        bad_words: Seq[tuple[int, ...]],
+        end_token_ids: frozenset[int],
+        prompt_token_ids: Seq[int],
+    ) -> None:
+        self._num_recent = max(map(len, bad_words), default=1) - 1
+        self._places: dict[int, int] = {}
+        self._penalises = params.penalises
+        self._edits = LogitEdits(
+            bias_ids=array("q", [token for token, _ in params.biases]),
+            biases=array("d", [bias for _, bias in params.biases]),
+            end_ids=array("q", sorted(end_token_ids)),
+            ends_banned=params.min_tokens,
+            word_starts=array("q", accumulate(map(len, bad_words), initial=0)),
+            word_tokens=array("q", [token for word in bad_words for token in word]),
+            repetition=params.repetition_penalty,
+            presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
+        )
+        for token_id in prompt_token_ids:
+            self._count(token_id, 0)
+        self._remember(prompt_token_ids)
 
-def edit_logits_(logits: Tensor, rows: Seq[LogitRow]) -> None:
-    """logits [R, V], one `LogitRow` each; in place: bias, bans, repetition, presence and frequency penalty."""
-    edited = [(r, row) for r, row in enumerate(rows) if row.sequence.edits_logits]
-    _add_biases(logits, edited)
-    _ban(logits, edited)
-    _penalise(logits, edited)
+    @property
+    def current(self) -> LogitEdits | None:
+        """Of the next token's row; None where there is nothing to do."""
+        e = self._edits
+        return e if e.ends_banned or e.bias_ids or e.word_tokens or e.counted_ids else None
 
+    def advance(self, token_id: int) -> None:
+        """A token is committed."""
+        self._count(token_id, 1)
+        self._remember([token_id])
+        self._edits.ends_banned = max(0, self._edits.ends_banned - 1)
 
-def _add_biases(logits: Tensor, rows: list[tuple[int, LogitRow]]) -> None:
-    biases = [(r, token, bias) for r, row in rows for token, bias in row.sequence.params.biases]
-    if biases:
-        r, tokens, values = zip(*biases)
-        at = _index(logits, r, tokens)
-        logits[at] += torch.tensor(values, dtype=logits.dtype, device=logits.device)
+    def _count(self, token_id: int, occurrences: int) -> None:
+        if not self._penalises:
+            return
+        e = self._edits
+        place = self._places.setdefault(token_id, len(e.counted_ids))
+        if place == len(e.counted_ids):
+            e.counted_ids.append(token_id)
+            e.counts.append(0)
+        e.counts[place] += occurrences
 
-
-def _ban(logits: Tensor, rows: list[tuple[int, LogitRow]]) -> None:
-    bans = [(r, token) for r, row in rows for token in banned_tokens(row)]
-    if bans:
-        logits[_index(logits, *zip(*bans))] = float("-inf")
-
-
-def banned_tokens(row: LogitRow) -> list[int]:
-    """Ends that min_tokens forbids, and the last tokens of bad words whose others stand before the row."""
-    sequence, drafts = row
-    banned: list[int] = []
-    if sequence.num_output_tokens + len(drafts) < sequence.params.min_tokens:
-        banned += sequence.end_token_ids
-    if sequence.bad_words:
-        longest = max(map(len, sequence.bad_words)) - 1
-        before = [*sequence.token_ids[-longest:], *drafts] if longest else []
-        for *start, last in sequence.bad_words:
-            if len(before) >= len(start) and before[len(before) - len(start) :] == start:
-                banned.append(last)
-    return banned
-
-
-def _penalise(logits: Tensor, rows: list[tuple[int, LogitRow]]) -> None:
-    penalised = [(r, row.sequence, row.drafts) for r, row in rows if row.sequence.counts is not None]
-    if not penalised:
-        return
-    parts = [sequence.counts.after(drafts) for _, sequence, drafts in penalised if sequence.counts is not None]
-    sizes = [len(ids) for ids, _ in parts]
-    at = _index(logits, np.repeat([r for r, *_ in penalised], sizes), np.concatenate([ids for ids, _ in parts]))
-    counts = torch.from_numpy(np.concatenate([counts for _, counts in parts])).to(logits)
-
-    def spread(name: str) -> Tensor:
-        values = [getattr(sequence.params, name) for _, sequence, _ in penalised]
-        return torch.from_numpy(np.repeat(np.array(values, np.float64), sizes)).to(logits)
-
-    values, repetition = logits[at], spread("repetition_penalty")
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    values = values - spread("presence_penalty") * (counts > 0)
-    logits[at] = values - spread("frequency_penalty") * counts
-
-
-def _index(logits: Tensor, rows: Iterable[int], tokens: Iterable[int]) -> tuple[Tensor, Tensor]:
-    r, t = (torch.from_numpy(np.asarray(x, np.int64)).to(logits.device) for x in (rows, tokens))
-    return r, t
+    def _remember(self, token_ids: Seq[int]) -> None:
+        if self._num_recent:
+            self._edits.recent = array("q", [*self._edits.recent, *token_ids][-self._num_recent :])

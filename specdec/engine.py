@@ -33,7 +33,7 @@ from specdec.rng import draw_seed
 from specdec.scheduler import Scheduler
 from specdec.sequence import Sequence
 from specdec.step import step
-from specdec.target import TargetVerifier
+from specdec.verify import TargetVerifier
 from specdec.text import OutputText
 
 OFF = SpeculationParams(num_speculative_tokens=0)

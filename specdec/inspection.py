@@ -171,10 +171,10 @@ def teacher_forced(runtime: Runtime, token_ids: list[int]) -> tuple[Tensor, Tens
     assert model.mtp is not None, "there is no MTP layer"
     page_size = cache.shape[3]
     pages = list(range(-(-len(token_ids) // page_size)))
-    batch = build_batch([Extend(token_ids, 0, pages)], page_size, cache.device)
-    hidden = model.target(batch.input_ids, batch.positions, batch.metadata, cache)
-    pairs = build_batch([Extend(token_ids[1:], 0, pages)], page_size, cache.device)
-    output = model.mtp.draft(hidden[:-1], pairs.input_ids, pairs.positions, pairs.metadata, cache[-1])
+    batch = build_batch([Extend(token_ids, 0, pages)], page_size)
+    hidden = model.target(batch.input_ids, batch.metadata, cache)
+    pairs = build_batch([Extend(token_ids[1:], 0, pages)], page_size)
+    output = model.mtp.draft(hidden[:-1], pairs.input_ids, pairs.metadata, cache[-1])
     return model.target.compute_logits(hidden), model.target.compute_logits(output.normed)
 
 

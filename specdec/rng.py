@@ -12,16 +12,10 @@ alone (start 0): that is what makes its output independent of the drafts.
 from __future__ import annotations
 
 import secrets
-from enum import IntEnum
 
+from specdec.kernels.philox import Stream
 
-class Stream(IntEnum):
-    """Independent sources within a request."""
-
-    TARGET = 0
-    DRAFT = 1
-    ACCEPT = 2
-    RESIDUAL = 3
+__all__ = ["Stream", "draw_seed"]
 
 
 def draw_seed() -> int:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import Tensor
-
 from specdec.config import SamplingParams, SpeculationParams
-from specdec.counts import TokenCounts
+from specdec.edits import RequestEdits
+from specdec.kernels.interface import HiddenRows, LogitEdits
 from specdec.logprobs import TokenLogprobs
 from specdec.stats import SequenceStats
 from specdec.text import OutputText
@@ -27,10 +26,10 @@ class Sequence:
 
     token_ids: prompt and output. num_computed_tokens: tokens whose target KV rows are valid; always
     below len(token_ids) while it runs. num_mtp_tokens: committed pairs in the MTP layer's cache.
-    pending_hidden [n, H]: the target's hidden states of the computed tokens that have no MTP row yet,
+    pending_hidden, n rows: the target's hidden states of the computed tokens that have no MTP row yet,
     so num_mtp_tokens + n == num_computed_tokens while speculation is on; None while it is off.
-    max_total_tokens: prompt and output together never exceed it. bad_words: as token ids.
-    counts: of prompt and output tokens; None where no penalty asks for them. logprobs: of the output's tokens.
+    max_total_tokens: prompt and output together never exceed it. bad_words: as token ids. edits: what the parameters
+    do to the next token's logits. logprobs: of the output's tokens.
     """
 
     request_id: str
@@ -46,16 +45,15 @@ class Sequence:
     page_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_mtp_tokens: int = 0
-    pending_hidden: Tensor | None = None
+    pending_hidden: HiddenRows | None = None
     finish_reason: FinishReason | None = None
-    counts: TokenCounts | None = None
+    edits: RequestEdits | None = field(init=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stats: SequenceStats = field(default_factory=SequenceStats)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
-        if self.params.penalises:
-            self.counts = TokenCounts.of_prompt(self.prompt_token_ids)
+        self.edits = RequestEdits.of(self.params, self.bad_words, self.end_token_ids, self.prompt_token_ids)
 
     @property
     def rule(self) -> Rule:
@@ -72,12 +70,9 @@ class Sequence:
         return not self.params.greedy and self.speculation.draft_sampling == "sampled"
 
     @property
-    def edits_logits(self) -> bool:
-        """Whether `specdec.edits` has anything to do for the next token."""
-        params = self.params
-        return bool(
-            params.biases or self.bad_words or self.counts is not None or self.num_output_tokens < params.min_tokens
-        )
+    def logit_edits(self) -> LogitEdits | None:
+        """Of the next token's row; None where there is nothing to do."""
+        return None if self.edits is None else self.edits.current
 
     @property
     def output_token_ids(self) -> list[int]:

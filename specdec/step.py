@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from specdec.commit import commit
 from specdec.draft import Drafter
 from specdec.scheduler import Scheduler
-from specdec.target import TargetVerifier
+from specdec.verify import TargetVerifier
 
 
-@torch.inference_mode()
 def step(scheduler: Scheduler, drafter: Drafter, verifier: TargetVerifier) -> None:
     """Advances every scheduled sequence by a prefill chunk or a verification.
 

@@ -1,164 +1,107 @@
-"""Verification: which drafts to accept and what to emit after them. No model here.
+"""Stage 3, verify: one target forward over new tokens and drafts, then each request's rule.
 
-Glossary. *Draft tokens* d_1..d_k were proposed from laws q_1..q_k. The target's laws p_1..p_{k+1} are known before each
-draft and after the last, both after all of the request's transforms. *Accepted* tokens are a prefix of the drafts;
-after it one more token is always emitted: the *recovered* token where a draft was rejected, the *bonus* token where
-none was.
-
-Rules, all of which keep the target's law:
-
-- *exact match* (`match_choices`): accept drafts while they equal the target's own choice, and emit that choice. The
-  choice is the argmax at temperature 0 ("greedy"), and a sample whose noise the drafts share in "coupled" verification
-  (Daliri et al. 2024, arXiv 2408.07978). The output is the target's own whatever the drafts are.
-- *rejection* (`verify_by_rejection`): "token" (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023,
-  arXiv 2302.01318) and "block" (Sun et al. 2024, arXiv 2403.10444). The drafts must have been drawn from exactly the
-  q that is given here; a greedy draft is a point mass.
+Shapes: B scheduled sequences, R rows that decide tokens (one per draft and one more of each sequence that samples),
+V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from specdec.kernels import Kernels
-from specdec.kernels.interface import Residuals
-from specdec.rng import Stream
+from specdec.batch import Extend, ForwardBatch, build_batch
+from specdec.draft import DraftResult
+from specdec.errors import ModelError
+from specdec.kernels.interface import (
+    BLOCK_VERIFICATION,
+    EXACT_MATCH,
+    TOKEN_REJECTION,
+    HiddenRows,
+    Verification,
+    Verified,
+)
+from specdec.logprobs import TokenLogprobs, token_logprobs
+from specdec.model.glm4_moe import Glm4MoeForCausalLM
+from specdec.sampling import row_sampling, target_stream
+from specdec.scheduler import ScheduledSequence
+from specdec.sequence import Rule, Sequence
+
+RULES: dict[Rule, int] = {
+    "greedy": EXACT_MATCH,
+    "coupled": EXACT_MATCH,
+    "token": TOKEN_REJECTION,
+    "block": BLOCK_VERIFICATION,
+}
 
 
-def match_choices(choices: Seq[int], draft_token_ids: Seq[int]) -> list[int]:
-    """The target's choices [k+1] and one sequence's drafts [k] -> the tokens emitted, which are the choices up to and
-    including the first that the drafts did not foresee."""
-    accepted = 0
-    while accepted < len(draft_token_ids) and draft_token_ids[accepted] == choices[accepted]:
-        accepted += 1
-    return list(choices[: accepted + 1])
+@dataclass(frozen=True, slots=True)
+class TargetResult:
+    """output_token_ids[b]: what sequence b emits, its accepted drafts and one token more; empty where it does not
+    sample. logprobs[b]: of these tokens, where the request asks for them. hidden[b]: the target's hidden states of its
+    rows, the new tokens and then the drafts."""
+
+    output_token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprobs]]
+    hidden: list[HiddenRows]  # [B] of num_new_tokens + num_draft_tokens
 
 
-@dataclass(frozen=True, eq=False)
-class Proposal:
-    """One sequence's drafts before a rejection rule.
+class TargetVerifier:
+    def __init__(self, target: Glm4MoeForCausalLM, kv_cache: Tensor, page_size: int) -> None:
+        self.target, self.kv_cache, self.page_size = target, kv_cache, page_size
 
-    first_row: in target_probs, of p_1; p_2.. follow. prob_row: in draft_probs, of q_1..q_k; -1 where the drafts are
-    point masses. start: the absolute position of d_1.
-    """
+    def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
+        batch = self._build_batch(scheduled, drafts)
+        deciding = [b for b, s in enumerate(scheduled) if s.samples]
+        sequences = [scheduled[b].sequence for b in deciding]
+        rules = [s.rule for s in sequences]
+        verification = Verification(
+            first_rows=[batch.row_starts[b] + scheduled[b].num_new_tokens - 1 for b in deciding],
+            drafts=[drafts.draft_token_ids[b] for b in deciding],
+            rules=[RULES[rule] for rule in rules],
+            rows=row_sampling(sequences, [target_stream(rule) for rule in rules]),
+            edits=[s.logit_edits for s in sequences],
+            prob_rows=[drafts.prob_rows[b] for b in deciding],
+            draft_probs=drafts.draft_probs,
+            keep_logits=any(s.params.logprobs is not None for s in sequences),
+        )
+        verified = self.target.verify(batch.input_ids, batch.metadata, self.kv_cache, verification)
+        output_token_ids: list[list[int]] = [[] for _ in scheduled]
+        for b, token_ids in zip(deciding, verified.token_ids):
+            if token_ids[-1] < 0:
+                raise ModelError("the target's logits are not finite: its weights are broken, or its dtype overflows")
+            output_token_ids[b] = token_ids
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in scheduled]
+        if verification.keep_logits:
+            for b, found in zip(deciding, _logprobs(sequences, verification, verified)):
+                logprobs[b] = found
+        spans = zip(batch.row_starts, batch.metadata.query_lens)
+        hidden = [HiddenRows(verified.hidden, first, count) for first, count in spans]
+        return TargetResult(output_token_ids, logprobs, hidden)
 
-    draft_token_ids: list[int]
-    first_row: int
-    prob_row: int
-    block: bool
-    seed: int
-    start: int
-
-
-def verify_by_rejection(
-    kernels: Kernels, target_probs: Tensor, draft_probs: Tensor | None, proposals: Seq[Proposal]
-) -> list[list[int]]:
-    """target_probs [R, V], draft_probs [Q, K, V] or None -> the tokens that each sequence emits, [B] of 1 to k+1;
-    the last is -1 where a law is not finite."""
-    ratios = _ratios(target_probs, draft_probs, proposals)
-    # r_i of block verification: how much of the drafts' mass the target still wants after i of them; r_0 = 1.
-    reached = [_reached(row) if proposal.block else [1.0] * (len(row) + 1) for proposal, row in zip(proposals, ratios)]
-    thresholds = _thresholds(kernels, target_probs, draft_probs, proposals, ratios, reached)
-    accepted = _accepted(kernels, proposals, thresholds)
-    laws = [(b, a) for b, a in enumerate(accepted)]
-    residuals = _residuals(target_probs, draft_probs, proposals, reached, laws)
-    last = kernels.sample_residual(residuals, _draw(kernels, proposals, Stream.RESIDUAL, laws))
-    return [[*proposal.draft_token_ids[:a], token] for proposal, a, token in zip(proposals, accepted, last)]
-
-
-def _ratios(target_probs: Tensor, draft_probs: Tensor | None, proposals: Seq[Proposal]) -> list[list[float]]:
-    """p_i(d_i) / q_i(d_i), [B] of [k]."""
-    where = [(b, i, d) for b, proposal in enumerate(proposals) for i, d in enumerate(proposal.draft_token_ids)]
-    ratios: list[list[float]] = [[] for _ in proposals]
-    if not where:
-        return ratios
-    tokens = [d for _, _, d in where]
-    p = target_probs[[proposals[b].first_row + i for b, i, _ in where], tokens].tolist()
-    q = [1.0] * len(where)
-    drawn = [n for n, (b, _, _) in enumerate(where) if proposals[b].prob_row >= 0]
-    if drawn and draft_probs is not None:
-        rows, steps = [proposals[where[n][0]].prob_row for n in drawn], [where[n][1] for n in drawn]
-        for n, value in zip(drawn, draft_probs[rows, steps, [tokens[n] for n in drawn]].tolist()):
-            q[n] = value
-    for (b, _, _), p_d, q_d in zip(where, p, q):
-        ratios[b].append(p_d / q_d)
-    return ratios
+    def _build_batch(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> ForwardBatch:
+        extends = []
+        for s, draft_ids in zip(scheduled, drafts.draft_token_ids):
+            start = s.sequence.num_computed_tokens
+            new = s.sequence.token_ids[start : start + s.num_new_tokens]
+            extends.append(Extend(new + draft_ids, start, s.sequence.page_table))
+        return build_batch(extends, self.page_size)
 
 
-def _reached(ratios: list[float]) -> list[float]:
-    """r_0..r_k: r_i = min(1, r_{i-1} p_i(d_i) / q_i(d_i))."""
-    reached = [1.0]
-    for ratio in ratios:
-        reached.append(min(1.0, reached[-1] * ratio))
-    return reached
-
-
-def _thresholds(
-    kernels: Kernels,
-    target_probs: Tensor,
-    draft_probs: Tensor | None,
-    proposals: Seq[Proposal],
-    ratios: list[list[float]],
-    reached: list[list[float]],
-) -> list[list[float]]:
-    """The probabilities that uniforms are compared with, [B] of [k]: min(1, p/q) of "token", h_i of "block"."""
-    thresholds = [
-        reached[b][1:] if proposal.block else [min(1.0, ratio) for ratio in ratios[b]]
-        for b, proposal in enumerate(proposals)
-    ]
-    inner = [(b, i) for b, proposal in enumerate(proposals) if proposal.block for i in range(1, len(ratios[b]))]
-    if inner:
-        residuals = _residuals(target_probs, draft_probs, proposals, reached, inner)
-        for (b, i), mass in zip(inner, kernels.residual_mass(residuals)):
-            r = reached[b][i]
-            thresholds[b][i - 1] = mass / (mass + 1 - r) if r < 1 else 1.0
-    return thresholds
-
-
-def _accepted(kernels: Kernels, proposals: Seq[Proposal], thresholds: list[list[float]]) -> list[int]:
-    """How many drafts each sequence accepts: "token" up to the first uniform that fails, "block" up to the last that
-    does not."""
-    uniforms = iter(
-        _draw(kernels, proposals, Stream.ACCEPT, [(b, i) for b, row in enumerate(thresholds) for i in range(len(row))])
-    )
-    accepted = []
-    for proposal, row in zip(proposals, thresholds):
-        passed = [next(uniforms) < threshold for threshold in row]
-        if proposal.block:
-            accepted.append(max((i for i, ok in enumerate(passed, 1) if ok), default=0))
+def _logprobs(
+    sequences: list[Sequence], verification: Verification, verified: Verified
+) -> Iterator[list[TokenLogprobs]]:
+    """Of each sequence's tokens; none where it does not ask."""
+    assert verified.raw is not None
+    assert verified.processed is not None
+    rows = [len(drafts) + 1 for drafts in verification.drafts]
+    laws = zip(verified.raw.split_with_sizes(rows), verified.processed.split_with_sizes(rows))
+    for sequence, token_ids, (raw, processed) in zip(sequences, verified.token_ids, laws):
+        params = sequence.params
+        if params.logprobs is None:
+            yield []
         else:
-            accepted.append(passed.index(False) if False in passed else len(passed))
-    return accepted
-
-
-def _residuals(
-    target_probs: Tensor,
-    draft_probs: Tensor | None,
-    proposals: Seq[Proposal],
-    reached: list[list[float]],
-    laws: list[tuple[int, int]],
-) -> Residuals:
-    """For each (sequence, i): (r_i p_{i+1} - q_{i+1})+, the law after i accepted drafts; p_{k+1} after all."""
-    p_rows, scales, q_rows, excluded = [], [], [], []
-    num_steps = 0 if draft_probs is None else draft_probs.shape[1]
-    for b, i in laws:
-        proposal = proposals[b]
-        more, drawn = i < len(proposal.draft_token_ids), proposal.prob_row >= 0
-        p_rows.append(proposal.first_row + i)
-        scales.append(reached[b][i])
-        q_rows.append(proposal.prob_row * num_steps + i if more and drawn else -1)
-        excluded.append(proposal.draft_token_ids[i] if more and not drawn else -1)
-    q = None if draft_probs is None else draft_probs.flatten(0, 1)
-    return Residuals(target_probs, p_rows, scales, q, q_rows, excluded)
-
-
-def _draw(kernels: Kernels, proposals: Seq[Proposal], stream: Stream, places: list[tuple[int, int]]) -> list[float]:
-    """Uniforms for the tokens at each (sequence, i-th position of its block)."""
-    return kernels.uniforms(
-        [proposals[b].seed for b, _ in places],
-        stream,
-        [proposals[b].start + i for b, i in places],
-        [proposals[b].start for b, _ in places],
-    )
+            emitted = processed[: len(token_ids)] / (params.temperature or 1.0)
+            yield token_logprobs(token_ids, raw, emitted, params.logprobs)

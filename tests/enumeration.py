@@ -21,10 +21,10 @@ from torch import Tensor
 
 from fakes import tiny_config, write_checkpoint
 from specdec import Engine, SamplingParams
-from specdec.kernels.interface import DecoderOutput, Residuals, RowSampling
+from specdec.kernels.interface import DecoderOutput, HiddenRows, Residuals, RowSampling
 from specdec.kernels.reference import ReferenceKernels, residual_law
+from specdec.kernels.rules import Proposal, verify_by_rejection
 from specdec.rng import Stream
-from specdec.verify import Proposal, verify_by_rejection
 
 Context = tuple[int, ...]
 Law = dict[Context, float]
@@ -113,9 +113,8 @@ class TableKernels(ReferenceKernels):
     def decode(
         self,
         decoder: Any,
-        input_ids: Tensor,
-        previous: Tensor | None,
-        positions: Tensor,
+        input_ids: list[int],
+        previous: list[HiddenRows] | None,
         metadata: Any,
         kv_cache: Tensor,
         expert_ids: Tensor | None = None,
@@ -124,7 +123,7 @@ class TableKernels(ReferenceKernels):
         if previous is None:
             slots = kv_cache[0, :, 0, :, 0, 0]  # [pages, page_size], a view
             page_size = slots.shape[1]
-            for slot, token in zip(metadata.slot_mapping.tolist(), input_ids.tolist()):
+            for slot, token in zip(metadata.slots, input_ids):
                 slots[slot // page_size, slot % page_size] = token
             contexts = []
             for count, kv_len, table in zip(metadata.query_lens, metadata.kv_lens, metadata.page_tables):
@@ -132,8 +131,9 @@ class TableKernels(ReferenceKernels):
                 contexts += [tokens[: kv_len - count + i + 1] for i in range(count)]
             table = 0
         else:
-            before = [self.contexts[i] for i in previous[:, 0].long().tolist()]
-            contexts = [(*context, token) for context, token in zip(before, input_ids.tolist())]
+            numbers = torch.cat([rows.tensor() for rows in previous])[:, 0].long().tolist()
+            before = [self.contexts[i] for i in numbers]
+            contexts = [(*context, token) for context, token in zip(before, input_ids)]
             table = 1
         hidden = torch.zeros(len(contexts), self.hidden_size, dtype=torch.float64)
         for row, context in zip(hidden, contexts):

@@ -81,8 +81,8 @@ class PlainTarget:
     @torch.inference_mode()
     def logits(self, extends: Seq[Extend]) -> Tensor:
         """The logits after the last token of each extend, [B, V] fp64."""
-        batch = build_batch(extends, 1, self.cache.device)
-        hidden = self.model(batch.input_ids, batch.positions, batch.metadata, self.cache)
+        batch = build_batch(extends, 1)
+        hidden = self.model(batch.input_ids, batch.metadata, self.cache)
         last = [start + n - 1 for start, n in zip(batch.row_starts, batch.metadata.query_lens)]
         return self.model.compute_logits(hidden[last]).double().cpu()
 

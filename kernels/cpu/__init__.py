@@ -8,7 +8,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import byref, pointer
+from ctypes import addressof, byref, pointer
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,21 +24,26 @@ from specdec.kernels.cpu.weights import (
     PreparedDecoder,
     address,
     blocks,
+    cache_struct,
     mlp_struct,
     pack,
     pack_gate_up,
     routing_struct,
 )
 from specdec.kernels.interface import (
+    NOT_DRAFTED,
     AttentionMetadata,
     DecoderOutput,
     DecoderWeights,
     DraftChain,
     DraftSampling,
+    HiddenRows,
+    LogitEdits,
     Residuals,
     RoutingConfig,
     RowSampling,
-    flat_page_tables,
+    Verification,
+    Verified,
 )
 
 _num_threads = torch.get_num_threads
@@ -146,64 +152,93 @@ class CpuKernels:
 
     def append_kv(self, k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         self._library.sd_append(
-            byref(_cache(kv_cache)), k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), slot_mapping.data_ptr(),
-            len(slot_mapping),
+            byref(cache_struct(kv_cache)), k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0),
+            slot_mapping.data_ptr(), len(slot_mapping),
         )  # fmt: skip
 
     def paged_attention(self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata) -> Tensor:
-        out = torch.empty(q.shape)
+        out, packed = torch.empty(q.shape), metadata.packed()
         self._library.sd_attention(
-            byref(_cache(kv_cache)), byref(_batch(metadata)), q.shape[1], q.data_ptr(), q.stride(0), out.data_ptr(),
-            _num_threads(),
+            byref(cache_struct(kv_cache)), byref(_batch(len(metadata.kv_lens), packed)), q.shape[1], q.data_ptr(),
+            q.stride(0), out.data_ptr(), _num_threads(),
         )  # fmt: skip
         return out
 
     def decode(
         self,
         decoder: PreparedDecoder,
-        input_ids: Tensor,
-        previous: Tensor | None,
-        positions: Tensor,
+        input_ids: list[int],
+        previous: list[HiddenRows] | None,
         metadata: AttentionMetadata,
         kv_cache: Tensor,
         expert_ids: Tensor | None = None,
     ) -> DecoderOutput:
-        assert (previous is None) == (decoder.weights.fusion is None), "previous states and a fusion belong together"
-        previous = None if previous is None else previous.contiguous()
-        num_rows = input_ids.shape[0]
-        shape = (num_rows, decoder.hidden_size)
+        tokens, shape = array("q", input_ids), (len(input_ids), decoder.hidden_size)
         normed, unnormed = torch.empty(shape), torch.empty(shape)
-        forward = native.Forward(
-            num_rows, input_ids.data_ptr(), positions.data_ptr(), metadata.slot_mapping.data_ptr(),
-            address(previous), _batch(metadata), _cache(kv_cache), kv_cache.stride(0), normed.data_ptr(),
-            unnormed.data_ptr(), address(expert_ids),
-        )  # fmt: skip
+        forward, _alive = _forward(decoder, tokens, previous, metadata, kv_cache, expert_ids)
+        forward.normed, forward.unnormed = normed.data_ptr(), unnormed.data_ptr()
         self._library.sd_decode(byref(decoder.struct), byref(forward), _num_threads())
         return DecoderOutput(normed, unnormed)
 
     def draft_chain(
         self, decoder: PreparedDecoder, head: PackedWeight, chain: DraftChain, expert_ids: Tensor | None = None
-    ) -> Tensor:
+    ) -> list[list[int]]:
         num, steps = len(chain.counts), max(chain.counts)
-        ints = array("q", chain.counts + chain.positions + flat_page_tables(chain.page_tables))
-        counts_at = _at(ints)
-        drafts = torch.empty(num, steps, dtype=torch.int64)
-        normed = chain.last.normed.contiguous()
-        recycled = chain.last.unnormed.contiguous() if chain.recycle_unnormed else normed
+        tokens, counts = array("q", chain.input_ids), array("q", chain.counts)
+        drafts = array("q", bytes(8 * num * steps))
         sampling = None if chain.sampling is None else pointer(_draft_sampling(chain.sampling))
-        struct = native.Chain(
-            num, steps, counts_at, counts_at + 8 * num, counts_at + 16 * num, counts_at + 24 * num + 8,
-            _cache(chain.kv_cache), normed.data_ptr(), recycled.data_ptr(), chain.recycle_unnormed, sampling,
-            drafts.data_ptr(), address(expert_ids),
-        )  # fmt: skip
+        pairs, _alive = _forward(decoder, tokens, chain.previous, chain.metadata, chain.kv_cache, expert_ids)
+        struct = native.Chain(pairs, steps, _at(counts), chain.recycle_unnormed, sampling, _at(drafts))
         self._library.sd_draft_chain(byref(decoder.struct), byref(head.unbiased), byref(struct), _num_threads())
-        return drafts
+        rows = (drafts[b * steps : (b + 1) * steps].tolist() for b in range(num))
+        return [row[: row.index(NOT_DRAFTED)] if NOT_DRAFTED in row else row for row in rows]
+
+    def verify(
+        self,
+        decoder: PreparedDecoder,
+        head: PackedWeight,
+        input_ids: list[int],
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
+        verification: Verification,
+        expert_ids: Tensor | None = None,
+    ) -> Verified:
+        tokens, hidden = array("q", input_ids), torch.empty(len(input_ids), decoder.hidden_size)
+        forward, _alive = _forward(decoder, tokens, None, metadata, kv_cache, expert_ids)
+        forward.normed = hidden.data_ptr()
+        v, num = verification, len(verification.rules)
+        starts = [0, *accumulate(map(len, v.drafts))]
+        num_rows, size = starts[-1] + num, head.shape[0]
+        ints = array("q", v.rules + v.first_rows + starts + v.prob_rows + [d for drafts in v.drafts for d in drafts])
+        emitted = array("q", bytes(8 * (num_rows + num)))
+        raw, processed = (torch.empty(num_rows, size) for _ in range(2)) if v.keep_logits else (None, None)
+        rows, edits, probs, at, to = _sampling(v.rows), _edits(v.edits), v.draft_probs, _at(ints), _at(emitted)
+        struct = native.Verification(
+            rows, at, at + 8 * num, at + 16 * num, at + 24 * num + 8, at + 32 * num + 8, address(probs),
+            0 if probs is None else probs.shape[1], _start(edits), address(raw), address(processed), to,
+            to + 8 * num_rows,
+        )  # fmt: skip
+        self._library.sd_verify(
+            byref(decoder.struct), byref(head.unbiased), byref(forward), byref(struct), _num_threads()
+        )
+        firsts = [start + b for b, start in enumerate(starts)]
+        token_ids = [emitted[first : first + count].tolist() for first, count in zip(firsts, emitted[num_rows:])]
+        return Verified(hidden, token_ids, raw, processed)
 
     def head_argmax(self, x: Tensor, head: PackedWeight) -> Tensor:
         x = x.contiguous()
         ids = torch.empty(x.shape[0], dtype=torch.int64)
         self._library.sd_head_argmax(byref(head.unbiased), x.data_ptr(), x.shape[0], ids.data_ptr(), _num_threads())
         return ids
+
+    def edit_(self, logits: Tensor, edits: list[LogitEdits | None], drafts: list[list[int]]) -> None:
+        assert logits.is_contiguous()
+        structs = _edits(edits)
+        if structs is None:
+            return
+        starts = array("q", [0, *accumulate(map(len, drafts))])
+        tokens = array("q", [token for row in drafts for token in row])
+        self._library.sd_edit(logits.data_ptr(), _start(structs), _at(starts), _at(tokens), *logits.shape)
 
     def truncate_(self, logits: Tensor, sampling: RowSampling) -> None:
         assert logits.is_contiguous()
@@ -260,14 +295,8 @@ def _cut(y: Tensor, size: int) -> Tensor:
     return y if size == y.shape[1] else y[:, :size].contiguous()
 
 
-def _cache(kv_cache: Tensor) -> native.Cache:
-    """[..., pages, 2, page_size, Hkv, D]: of one layer, or of the first of several."""
-    assert kv_cache.is_contiguous()
-    return native.Cache(kv_cache.data_ptr(), DTYPES[kv_cache.dtype], *kv_cache.shape[-3:])
-
-
-def _batch(metadata: AttentionMetadata) -> native.Batch:
-    num, starts = len(metadata.kv_lens), metadata.packed.buffer_info()[0]
+def _batch(num: int, packed: array[int]) -> native.Batch:
+    starts = _at(packed)
     return native.Batch(num, starts, starts + 8 * (num + 1), starts + 8 * (2 * num + 1), starts + 8 * (3 * num + 2))
 
 
@@ -276,19 +305,73 @@ def _at(values: array[Any]) -> int:
 
 
 def _sampling(sampling: RowSampling) -> native.Sampling:
-    reals, ints, seeds = sampling.packed
-    return native.Sampling(len(seeds), _at(reals), _at(ints), _at(seeds))
+    arrays = reals, ints, seeds = sampling.packed()
+    struct = native.Sampling(len(seeds), _at(reals), _at(ints), _at(seeds))
+    struct.arrays = arrays  # they live as long
+    return struct
+
+
+def _forward(
+    decoder: PreparedDecoder,
+    tokens: array[int],
+    previous: list[HiddenRows] | None,
+    metadata: AttentionMetadata,
+    kv_cache: Tensor,
+    expert_ids: Tensor | None,
+) -> tuple[native.Forward, object]:
+    """What a forward reads, where its output goes left out; and what must live as long."""
+    assert (previous is None) == (decoder.weights.fusion is None), "previous states and a fusion belong together"
+    packed, rows = metadata.packed(), None if previous is None else _row_addresses(previous)
+    batch = _batch(len(metadata.kv_lens), packed)
+    forward = native.Forward(
+        len(tokens), _at(tokens), None if rows is None else _at(rows), batch, *decoder.bind(kv_cache), None, None,
+        address(expert_ids),
+    )  # fmt: skip
+    return forward, (packed, rows)
+
+
+def _row_addresses(previous: list[HiddenRows]) -> array[int]:
+    addresses = array("q")
+    for hidden, first, count in previous:
+        assert hidden.is_contiguous()
+        size = 4 * hidden.shape[1]
+        start = hidden.data_ptr() + first * size
+        addresses.extend(range(start, start + count * size, size))
+    return addresses
+
+
+def _edits(edits: list[LogitEdits | None]) -> Any:
+    """An array of structures, which the edits must outlive; or None where there is nothing to do."""
+    if not any(edits):
+        return None
+    return (native.Edits * len(edits))(*(_EDIT_NOTHING if e is None else _edit_struct(e) for e in edits))
+
+
+def _start(structs: Any) -> int | None:
+    return None if structs is None else addressof(structs)
+
+
+_EDIT_NOTHING = native.Edits()
+
+
+def _edit_struct(e: LogitEdits) -> native.Edits:
+    return native.Edits(
+        len(e.bias_ids), _at(e.bias_ids), _at(e.biases), len(e.end_ids), e.ends_banned, _at(e.end_ids),
+        len(e.word_starts) - 1, _at(e.word_starts), _at(e.word_tokens), len(e.recent), _at(e.recent),
+        len(e.counted_ids), _at(e.counted_ids), _at(e.counts), e.repetition, e.presence, e.frequency,
+    )  # fmt: skip
 
 
 def _draft_sampling(sampling: DraftSampling) -> native.DraftSampling:
-    rows, probs = _sampling(sampling.rows), sampling.probs
+    rows, probs, edits = _sampling(sampling.rows), sampling.probs, _edits(sampling.edits)
     assert probs is None or probs.is_contiguous()
     confidence = array("d", sampling.min_confidence)
     prob_rows = array("q", sampling.prob_rows if probs is not None else [-1] * len(confidence))
     struct = native.DraftSampling(
-        rows, _at(confidence), _at(prob_rows), address(probs), 0 if probs is None else probs.shape[1]
-    )
-    struct.arrays = confidence, prob_rows  # they live as long
+        rows, _at(confidence), _at(prob_rows), address(probs), 0 if probs is None else probs.shape[1],
+        _start(edits),
+    )  # fmt: skip
+    struct.arrays = rows.arrays, confidence, prob_rows, edits  # they live as long
     return struct
 
 

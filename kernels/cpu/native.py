@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from time import perf_counter
 from typing import ClassVar
@@ -62,9 +62,8 @@ class Decoder(ctypes.Structure):
 
 class Forward(ctypes.Structure):
     _fields_: ClassVar = [
-        ("rows", c_int64), ("input_ids", c_void_p), ("positions", c_void_p), ("slots", c_void_p),
-        ("previous", c_void_p), ("batch", Batch), ("cache", Cache), ("layer_stride", c_int64), ("normed", c_void_p),
-        ("unnormed", c_void_p), ("expert_ids", c_void_p),
+        ("rows", c_int64), ("input_ids", c_void_p), ("previous", c_void_p), ("batch", Batch), ("cache", Cache),
+        ("layer_stride", c_int64), ("normed", c_void_p), ("unnormed", c_void_p), ("expert_ids", c_void_p),
     ]  # fmt: skip
 
 
@@ -72,19 +71,35 @@ class Sampling(ctypes.Structure):
     _fields_: ClassVar = [("rows", c_int64), ("reals", c_void_p), ("ints", c_void_p), ("seeds", c_void_p)]
 
 
+class Edits(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("num_biases", c_int64), ("bias_ids", c_void_p), ("biases", c_void_p), ("num_ends", c_int64),
+        ("ends_banned", c_int64), ("ends", c_void_p), ("num_words", c_int64), ("word_starts", c_void_p),
+        ("word_tokens", c_void_p), ("num_recent", c_int64), ("recent", c_void_p), ("num_counted", c_int64),
+        ("counted_ids", c_void_p), ("counts", c_void_p), ("repetition", c_double), ("presence", c_double),
+        ("frequency", c_double),
+    ]  # fmt: skip
+
+
 class DraftSampling(ctypes.Structure):
     _fields_: ClassVar = [
         ("rows", Sampling), ("min_confidence", c_void_p), ("prob_rows", c_void_p), ("probs", c_void_p),
-        ("prob_steps", c_int64),
+        ("prob_steps", c_int64), ("edits", c_void_p),
     ]  # fmt: skip
 
 
 class Chain(ctypes.Structure):
     _fields_: ClassVar = [
-        ("num_sequences", c_int64), ("steps", c_int64), ("counts", c_void_p), ("positions", c_void_p),
-        ("page_starts", c_void_p), ("pages", c_void_p), ("cache", Cache), ("normed", c_void_p), ("recycled", c_void_p),
-        ("recycle_unnormed", c_int32), ("sampling", POINTER(DraftSampling)), ("drafts", c_void_p),
-        ("expert_ids", c_void_p),
+        ("pairs", Forward), ("steps", c_int64), ("counts", c_void_p), ("recycle_unnormed", c_int32),
+        ("sampling", POINTER(DraftSampling)), ("drafts", c_void_p),
+    ]  # fmt: skip
+
+
+class Verification(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("rows", Sampling), ("rules", c_void_p), ("first_rows", c_void_p), ("starts", c_void_p),
+        ("prob_rows", c_void_p), ("drafts", c_void_p), ("draft_probs", c_void_p), ("prob_steps", c_int64),
+        ("edits", c_void_p), ("raw", c_void_p), ("processed", c_void_p), ("tokens", c_void_p), ("num_tokens", c_void_p),
     ]  # fmt: skip
 
 
@@ -110,6 +125,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "sd_decode": [_P, _P, _T],
     "sd_draft_chain": [_P, _P, _P, _T],
     "sd_head_argmax": [_P, _P, _I, _P, _T],
+    "sd_verify": [_P, _P, _P, _P, _T],
+    "sd_edit": [_P, _P, _P, _P, _I, _I],
     "sd_softmax": [_P, _P, _I, _I, _P, _T],
     "sd_truncate": [_P, _P, _I, _T],
     "sd_choose": [_P, _P, _I, _P, _T],

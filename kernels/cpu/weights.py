@@ -122,10 +122,17 @@ def _layer_struct(weights: LayerWeights) -> native.Layer:
     return layer
 
 
+def cache_struct(kv_cache: Tensor) -> native.Cache:
+    """[..., pages, 2, page_size, Hkv, D]: of one layer, or of the first of several."""
+    assert kv_cache.is_contiguous()
+    return native.Cache(kv_cache.data_ptr(), DTYPES[kv_cache.dtype], *kv_cache.shape[-3:])
+
+
 class PreparedDecoder:
     """A decoder's structures; keeps the weights they point into alive."""
 
     def __init__(self, weights: DecoderWeights) -> None:
+        self._bound: tuple[Tensor, native.Cache, int] | None = None
         self.weights, self.hidden_size = weights, weights.embedding.shape[1]
         self._layers = (native.Layer * len(weights.layers))(*map(_layer_struct, weights.layers))
         shape, fusion = weights.shape, weights.fusion
@@ -147,3 +154,9 @@ class PreparedDecoder:
         if fusion is not None:
             self.struct.enorm, self.struct.hnorm = fusion.enorm.data_ptr(), fusion.hnorm.data_ptr()
             self.struct.eh_proj = fusion.eh_proj.matrix()
+
+    def bind(self, kv_cache: Tensor) -> tuple[native.Cache, int]:
+        """The cache [layers, ...] and the elements from a layer to the next; the last one is remembered."""
+        if self._bound is None or self._bound[0] is not kv_cache:
+            self._bound = kv_cache, cache_struct(kv_cache), kv_cache.stride(0)
+        return self._bound[1:]

@@ -15,7 +15,8 @@ from enumeration import Enumerator, RandomModel
 from laws import EVERYTHING, LAW_FIELDS, defined_law
 
 from fakes import NEEDS_COMPILER, write_planted_checkpoint
-from specdec import Engine, SamplingParams, SpeculationParams, draft, target
+from specdec import Engine, SamplingParams, SpeculationParams, draft, verify
+from specdec.kernels import rules
 from specdec.kernels.interface import RowSampling
 from specdec.kernels.philox import gumbel_noise
 
@@ -100,8 +101,8 @@ def test_acceptance_is_the_closed_form(tables: Enumerator) -> None:
 
 
 def shift_positions(rows: Callable[..., RowSampling]) -> Callable[..., RowSampling]:
-    def shifted(chosen: object) -> RowSampling:
-        sampling = rows(chosen)
+    def shifted(*given: object) -> RowSampling:
+        sampling = rows(*given)
         return replace(sampling, positions=[position + 1 for position in sampling.positions])
 
     return shifted
@@ -109,7 +110,7 @@ def shift_positions(rows: Callable[..., RowSampling]) -> Callable[..., RowSampli
 
 def test_mutants_with_noise_of_the_next_position_are_seen(tables: Enumerator, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(target, "row_sampling", shift_positions(target.row_sampling))
+        patch.setattr(verify, "row_sampling", shift_positions(verify.row_sampling))
         assert not outputs_are_own_samples(tables)
     with monkeypatch.context() as patch:
         patch.setattr(draft, "row_sampling", shift_positions(draft.row_sampling))
@@ -119,7 +120,7 @@ def test_mutants_with_noise_of_the_next_position_are_seen(tables: Enumerator, mo
 
 
 def test_mutant_that_emits_drafts_is_seen(tables: Enumerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target, "match_choices", lambda choices, drafts: [*drafts, choices[-1]])
+    monkeypatch.setattr(rules, "match_choices", lambda choices, drafts: [*drafts, choices[-1]])
     assert not outputs_are_own_samples(tables)
 
 

@@ -36,7 +36,7 @@ from specdec.batch import Extend, build_batch
 from specdec.draft import DraftResult, MTPDrafter
 from specdec.kernels.reference import ReferenceKernels
 from specdec.kv_cache import allocate_kv_cache
-from specdec.model.mtp import MTPLayer
+from specdec.model.layers import Decoder
 from specdec.scheduler import ScheduledSequence
 
 PROMPTS = ["a", "hello world", "x" * 70, "The quick brown fox", "\n\n", "0123456789" * 5, "zz top"]
@@ -102,7 +102,7 @@ def test_each_draft_step_is_fed_what_it_should(tmp_path: Path, monkeypatch: pyte
     def recording(self: ReferenceKernels, decoder: object, ids: object, previous: object, *rest: object) -> object:
         output = decode(self, decoder, ids, previous, *rest)
         if previous is not None:
-            calls.append((previous, output))
+            calls.append((torch.cat([rows.tensor() for rows in previous]), output))
         return output
 
     monkeypatch.setattr(ReferenceKernels, "decode", recording)
@@ -110,10 +110,10 @@ def test_each_draft_step_is_fed_what_it_should(tmp_path: Path, monkeypatch: pyte
     engine.generate(
         prompt, SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, speculation=SpeculationParams(3))
     )
-    batch = build_batch([Extend(prompt, 0, [0])], 4, torch.device("cpu"))
+    batch = build_batch([Extend(prompt, 0, [0])], 4)
     cache = allocate_kv_cache(engine.checkpoint.config, 3, 1, 4, torch.float32, torch.device("cpu"))
     with torch.inference_mode():
-        hidden = engine.runtime.model.target(batch.input_ids, batch.positions, batch.metadata, cache)
+        hidden = engine.runtime.model.target(batch.input_ids, batch.metadata, cache)
     (extend, first), (step_2, second), (step_3, _) = calls[:3]
     torch.testing.assert_close(extend, hidden)
     for fed, output in ((step_2, first), (step_3, second)):
@@ -129,7 +129,7 @@ def test_drafts_use_the_requests_transform(engine: Engine) -> None:
 
 
 def test_no_speculation_means_no_mtp_work(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MTPLayer, "draft", lambda *_: pytest.fail("the MTP layer ran"))
+    monkeypatch.setattr(Decoder, "draft_chain", lambda *_: pytest.fail("the MTP layer ran"))
     assert len(engine.generate("abc", greedy(0, max_tokens=5))[0].token_ids) == 5
 
 
@@ -228,9 +228,9 @@ def exact_law(engine: Engine, prompt: list[int], params: SamplingParams, length:
         for tokens in itertools.product(range(vocab_size), repeat=n):
             context = prompt + list(tokens)
             cache = allocate_kv_cache(model.config, 3, 1, len(context), torch.float32, torch.device("cpu"))
-            batch = build_batch([Extend(context, 0, [0])], len(context), torch.device("cpu"))
+            batch = build_batch([Extend(context, 0, [0])], len(context))
             with torch.inference_mode():
-                hidden = model.target(batch.input_ids, batch.positions, batch.metadata, cache)
+                hidden = model.target(batch.input_ids, batch.metadata, cache)
                 probs = (model.target.compute_logits(hidden[-1:])[0].double() / params.temperature).softmax(0)
             kept, total = torch.zeros_like(probs), 0.0
             for token in probs.argsort(descending=True).tolist():
@@ -334,9 +334,9 @@ def teacher_forced_logits(engine: Engine, token_ids: list[int]) -> torch.Tensor:
     model, num = engine.runtime.model, len(token_ids)
     kernels = model.target.kernels
     cache = allocate_kv_cache(model.config, 3, 1, num, kernels.activation_dtype, torch.device("cpu"))
-    batch = build_batch([Extend(token_ids, 0, [0])], num, torch.device("cpu"))
+    batch = build_batch([Extend(token_ids, 0, [0])], num)
     with torch.inference_mode():
-        return model.target.compute_logits(model.target(batch.input_ids, batch.positions, batch.metadata, cache))
+        return model.target.compute_logits(model.target(batch.input_ids, batch.metadata, cache))
 
 
 def test_logprobs_come_with_chunks_and_stop_with_the_output(engine: Engine) -> None:
@@ -526,7 +526,7 @@ def test_requests_that_cannot_run_are_refused_before_anything_runs(planted: Path
 
 def test_a_failing_step_leaves_the_engine_usable(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(MTPLayer, "draft", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+        patch.setattr(Decoder, "draft_chain", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
             engine.generate(PROMPTS, greedy(3))
         with pytest.raises(RuntimeError, match="broken"):

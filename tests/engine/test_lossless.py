@@ -22,12 +22,12 @@ from enumeration import (
 from laws import EVERYTHING, LAW_FIELDS, PLAIN, defined_law
 from torch import Tensor
 
-from specdec import SamplingParams, SpeculationParams, draft, target, verify
+from specdec import SamplingParams, SpeculationParams, draft
 from specdec.draft import DraftResult, MTPDrafter
-from specdec.edits import LogitRow
-from specdec.kernels.interface import Residuals, RowSampling
+from specdec.kernels import rules
+from specdec.kernels.interface import GREEDY, LogitEdits, Residuals, RowSampling
+from specdec.kernels.rules import Proposal
 from specdec.rng import Stream
-from specdec.verify import Proposal
 
 EXACT = 1e-12
 
@@ -161,9 +161,9 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 def shared_draft_and_residual_noise(patch: pytest.MonkeyPatch) -> None:
-    draw = verify._draw
+    draw = rules._draw
     patch.setattr(
-        verify, "_draw", lambda k, p, stream, at: draw(k, p, Stream.DRAFT if stream == Stream.RESIDUAL else stream, at)
+        rules, "_draw", lambda k, p, stream, at: draw(k, p, Stream.DRAFT if stream == Stream.RESIDUAL else stream, at)
     )
 
 
@@ -179,17 +179,17 @@ def wrong_q(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_uniform_for_a_block(patch: pytest.MonkeyPatch) -> None:
-    draw = verify._draw
+    draw = rules._draw
 
     def same(kernels: object, proposals: list[Proposal], stream: Stream, at: list[tuple[int, int]]) -> list[float]:
         return draw(kernels, proposals, stream, [(b, 0) for b, _ in at] if stream == Stream.ACCEPT else at)
 
-    patch.setattr(verify, "_draw", same)
+    patch.setattr(rules, "_draw", same)
 
 
 def first_failure_stop_in_block(patch: pytest.MonkeyPatch) -> None:
-    accepted = verify._accepted
-    patch.setattr(verify, "_accepted", lambda k, p, t: accepted(k, [replace(x, block=False) for x in p], t))
+    accepted = rules._accepted
+    patch.setattr(rules, "_accepted", lambda k, p, t: accepted(k, [replace(x, block=False) for x in p], t))
 
 
 def a_draft_dropped_for_its_own_low_q(patch: pytest.MonkeyPatch) -> None:
@@ -208,17 +208,16 @@ def a_draft_dropped_for_its_own_low_q(patch: pytest.MonkeyPatch) -> None:
 def softmax_q_for_greedy_drafts(patch: pytest.MonkeyPatch) -> None:
     """The drafts are argmaxes, judged as if they had been drawn."""
     rows = draft.row_sampling
-
-    def argmaxes(chosen: list[tuple[object, int, int]]) -> RowSampling:
-        sampled = rows(chosen)
-        return replace(sampled, streams=[-1] * len(sampled))
-
-    patch.setattr(draft, "row_sampling", argmaxes)
+    patch.setattr(draft, "row_sampling", lambda sequences, streams: rows(sequences, [GREEDY] * len(streams)))
 
 
 def penalties_blind_to_the_drafts(patch: pytest.MonkeyPatch) -> None:
-    edit = target.edit_logits_
-    patch.setattr(target, "edit_logits_", lambda logits, rows: edit(logits, [LogitRow(r.sequence, []) for r in rows]))
+    edit = TableKernels.edit_
+
+    def blind(self: TableKernels, logits: Tensor, edits: list[LogitEdits | None], drafts: list[list[int]]) -> None:
+        edit(self, logits, edits, [[] for _ in drafts])
+
+    patch.setattr(TableKernels, "edit_", blind)
 
 
 def residual_replaced_by_p(patch: pytest.MonkeyPatch) -> None:
@@ -237,7 +236,7 @@ def without_starts(sampling: RowSampling) -> RowSampling:
 
 def noise_reused_across_iterations(patch: pytest.MonkeyPatch) -> None:
     rows = draft.row_sampling
-    patch.setattr(draft, "row_sampling", lambda chosen: without_starts(rows(chosen)))
+    patch.setattr(draft, "row_sampling", lambda *given: without_starts(rows(*given)))
 
 
 def uniforms_reused_across_iterations(patch: pytest.MonkeyPatch) -> None:
@@ -250,7 +249,7 @@ def uniforms_reused_across_iterations(patch: pytest.MonkeyPatch) -> None:
 
 
 def bonus_from_the_wrong_row(patch: pytest.MonkeyPatch) -> None:
-    residuals = verify._residuals
+    residuals = rules._residuals
 
     def shifted(
         p: Tensor, q: Tensor, proposals: list[Proposal], reached: object, laws: list[tuple[int, int]]
@@ -259,7 +258,7 @@ def bonus_from_the_wrong_row(patch: pytest.MonkeyPatch) -> None:
         bonus = [i > 0 and i == len(proposals[b].draft_token_ids) for b, i in laws]
         return replace(law, p_rows=[row - late for row, late in zip(law.p_rows, bonus)])
 
-    patch.setattr(verify, "_residuals", shifted)
+    patch.setattr(rules, "_residuals", shifted)
 
 
 MUTANTS: list[tuple[Mutation, str]] = [

@@ -15,11 +15,12 @@ from specdec.commit import commit
 from specdec.config import SamplingParams, SpeculationParams
 from specdec.draft import MTPDrafter
 from specdec.kernels import select
+from specdec.kernels.interface import HiddenRows
 from specdec.kv_cache import PagePool, allocate_kv_cache
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
 from specdec.scheduler import ScheduledSequence
 from specdec.sequence import Sequence
-from specdec.target import TargetResult
+from specdec.verify import TargetResult
 from specdec.text import OutputText
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ def commit_random(
         rows.append(torch.randn(s.num_new_tokens + s.num_draft_tokens, 32))
         hidden[b] += rows[b][: s.num_new_tokens + accepted[b]]
         output.append([*draft_ids[b][: accepted[b]], rng.randrange(259)])
-    commit(scheduled, TargetResult(output, [[] for _ in scheduled], rows))
+    commit(scheduled, TargetResult(output, [[] for _ in scheduled], [HiddenRows(h, 0, len(h)) for h in rows]))
 
 
 def recompute(model: LoadedModel, token_ids: list[int], hidden: Tensor, drafts: list[int]) -> list[Tensor]:
@@ -78,8 +79,8 @@ def recompute(model: LoadedModel, token_ids: list[int], hidden: Tensor, drafts: 
     cache = allocate_kv_cache(model.config, 1, 1, length, torch.float32, CPU)[0].fill_(float("nan"))
     tokens, inputs, logits = token_ids[1:], hidden, []
     for draft in [*drafts, None]:
-        batch = build_batch([Extend(tokens, 0, [0])], length, CPU)
-        output = model.mtp.draft(inputs, batch.input_ids, batch.positions, batch.metadata, cache)
+        batch = build_batch([Extend(tokens, 0, [0])], length)
+        output = model.mtp.draft(inputs, batch.input_ids, batch.metadata, cache)
         logits.append(model.target.compute_logits(output.normed[-1:])[0])
         if draft is not None:
             tokens, inputs = [*tokens, draft], torch.cat([inputs, output.normed[-1:]])

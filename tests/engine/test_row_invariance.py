@@ -44,8 +44,8 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, pieces: list[tuple[int, int, list[int]]]) -> list[Tensor]:
         """(sequence, start, tokens) each -> logits of its rows."""
-        batch = build_batch([Extend(tokens, start, self.tables[s]) for s, start, tokens in pieces], self.page_size, CPU)
-        hidden = self.model.target(batch.input_ids, batch.positions, batch.metadata, self.cache)
+        batch = build_batch([Extend(tokens, start, self.tables[s]) for s, start, tokens in pieces], self.page_size)
+        hidden = self.model.target(batch.input_ids, batch.metadata, self.cache)
         return list(self.model.target.compute_logits(hidden).split([len(tokens) for _, _, tokens in pieces]))
 
 

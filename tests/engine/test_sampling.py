@@ -10,15 +10,15 @@ from laws import law_by_transformers
 from torch import Tensor
 
 from specdec import SamplingParams, SpeculationParams
-from specdec.counts import TokenCounts
-from specdec.edits import LogitRow, banned_tokens, edit_logits_
-from specdec.kernels.reference import ReferenceKernels, lowest_argmax
+from specdec.edits import RequestEdits
+from specdec.kernels.reference import ReferenceKernels, banned_tokens, lowest_argmax
 from specdec.rng import Stream
-from specdec.sampling import SampledRows, draft_stream, row_sampling, target_stream
+from specdec.sampling import draft_stream, row_sampling, target_stream
 from specdec.sequence import Sequence
 
 pytest.importorskip("transformers")
 VOCAB_SIZE = 60
+EXACT = ReferenceKernels(torch.device("cpu"), torch.float64)
 
 
 def make_sequence(params: SamplingParams, prompt: list[int], output: list[int], ends: frozenset[int]) -> Sequence:
@@ -28,17 +28,17 @@ def make_sequence(params: SamplingParams, prompt: list[int], output: list[int], 
     )  # fmt: skip
     sequence.token_ids += output
     for token in output:
-        if sequence.counts is not None:
-            sequence.counts.add(token)
+        if sequence.edits is not None:
+            sequence.edits.advance(token)
     return sequence
 
 
 def law(sequence: Sequence, drafts: list[int], logits: Tensor) -> Tensor:
-    kernels, row = ReferenceKernels(torch.device("cpu"), torch.float64), logits.clone()[None]
-    edit_logits_(row, [LogitRow(sequence, drafts)])
-    sampling = row_sampling([SampledRows(sequence, Stream.TARGET, 0)])
-    kernels.truncate_(row, sampling)
-    return kernels.softmax(row, sampling.scales)[0]
+    row = logits.clone()[None]
+    EXACT.edit_(row, [sequence.logit_edits], [drafts])
+    sampling = row_sampling([sequence], [Stream.TARGET])
+    EXACT.truncate_(row, sampling)
+    return EXACT.softmax(row, sampling.scales)[0]
 
 
 def random_case(rng: random.Random) -> tuple[SamplingParams, frozenset[int]]:
@@ -78,7 +78,7 @@ def test_presence_and_frequency_penalties_count_output_and_drafts_only() -> None
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
     sequence = make_sequence(params, [1, 1, 2], [3, 4, 3], frozenset())
     logits = torch.zeros(1, 8, dtype=torch.float64)
-    edit_logits_(logits, [LogitRow(sequence, [3, 2, 5])])
+    EXACT.edit_(logits, [sequence.logit_edits], [[3, 2, 5]])
     assert logits.tolist() == [[0, 0, -0.75, -1.25, -0.75, -0.75, 0, 0]]
 
 
@@ -88,36 +88,41 @@ def test_rows_of_a_batch_are_edited_apart() -> None:
     sequences = [
         make_sequence(p, [1, 2, 3], [rng.randrange(7) for _ in range(i)], ends) for i, (p, ends) in enumerate(cases)
     ]
-    rows = [LogitRow(s, [rng.randrange(7) for _ in range(i)]) for s in sequences for i in range(3)]
-    logits = torch.randn(len(rows), VOCAB_SIZE)
+    edits = [s.logit_edits for s in sequences for _ in range(3)]
+    drafts = [[rng.randrange(7) for _ in range(i)] for _ in sequences for i in range(3)]
+    logits = torch.randn(len(edits), VOCAB_SIZE)
     together = logits.clone()
-    edit_logits_(together, rows)
-    for i, row in enumerate(rows):
+    EXACT.edit_(together, edits, drafts)
+    for i in range(len(edits)):
         alone = logits[i : i + 1].clone()
-        edit_logits_(alone, [row])
+        EXACT.edit_(alone, edits[i : i + 1], drafts[i : i + 1])
         assert torch.equal(alone[0], together[i])
     assert not torch.equal(together, logits)
 
 
-def test_counts_follow_the_tokens() -> None:
-    counts = TokenCounts.of_prompt([5, 5, 7])
+def test_edits_follow_the_tokens() -> None:
+    params = SamplingParams(presence_penalty=0.1, min_tokens=2)
+    edits = RequestEdits.of(params, [(1, 2, 3), (9,)], frozenset({0}), [5, 5, 7])
+    assert edits is not None
+
+    def state() -> tuple[dict[int, int], list[int], int]:
+        e = edits.current
+        assert e is not None
+        return dict(zip(e.counted_ids, e.counts, strict=True)), e.recent.tolist(), e.ends_banned
+
+    assert state() == ({5: 0, 7: 0}, [5, 7], 2)
     for token in (7, 9, 9):
-        counts.add(token)
-
-    def after(drafts: list[int]) -> dict[int, int]:
-        ids, numbers = counts.after(drafts)
-        return dict(zip(ids.tolist(), numbers.tolist(), strict=True))
-
-    assert after([]) == {5: 0, 7: 1, 9: 2}
-    assert after([5, 4, 4, 9]) == {5: 1, 7: 1, 9: 3, 4: 2}
-    assert after([]) == {5: 0, 7: 1, 9: 2}, "drafts leave no trace"
+        edits.advance(token)
+    assert state() == ({5: 0, 7: 1, 9: 2}, [9, 9], 0)
+    assert RequestEdits.of(SamplingParams(), [], frozenset({0}), [5]) is None
 
 
 def test_ends_are_banned_until_min_tokens_in_every_row() -> None:
     sequence = make_sequence(SamplingParams(min_tokens=4), [1], [2, 3], frozenset({0, 9}))
-    assert [sorted(banned_tokens(LogitRow(sequence, [2] * n))) for n in range(4)] == [[0, 9], [0, 9], [], []]
-    assert sequence.edits_logits
-    assert not make_sequence(SamplingParams(min_tokens=2), [1], [2, 3], frozenset({0})).edits_logits
+    edits = sequence.logit_edits
+    assert edits is not None
+    assert [sorted(banned_tokens(edits, [2] * n)) for n in range(4)] == [[0, 9], [0, 9], [], []]
+    assert make_sequence(SamplingParams(min_tokens=2), [1], [2, 3], frozenset({0})).logit_edits is None
 
 
 def test_streams_of_rules_and_drafts() -> None:
@@ -132,8 +137,10 @@ def test_streams_of_rules_and_drafts() -> None:
     assert streams(1, "block", "sampled")[1] == streams(1, "token", "sampled")[1] == Stream.DRAFT
     assert streams(1, "token", "greedy")[1] == -1
     sequence = make_sequence(SamplingParams(), [1, 2], [3], frozenset())
-    rows = row_sampling([SampledRows(sequence, Stream.DRAFT, 5), SampledRows(sequence, Stream.TARGET, 7, 2)])
-    assert (rows.starts, rows.positions, rows.seeds) == ([3, 0, 0], [5, 7, 8], [1, 1, 1])
+    rows = row_sampling([sequence, sequence], [Stream.DRAFT, Stream.TARGET])
+    assert (rows.starts, rows.positions, rows.seeds) == ([3, 0], [3, 3], [1, 1])
+    later = rows.select([1, 1], [0, 2])
+    assert (later.starts, later.positions, later.seeds) == ([0, 0], [3, 5], [1, 1])
 
 
 def test_the_lowest_index_among_equals() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specdec import CacheFullError, SamplingParams, SpeculationParams
+from specdec.kernels.interface import HiddenRows
 from specdec.kv_cache import PagePool
 from specdec.scheduler import Scheduler
 from specdec.sequence import Sequence
@@ -28,7 +29,7 @@ def advance(sequence: Sequence, num_new: int, num_draft: int, rng: random.Random
     accepted = rng.randint(0, num_draft)
     sequence.num_computed_tokens += num_new + accepted
     if sequence.speculates:
-        sequence.pending_hidden = torch.zeros(1)
+        sequence.pending_hidden = HiddenRows(torch.zeros(1, 1), 0, 1)
     if samples:
         sequence.token_ids += [1] * (accepted + 1)
         if len(sequence.token_ids) >= sequence.max_total_tokens or rng.random() < 0.05:

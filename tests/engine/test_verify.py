@@ -10,8 +10,8 @@ from torch import Tensor
 
 from specdec.kernels.philox import uniforms
 from specdec.kernels.reference import ReferenceKernels
+from specdec.kernels.rules import Proposal, match_choices, verify_by_rejection
 from specdec.rng import Stream
-from specdec.verify import Proposal, match_choices, verify_by_rejection
 
 
 class GivenUniforms(ReferenceKernels):

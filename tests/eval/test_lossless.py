@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,11 +19,10 @@ from laws import law_by_transformers
 from torch import Tensor
 from typer.testing import CliRunner
 
-import specdec.target
-import specdec.verify
 from fakes import KERNELS, tiny_config, write_checkpoint
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.cli import app
+from specdec.edits import RequestEdits
 from specdec.eval.lossless import Certificate, LosslessOptions, certify, equality, evidence
 from specdec.eval.lossless.contexts import build_levels, visit_contexts
 from specdec.eval.lossless.evidence import (
@@ -38,7 +38,9 @@ from specdec.eval.lossless.law import PlainTarget, edited_logits, truncated_prob
 from specdec.eval.lossless.plan import Combination, combinations, make_plan
 from specdec.eval.lossless.small import main as small_checkpoint_main
 from specdec.eval.lossless.small import write_small_checkpoint
-from specdec.kernels.interface import Residuals
+from specdec.kernels import composed, rules
+from specdec.kernels.cpu import CpuKernels
+from specdec.kernels.interface import LogitEdits, Residuals
 
 pytest.importorskip("transformers")
 OPTIONS = LosslessOptions(samples=320, num_speculative_tokens=2, comparison_prompts=1, comparison_seeds=1)
@@ -314,27 +316,41 @@ def test_a_lossless_engine_passes(small: Path, few_comparisons: None, kernels: s
 Breaker = Callable[[pytest.MonkeyPatch], None]
 
 
+def by_single_operations(patch: pytest.MonkeyPatch) -> None:
+    """Verification by the rules in Python, where they can be broken."""
+    patch.setattr(CpuKernels, "verify", composed.verify)
+
+
 def residual_is_p(patch: pytest.MonkeyPatch) -> None:
-    right = specdec.verify._residuals
+    by_single_operations(patch)
+    right = rules._residuals
 
     def wrong(*args: Any) -> Residuals:
         laws = right(*args)
         return replace(laws, q_rows=[-1] * len(laws.q_rows), excluded=[-1] * len(laws.excluded))
 
-    patch.setattr(specdec.verify, "_residuals", wrong)
+    patch.setattr(rules, "_residuals", wrong)
 
 
 def drafts_judged_at_another_temperature(patch: pytest.MonkeyPatch) -> None:
-    right = specdec.verify._ratios
+    by_single_operations(patch)
+    right = rules._ratios
 
     def wrong(p: Tensor, q: Tensor | None, proposals: Any) -> list[list[float]]:
         return right(p, None if q is None else q**2 / (q**2).sum(-1, keepdim=True), proposals)
 
-    patch.setattr(specdec.verify, "_ratios", wrong)
+    patch.setattr(rules, "_ratios", wrong)
 
 
 def bans_are_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("specdec.edits.banned_tokens", lambda row: [])
+    right = RequestEdits.current.fget
+    assert right is not None
+
+    def without(self: RequestEdits) -> LogitEdits | None:
+        edits, nothing = right(self), array("q")
+        return edits and replace(edits, end_ids=nothing, word_starts=array("q", [0]), word_tokens=nothing)
+
+    patch.setattr(RequestEdits, "current", property(without))
 
 
 @pytest.mark.parametrize(
@@ -379,7 +395,8 @@ def combinations_of(certificate: Certificate) -> list[Combination]:
 def test_drafts_emitted_in_place_of_choices_fail(
     small: Path, few_comparisons: None, monkeypatch: pytest.MonkeyPatch, kernels: str
 ) -> None:
-    monkeypatch.setattr(specdec.target, "match_choices", lambda choices, drafts: [*drafts, choices[len(drafts)]])
+    by_single_operations(monkeypatch)
+    monkeypatch.setattr(rules, "match_choices", lambda choices, drafts: [*drafts, choices[len(drafts)]])
     certificate = run(small, kernels, rules=("coupled",), samples=1200)
     assert failed_parts(certificate) == {"sampling", "greedy", "coupled"}
     comparison = certificate.greedy
@@ -393,7 +410,8 @@ def test_drafts_emitted_in_place_of_choices_fail(
 def test_near_ties_are_rounding_where_rows_are_not_invariant(
     small: Path, few_comparisons: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(specdec.target, "match_choices", lambda choices, drafts: [*drafts, choices[len(drafts)]])
+    by_single_operations(monkeypatch)
+    monkeypatch.setattr(rules, "match_choices", lambda choices, drafts: [*drafts, choices[len(drafts)]])
     monkeypatch.setattr(equality, "TIE", math.inf)
     plan = make_plan(replace(OPTIONS, model=str(small), kernels="reference"))
     cases = [c for c in equality.greedy_cases(plan) if c.name == "plain"]

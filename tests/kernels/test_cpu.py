@@ -155,10 +155,9 @@ class PagedSequences:
 
     def attend(self, q: Tensor, parts: list[tuple[int, int, int]]) -> Tensor:
         """parts: (sequence, first query position, one after the last)."""
-        slots = torch.tensor([slot for s, a, b in parts for slot in self.slots(s, a, b)])
-        metadata = AttentionMetadata(
-            [b - a for _, a, b in parts], [b for _, _, b in parts], [self.tables[s] for s, _, _ in parts], slots
-        )
+        tables = [self.tables[s] for s, _, _ in parts]
+        metadata = AttentionMetadata([b - a for _, a, b in parts], [b for _, _, b in parts], tables, self.page_size)
+        assert metadata.slots == [slot for s, a, b in parts for slot in self.slots(s, a, b)]
         return self.kernels.paged_attention(q, self.cache, metadata)
 
 
@@ -183,7 +182,7 @@ def test_attention_is_right_and_row_invariant(
             out = paged.attend(torch.cat([queries[s][a:b] for s, a, b in parts]), parts)
             assert torch.equal(out, torch.cat([whole[s][a:b] for s, a, b in parts]))
         if page_size == 5:
-            metadata = AttentionMetadata(kv_lens, kv_lens, paged.tables, torch.tensor([0]))
+            metadata = AttentionMetadata(kv_lens, kv_lens, paged.tables, page_size)
             expected = EXACT.paged_attention(torch.cat(queries).double(), paged.cache.double(), metadata)
             torch.testing.assert_close(torch.cat(whole).double(), expected, rtol=1e-4, atol=1e-5)
     for other in outputs[1:]:

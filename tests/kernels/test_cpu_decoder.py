@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,21 @@ import torch
 from torch import Tensor
 
 from fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
-from specdec.batch import Extend, build_batch
-from specdec.kernels import DecoderOutput, composed
+from sampled_rows import mixed_rows, random_edits
+from specdec.batch import Extend, ForwardBatch, build_batch
+from specdec.kernels import AttentionMetadata, composed
 from specdec.kernels.cpu import CpuKernels
-from specdec.kernels.interface import GREEDY, NOT_DRAFTED, NOT_FINITE, DraftChain, DraftSampling, RowSampling
+from specdec.kernels.interface import (
+    BLOCK_VERIFICATION,
+    EXACT_MATCH,
+    GREEDY,
+    NOT_FINITE,
+    TOKEN_REJECTION,
+    DraftChain,
+    DraftSampling,
+    HiddenRows,
+    Verification,
+)
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
 
 pytestmark = NEEDS_COMPILER
@@ -79,9 +91,9 @@ def test_a_decoder_is_its_operations_to_the_bit(model: LoadedModel, kv_dtype: to
             count = min(rows // len(sequences) + (i < rows % len(sequences)), LENGTH - lengths[s])
             extends.append(Extend([rng.randrange(vocab) for _ in range(count)], lengths[s], table(s)))
             lengths[s] += count
-        batch = build_batch([e for e in extends if e.token_ids], PAGE_SIZE, CPU)
+        batch = build_batch([e for e in extends if e.token_ids], PAGE_SIZE)
         num = len(batch.input_ids)
-        previous = torch.randn(num, model.config.hidden_size, generator=torch.Generator().manual_seed(rows))
+        previous = hidden_rows(model, batch.metadata.query_lens, seed=rows)
         assert model.mtp is not None
         for decoder, hidden, layers in (
             (model.target.decoder, None, slice(-1)),
@@ -90,18 +102,9 @@ def test_a_decoder_is_its_operations_to_the_bit(model: LoadedModel, kv_dtype: to
             ids = [
                 torch.full((len(decoder.weights.layers), num, model.config.num_experts_per_tok), -1) for _ in range(2)
             ]
-            ours = kernels.decode(
-                decoder.prepared, batch.input_ids, hidden, batch.positions, batch.metadata, fused[layers], ids[0]
-            )
+            ours = kernels.decode(decoder.prepared, batch.input_ids, hidden, batch.metadata, fused[layers], ids[0])
             theirs = composed.decode(
-                kernels,
-                decoder.weights,
-                batch.input_ids,
-                hidden,
-                batch.positions,
-                batch.metadata,
-                single[layers],
-                ids[1],
+                kernels, decoder.weights, batch.input_ids, hidden, batch.metadata, single[layers], ids[1]
             )
             assert torch.equal(ours.normed, theirs.normed)
             assert torch.equal(ours.unnormed, theirs.unnormed)
@@ -109,30 +112,51 @@ def test_a_decoder_is_its_operations_to_the_bit(model: LoadedModel, kv_dtype: to
         assert torch.equal(fused.view(torch.uint8), single.view(torch.uint8)), "the caches, NaN included"
 
 
-def start(model: LoadedModel, num: int) -> DecoderOutput:
-    generator = torch.Generator().manual_seed(num)
-    return DecoderOutput(*(torch.randn(num, model.config.hidden_size, generator=generator) for _ in range(2)))
-
-
-def both_chains(model: LoadedModel, counts: list[int], positions: list[int], **values: Any) -> list[DraftChain]:
-    """Two equal ones, each with memory of its own."""
-    last, tables = start(model, len(counts)), [table(s) for s in range(len(counts))]
+def hidden_rows(model: LoadedModel, counts: list[int], seed: int) -> list[HiddenRows]:
+    """Every other sequence's lie in a tensor of their own, the rest in one together, with rows between them."""
+    generator = torch.Generator().manual_seed(seed)
+    together = torch.randn(sum(counts) + 3 * len(counts), model.config.hidden_size, generator=generator)
+    own = [torch.randn(count, model.config.hidden_size, generator=generator) for count in counts]
+    firsts = [sum(counts[:b]) + 2 * b + 1 for b in range(len(counts))]
     return [
-        DraftChain(last, positions, tables, c[-1:].nan_to_num(0.5), counts, values["recycle_unnormed"], sampling)
+        HiddenRows(own[b], 0, count) if b % 2 else HiddenRows(together, firsts[b], count)
+        for b, count in enumerate(counts)
+    ]
+
+
+Shape = tuple[list[int], list[int], list[int]]  # of each sequence: most drafts, position of the last pair, pairs
+SHAPES: list[Shape] = [
+    ([4], [7], [3]),
+    ([5, 3, 3, 1], [0, 11, 4, 30], [1, 1, 5, 2]),
+    ([1, 1], [2, 9], [2, 10]),
+    ([0, 0], [2, 9], [2, 1]),
+    ([1, 4, 0, 6, 1, 3], [8, 0, 25, 7, 3, 12], [1, 1, 26, 3, 2, 1]),
+]
+
+
+def both_chains(model: LoadedModel, shape: Shape, **values: Any) -> list[DraftChain]:
+    """Two equal ones, each with memory of its own."""
+    counts, last, num_pairs = shape
+    rng = random.Random(len(counts))
+    input_ids = [rng.randrange(model.config.vocab_size) for _ in range(sum(num_pairs))]
+    metadata = AttentionMetadata(num_pairs, [at + 1 for at in last], [table(s) for s in range(len(counts))], PAGE_SIZE)
+    previous = hidden_rows(model, num_pairs, seed=len(counts))
+    return [
+        DraftChain(input_ids, previous, metadata, c[-1:].nan_to_num(0.5), counts, values["recycle_unnormed"], sampling)
         for c, sampling in zip(caches(model, torch.float32), values.get("sampling", (None, None)))
     ]
 
 
-def assert_its_steps(model: LoadedModel, chains: list[DraftChain]) -> Tensor:
+def assert_its_steps(model: LoadedModel, chains: list[DraftChain]) -> list[list[int]]:
     """The chain as one call and as single operations: the same drafts, experts, caches and probabilities."""
     kernels, mtp = model.target.kernels, model.mtp
     assert mtp is not None
-    prepared, head = mtp.decoder.prepared, model.target.head
-    shape = (max(chains[0].counts) - 1, 1, len(chains[0].counts), model.config.num_experts_per_tok)
-    ids = [torch.full(shape, -1) for _ in range(2)]
+    prepared, head, counts = mtp.decoder.prepared, model.target.head, chains[0].counts
+    num_rows = len(chains[0].input_ids) + max(0, max(counts) - 1) * len(counts)
+    ids = [torch.full((1, num_rows, model.config.num_experts_per_tok), -1) for _ in range(2)]
     ours = kernels.draft_chain(prepared, head, chains[0], ids[0])
-    theirs = composed.draft_chain(kernels, prepared, head, chains[1], None, ids[1])
-    assert torch.equal(ours, theirs)
+    theirs = composed.draft_chain(kernels, prepared, head, chains[1], ids[1])
+    assert ours == theirs
     assert torch.equal(*ids)
     assert torch.equal(chains[0].kv_cache, chains[1].kv_cache)
     probs = [c.sampling.probs for c in chains if c.sampling is not None and c.sampling.probs is not None]
@@ -140,70 +164,60 @@ def assert_its_steps(model: LoadedModel, chains: list[DraftChain]) -> Tensor:
     return ours
 
 
-SHAPES = [([4], [7]), ([5, 3, 3, 1], [0, 11, 4, 30]), ([1, 1], [2, 9]), ([1, 4, 2, 6, 1, 3], [8, 0, 25, 7, 3, 12])]
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("recycle_unnormed", [False, True])
 def test_a_draft_chain_is_its_steps_to_the_bit(model: LoadedModel, recycle_unnormed: bool) -> None:
-    for counts, positions in SHAPES:
-        drafts = assert_its_steps(model, both_chains(model, counts, positions, recycle_unnormed=recycle_unnormed))
-        assert [(row >= 0).sum() for row in drafts] == counts
+    for shape in SHAPES:
+        drafts = assert_its_steps(model, both_chains(model, shape, recycle_unnormed=recycle_unnormed))
+        assert [len(row) for row in drafts] == shape[0]
+        assert all(token >= 0 for row in drafts for token in row)
 
 
 def draft_sampling(
-    model: LoadedModel, num: int, steps: int, min_confidence: list[float], prob_rows: list[int]
+    model: LoadedModel, num: int, steps: int, min_confidence: list[float], prob_rows: list[int], edited: bool = False
 ) -> DraftSampling:
     """Greedy and noisy rows in turns, with every combination of cuts."""
-    rows = RowSampling(
-        scales=[[1.0, 2.5, 0.7][b % 3] for b in range(num)],
-        top_k=[[0, 20, 3][b % 3] for b in range(num)],
-        top_p=[[0.9, 1.0, 0.8, 0.97][b % 4] for b in range(num)],
-        min_p=[[0.0, 0.05][b % 2] for b in range(num)],
-        seeds=[2**64 - 1 - 977 * b for b in range(num)],
-        streams=[[1, GREEDY, 0][b % 3] for b in range(num)],
-        positions=[31 * b + 8 for b in range(num)],
-        starts=[31 * b + 6 for b in range(num)],
-    )
     held = max(prob_rows, default=-1) + 1
     probs = torch.full((held, steps, model.config.vocab_size), -7.0) if held else None
-    return DraftSampling(rows, min_confidence, probs, prob_rows)
+    edits = [random_edits(model.config.vocab_size, seed=b) if edited and b % 3 else None for b in range(num)]
+    return DraftSampling(mixed_rows(num, [1, GREEDY, 0]), edits, min_confidence, probs, prob_rows)
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("edited", [False, True], ids=["plain", "edited"])
 @pytest.mark.parametrize("confident", [False, True], ids=["to the end", "while confident"])
 @pytest.mark.parametrize("with_probs", [False, True], ids=["ids only", "with laws"])
-def test_a_sampled_draft_chain_is_its_steps_to_the_bit(model: LoadedModel, confident: bool, with_probs: bool) -> None:
+def test_a_sampled_draft_chain_is_its_steps_to_the_bit(
+    model: LoadedModel, confident: bool, with_probs: bool, edited: bool
+) -> None:
     ended = 0
-    for counts, positions in SHAPES:
-        num, steps = len(counts), max(counts) + 1
+    for shape in SHAPES:
+        counts, num = shape[0], len(shape[0])
         min_confidence = [[0.04, 0.0, 0.4, 0.08][b % 4] if confident else 0.0 for b in range(num)]
         prob_rows = [b // 2 if b % 2 == 0 else -1 for b in reversed(range(num))] if with_probs else [-1] * num
-        both = [draft_sampling(model, num, steps, min_confidence, prob_rows) for _ in range(2)]
-        chains = both_chains(model, counts, positions, recycle_unnormed=confident, sampling=both)
+        both = [draft_sampling(model, num, max(counts) + 1, min_confidence, prob_rows, edited) for _ in range(2)]
+        chains = both_chains(model, shape, recycle_unnormed=confident, sampling=both)
         drafts = assert_its_steps(model, chains)
-        drafted = [int((row >= 0).sum()) for row in drafts]
-        assert all(n == count if c == 0 else n <= count for n, count, c in zip(drafted, counts, min_confidence))
-        ended += sum(counts) - sum(drafted)
+        for row, count, least in zip(drafts, counts, min_confidence):
+            assert len(row) == count if least == 0 else len(row) <= count
+        ended += sum(counts) - sum(map(len, drafts))
         if with_probs:
             assert_laws(chains[0], drafts)
     assert (ended > 0) == confident
 
 
-def assert_laws(chain: DraftChain, drafts: Tensor) -> None:
+def assert_laws(chain: DraftChain, drafts: list[list[int]]) -> None:
     """One for each draft and for the one at which the confidence ended a chain; each draft is a token of its law."""
     assert chain.sampling is not None
     assert chain.sampling.probs is not None
-    for row, least, count, ids in zip(
-        chain.sampling.prob_rows, chain.sampling.min_confidence, chain.counts, drafts.tolist()
-    ):
+    for row, least, count, ids in zip(chain.sampling.prob_rows, chain.sampling.min_confidence, chain.counts, drafts):
         if row < 0:
             continue
         for step, law in enumerate(chain.sampling.probs[row]):
-            if step < count and (step == 0 or ids[step - 1] >= 0):
+            if step < count and step <= len(ids):
                 assert abs(float(law.double().sum()) - 1) < 1e-6
-                assert (ids[step] >= 0) == (float(law.max()) >= least)
-                assert ids[step] < 0 or law[ids[step]] > 0
+                assert (step < len(ids)) == (float(law.max()) >= least)
+                assert step == len(ids) or law[ids[step]] > 0
             else:
                 assert (law == -7).all()
 
@@ -212,15 +226,93 @@ def assert_laws(chain: DraftChain, drafts: Tensor) -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_chain_ends_where_logits_are_not_finite(model: LoadedModel, sampled: bool) -> None:
     both = [draft_sampling(model, 2, 3, [0.0, 0.5], [0, 1]) if sampled else None for _ in range(2)]
-    chains = both_chains(model, [3, 2], [3, 4], recycle_unnormed=False, sampling=both)
-    chains[0].last.normed[1, 0] = float("nan")  # both chains' start
+    chains = both_chains(model, ([3, 2], [3, 4], [1, 2]), recycle_unnormed=False, sampling=both)
+    chains[0].previous[1].tensor()[1, 0] = float("nan")  # both chains' start
     kernels, mtp = model.target.kernels, model.mtp
     assert mtp is not None
     drafts = kernels.draft_chain(mtp.decoder.prepared, model.target.head, chains[0])
-    assert (drafts >= 0).tolist() == [[True, False, False], [False, False, False]]
-    assert drafts[1, 0] == NOT_FINITE
-    assert drafts[0, 1] == drafts[1, 1] == NOT_DRAFTED
-    assert torch.equal(drafts, composed.draft_chain(kernels, mtp.decoder.prepared, model.target.head, chains[1]))
+    assert drafts[1] == [NOT_FINITE]
+    assert len(drafts[0]) == 1
+    assert drafts[0][0] >= 0
+    assert drafts == composed.draft_chain(kernels, mtp.decoder.prepared, model.target.head, chains[1])
+
+
+RULES = [EXACT_MATCH, TOKEN_REJECTION, BLOCK_VERIFICATION]
+
+
+def verifications(model: LoadedModel, batch: ForwardBatch, seed: int, rules: list[int], edited: bool) -> Verification:
+    """Drafts that are often right: half of them the target's own choices, which decoding once has found out."""
+    rng, vocab = random.Random(seed), model.config.vocab_size
+    counts = [rng.randint(0, n - 1) for n in batch.metadata.query_lens]
+    num, most = len(counts), max(max(counts), 1)
+    q = torch.randn(num, most + 1, vocab, generator=torch.Generator().manual_seed(seed)).mul(3).softmax(-1)
+    rule_of = [rules[b % len(rules)] for b in range(num)]
+    drawn = [rule != EXACT_MATCH and b % 4 != 1 for b, rule in enumerate(rule_of)]
+    starts = zip(batch.row_starts, batch.metadata.query_lens, counts)
+    rows = mixed_rows(num, [GREEDY, 0])
+    return Verification(
+        first_rows=[start + n - 1 - k for start, n, k in starts],
+        drafts=[[int(q[b, i].argmax()) for i in range(k)] for b, k in enumerate(counts)],
+        rules=rule_of,
+        rows=rows if edited else replace(rows, top_k=[0] * num, top_p=[1.0] * num, min_p=[0.0] * num),
+        edits=[random_edits(vocab, seed=b) if edited and b % 3 else None for b in range(num)],
+        prob_rows=[b if d else -1 for b, d in enumerate(drawn)],
+        draft_probs=q if any(drawn) else None,
+        keep_logits=edited and seed % 2 == 0,
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("edited", [False, True], ids=["plain", "edited"])
+@pytest.mark.parametrize("rules", [RULES[:1], RULES], ids=["exact", "mixed"])
+def test_verification_is_its_operations_to_the_bit(model: LoadedModel, rules: list[int], edited: bool) -> None:
+    kernels, decoder, head = model.target.kernels, model.target.decoder, model.target.head
+    emitted = set()
+    for seed in range(12):
+        rng = random.Random(seed)
+        lens = [rng.randint(1, 8) for _ in range(rng.choice([1, 2, 7, 8]))]
+        extends = [
+            Extend([rng.randrange(model.config.vocab_size) for _ in range(n)], 0, table(s)) for s, n in enumerate(lens)
+        ]
+        batch = build_batch(extends, PAGE_SIZE)
+        verification = verifications(model, batch, seed, rules, edited)
+        if rules == RULES[:1] and not edited and seed % 3 == 0:  # nothing but argmaxes
+            verification.rows.streams = [GREEDY] * len(lens)
+        fused, single = caches(model, torch.float32)
+        ours = kernels.verify(decoder.prepared, head, batch.input_ids, batch.metadata, fused, verification)
+        if seed % 4 != 3:  # drafts that it accepts
+            for drafts, tokens in zip(verification.drafts, ours.token_ids):
+                drafts[: len(tokens)] = tokens[: len(drafts)]
+            ours = kernels.verify(decoder.prepared, head, batch.input_ids, batch.metadata, fused, verification)
+        theirs = composed.verify(kernels, decoder.prepared, head, batch.input_ids, batch.metadata, single, verification)
+        assert ours.token_ids == theirs.token_ids
+        assert torch.equal(ours.hidden, theirs.hidden)
+        assert (ours.raw is not None) == (ours.processed is not None) == verification.keep_logits
+        assert theirs.raw is None or torch.equal(ours.raw, theirs.raw)
+        emitted |= {(len(tokens), len(drafts)) for tokens, drafts in zip(ours.token_ids, verification.drafts)}
+        if ours.processed is not None:
+            first = 0
+            for tokens, drafts in zip(ours.token_ids, verification.drafts):
+                rows = slice(first, first + len(tokens))
+                assert torch.equal(ours.processed[rows], theirs.processed[rows])
+                first += len(drafts) + 1
+    assert len(emitted) > 6
+
+
+@torch.inference_mode()
+def test_verification_sees_logits_that_are_not_finite(model: LoadedModel) -> None:
+    kernels, decoder, head = model.target.kernels, model.target.decoder, model.target.head
+    for rule, stream in ((EXACT_MATCH, GREEDY), (EXACT_MATCH, 0), (TOKEN_REJECTION, 0), (BLOCK_VERIFICATION, 0)):
+        cache = caches(model, torch.float32)[0]
+        decoder(list(range(1, 4)), None, AttentionMetadata([3], [3], [table(0)], PAGE_SIZE), cache)
+        for layer in cache[:-1]:
+            layer[table(0)[0], 1, 0] = float("nan")  # a value that every later row sees
+        verification = Verification(
+            [0], [[5]], [rule], replace(mixed_rows(1, [stream]), top_k=[0], top_p=[1.0]), [None], [-1], None
+        )
+        metadata = AttentionMetadata([2], [5], [table(0)], PAGE_SIZE)
+        verified = kernels.verify(decoder.prepared, head, [4, 5], metadata, cache, verification)
+        assert verified.token_ids[0][-1] == -1
 
 
 @pytest.mark.parametrize("first", ["torch", "kernels"])

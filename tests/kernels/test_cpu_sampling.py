@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import random
 import subprocess
 from collections.abc import Callable
 from dataclasses import fields
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fakes import WHY_NO_COMPILER, randn
+from sampled_rows import random_edits
 from specdec.kernels import philox, select
 from specdec.kernels.cpu import CpuKernels, build
 from specdec.kernels.interface import GREEDY, Residuals, RowSampling
@@ -130,6 +132,25 @@ def test_truncate_keeps_ties_of_top_k_and_the_lowest_ids_of_top_p(kernels: CpuKe
     equal = torch.zeros(1, 1000)
     kernels.truncate_(equal, sampling(1, top_p=0.2495))
     assert (equal[0] > -INF).nonzero()[:, 0].tolist() == list(range(250))
+
+
+@pytest.mark.parametrize("size", [4, 40, 5000])
+def test_edits_are_the_reference_edits(kernels: CpuKernels, size: int) -> None:
+    rng = random.Random(size)
+    edits = [random_edits(size, seed) if seed % 5 else None for seed in range(200)]
+    drafts = [[rng.randrange(min(size, 4)) for _ in range(rng.randint(0, 8))] for _ in edits]
+    logits = 3 * randn(len(edits), size)
+    logits[:, 1] = -INF
+    expected, ours = logits.double(), logits.clone()
+    EXACT.edit_(expected, edits, drafts)
+    kernels.edit_(ours, edits, drafts)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(ours[::5], logits[::5])
+    changed = (ours != logits).any(1)
+    assert changed.sum() > 100
+    untouched = logits.clone()
+    kernels.edit_(untouched, [None] * len(edits), drafts)
+    assert torch.equal(untouched, logits)
 
 
 @pytest.mark.parametrize("size", [1, 40, 173])

@@ -113,7 +113,8 @@ def test_paged_attention_equals_dense_causal_attention(page_size: int) -> None:
         queries.append(q)
         tables.append([*table, 0, 0])  # a table may be longer than needed
         last_slots.append(slots[-query_len:])
-    metadata = AttentionMetadata(query_lens, kv_lens, tables, torch.cat(last_slots))
+    metadata = AttentionMetadata(query_lens, kv_lens, tables, page_size)
+    assert metadata.slots == torch.cat(last_slots).tolist()
     out = KERNELS.paged_attention(torch.cat(queries), cache, metadata)
     torch.testing.assert_close(out, torch.stack(expected).view_as(out))
 
@@ -129,7 +130,7 @@ def test_bf16_rounds_where_glm4_moe_does() -> None:
     k, v = randn(40, 2, 16, seed=3).bfloat16(), randn(40, 2, 16, seed=4).bfloat16()
     cache = torch.zeros(1, 2, 40, 2, 16, dtype=torch.bfloat16)
     kernels.append_kv(k, v, cache, torch.arange(40))
-    out = kernels.paged_attention(q, cache, AttentionMetadata([1], [40], [[0]], torch.tensor([39])))
+    out = kernels.paged_attention(q, cache, AttentionMetadata([1], [40], [[0]], 40))
     scores = torch.einsum("hd,shd->hs", q[0].double(), k.double()) / 4
     expected = torch.einsum("hs,shd->hd", scores.softmax(-1), v.double())
     torch.testing.assert_close(out[0].double(), expected, rtol=2**-8, atol=2**-8)

@@ -53,9 +53,9 @@ def forward(model: LoadedModel, token_ids: list[int]) -> tuple[Tensor, Tensor]:
     cache = allocate_kv_cache(
         model.config, model.config.num_hidden_layers + 1, num_pages, PAGE_SIZE, torch.float32, torch.device("cpu")
     ).fill_(float("nan"))
-    batch = build_batch([Extend(token_ids, 0, list(range(num_pages))[::-1])], PAGE_SIZE, torch.device("cpu"))
+    batch = build_batch([Extend(token_ids, 0, list(range(num_pages))[::-1])], PAGE_SIZE)
     with torch.inference_mode():
-        return model.target(batch.input_ids, batch.positions, batch.metadata, cache), cache
+        return model.target(batch.input_ids, batch.metadata, cache), cache
 
 
 def load_transformers(folder: Path, num_layers: int) -> Any:
@@ -131,9 +131,9 @@ def test_mtp_logits_of_step_one_equal_transformers(name: str, kernels: str, tmp_
     assert model.mtp is not None
     token_ids = torch.randint(0, config["vocab_size"], (29,), generator=torch.Generator().manual_seed(5)).tolist()
     hidden, cache = forward(model, token_ids)
-    pairs = build_batch([Extend(token_ids[1:], 0, list(range(cache.shape[1])))], PAGE_SIZE, torch.device("cpu"))
+    pairs = build_batch([Extend(token_ids[1:], 0, list(range(cache.shape[1])))], PAGE_SIZE)
     with torch.inference_mode():
-        output = model.mtp.draft(hidden[:-1], pairs.input_ids, pairs.positions, pairs.metadata, cache[-1])
+        output = model.mtp.draft(hidden[:-1], pairs.input_ids, pairs.metadata, cache[-1])
         ours = model.target.compute_logits(output.normed)
 
         main = load_transformers(tmp_path, config["num_hidden_layers"])

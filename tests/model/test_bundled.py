@@ -64,9 +64,9 @@ def test_target_logits_equal_transformers(engine: Engine) -> None:
     cache = engine.runtime.kv_cache
     for prompt in load_stdlib()[:6]:
         token_ids = engine.tokenizer.encode(prompt.prompt)
-        batch = build_batch([Extend(token_ids, 0, list(range(cache.shape[1])))], engine.config.page_size, cache.device)
+        batch = build_batch([Extend(token_ids, 0, list(range(cache.shape[1])))], engine.config.page_size)
         with torch.inference_mode():
-            hidden = engine.runtime.model.target(batch.input_ids, batch.positions, batch.metadata, cache)
+            hidden = engine.runtime.model.target(batch.input_ids, batch.metadata, cache)
             ours = engine.runtime.model.target.compute_logits(hidden)
             expected = theirs(torch.tensor([token_ids])).logits[0]
         assert (ours - expected).abs().max() <= 1e-4 * max(1.0, expected.std().item())
@@ -126,9 +126,9 @@ def test_held_out_text_costs_what_the_card_says(engine: Engine) -> None:
     cache, nats, count = engine.runtime.kv_cache, 0.0, 0
     for prompt in load_stdlib():
         token_ids = engine.tokenizer.encode(prompt.prompt)
-        batch = build_batch([Extend(token_ids, 0, list(range(cache.shape[1])))], engine.config.page_size, cache.device)
+        batch = build_batch([Extend(token_ids, 0, list(range(cache.shape[1])))], engine.config.page_size)
         with torch.inference_mode():
-            hidden = engine.runtime.model.target(batch.input_ids, batch.positions, batch.metadata, cache)
+            hidden = engine.runtime.model.target(batch.input_ids, batch.metadata, cache)
             losses = torch.nn.functional.cross_entropy(
                 engine.runtime.model.target.compute_logits(hidden[20:-1]), torch.tensor(token_ids[21:]), reduction="sum"
             )

@@ -24,7 +24,7 @@ def tokenizer_with(template: str) -> Tokenizer:
 def test_pieces_add_up_to_the_text_and_never_split_a_character(text: str) -> None:
     """One token per byte: every character beyond ASCII arrives in pieces."""
     detokenizer = IncrementalDetokenizer(TOKENIZER)
-    pieces = [detokenizer.push(token) for token in TOKENIZER.encode(text)]
+    pieces = [detokenizer.push([token]) for token in TOKENIZER.encode(text)]
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) + detokenizer.flush() == text
@@ -32,7 +32,7 @@ def test_pieces_add_up_to_the_text_and_never_split_a_character(text: str) -> Non
 
 def test_a_character_comes_with_its_last_byte() -> None:
     detokenizer = IncrementalDetokenizer(TOKENIZER)
-    assert [detokenizer.push(t) for t in TOKENIZER.encode("a€😀")] == ["a", "", "", "€", "", "", "", "😀"]
+    assert [detokenizer.push([t]) for t in TOKENIZER.encode("a€😀")] == ["a", "", "", "€", "", "", "", "😀"]
     assert detokenizer.flush() == ""
 
 
@@ -40,9 +40,13 @@ def test_any_byte_sequence_gives_what_decode_gives() -> None:
     rng = random.Random(0)
     for _ in range(300):
         tokens = [rng.randrange(259) for _ in range(rng.randint(1, 30))]
-        detokenizer = IncrementalDetokenizer(TOKENIZER, skip_special_tokens=False)
-        text = "".join(map(detokenizer.push, tokens)) + detokenizer.flush()
-        assert text == TOKENIZER.decode(tokens, skip_special_tokens=False)
+        whole = TOKENIZER.decode(tokens, skip_special_tokens=False)
+        for most in (1, 4):  # tokens at a time
+            detokenizer, text, rest = IncrementalDetokenizer(TOKENIZER, skip_special_tokens=False), "", tokens
+            while rest:
+                count = rng.randint(1, most)
+                text, rest = text + detokenizer.push(rest[:count]), rest[count:]
+            assert text + detokenizer.flush() == whole
 
 
 def test_special_tokens_in_a_prompt_are_recognised_and_none_are_added() -> None:
@@ -98,7 +102,7 @@ def test_detokenising_takes_linear_work() -> None:
     """Skipped special tokens are boundaries too: the window must not grow."""
     detokenizer = IncrementalDetokenizer(TOKENIZER)
     for _ in range(50):
-        assert detokenizer.push(1) == ""
+        assert detokenizer.push([1]) == ""
     assert len(detokenizer._token_ids) - detokenizer._window_start <= 2
 
 

@@ -49,8 +49,8 @@ def test_export_gives_the_engine_the_same_logits_and_draft_chains(tmp_path: Path
     tokens = torch.randint(0, CONFIG.vocab_size, (1, length + 1))
     hidden, outputs = net(tokens, 3)
     cache = allocate_kv_cache(model.config, 4, 1, length, torch.float32, CPU)
-    batch = build_batch([Extend(tokens[0, :-1].tolist(), 0, [0])], length, CPU)
-    ours = model.target(batch.input_ids, batch.positions, batch.metadata, cache)
+    batch = build_batch([Extend(tokens[0, :-1].tolist(), 0, [0])], length)
+    ours = model.target(batch.input_ids, batch.metadata, cache)
     torch.testing.assert_close(ours, hidden[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.target.compute_logits(ours), net.lm_head(hidden[0]), rtol=1e-4, atol=1e-4)
 
@@ -60,8 +60,8 @@ def test_export_gives_the_engine_the_same_logits_and_draft_chains(tmp_path: Path
         previous = ours[: first + 1]
         for step in range(3):
             start, end = (0 if step == 0 else first + step), first + step + 1
-            pairs = build_batch([Extend(tokens[0, start + 1 : end + 1].tolist(), start, [0])], length, CPU)
-            output = model.mtp.draft(previous, pairs.input_ids, pairs.positions, pairs.metadata, fresh)
+            pairs = build_batch([Extend(tokens[0, start + 1 : end + 1].tolist(), start, [0])], length)
+            output = model.mtp.draft(previous, pairs.input_ids, pairs.metadata, fresh)
             previous = output.normed[-1:]
             torch.testing.assert_close(previous[0], outputs[step][0, first + step], rtol=1e-4, atol=1e-4)
 

@@ -5,8 +5,7 @@
 #include <functional>
 
 #include "decoder.h"
-#include "draft.h"
-#include "residual.h"
+#include "verify.h"
 
 using namespace specdec;
 
@@ -123,6 +122,17 @@ void sd_head_argmax(const Matrix* head, const float* x, int64_t rows, int64_t* i
   head_argmax(*head, {x, head->in, nullptr, rows}, ids, threads);
 }
 
+// See specdec.kernels.interface.Kernels.verify
+void sd_verify(const Decoder* decoder, const Matrix* head, const Forward* forward, const Verification* verification,
+               int32_t threads) {
+  verify(*decoder, *head, *forward, *verification, threads);
+}
+
+// logits [rows, size], in place; edits [rows], the drafts of row r from starts[r] to starts[r + 1]
+void sd_edit(float* logits, const Edits* edits, const int64_t* starts, const int64_t* drafts, int64_t rows, int64_t size) {
+  for (int64_t r = 0; r < rows; ++r) edits[r].run(drafts + starts[r], starts[r + 1] - starts[r], logits + r * size);
+}
+
 // logits [rows, size], in place; rows as many as `sampling` has
 void sd_truncate(float* logits, const Sampling* sampling, int64_t size, int32_t threads) {
   parallel_rows(sampling->rows, sampling->rows * size, threads, [&](int64_t r) {
@@ -156,7 +166,7 @@ void sd_residual_mass(const Residuals* laws, double* masses, int32_t threads) {
 void sd_sample_residual(const Residuals* laws, const double* uniforms, int64_t* ids, int32_t threads) {
   parallel_rows(laws->num, laws->num * laws->size, threads, [&](int64_t i) {
     static thread_local std::vector<double> sums;
-    ids[i] = sample_residual(*laws, i, uniforms[i], sums);
+    ids[i] = sample(laws->law(i), laws->p_row(i), laws->size, uniforms[i], sums);
   });
 }
 

@@ -38,12 +38,12 @@ struct Decoder {
 // Mirrored by specdec.kernels.cpu.native.Forward.
 struct Forward {
   int64_t rows;
-  const int64_t *input_ids, *positions, *slots;  // [rows]
-  const float* previous;                         // [rows, hidden], or null
+  const int64_t* input_ids;  // [rows]
+  const float* const* previous;  // [rows] of [hidden], or null
   Batch batch;
-  Cache cache;           // of the first layer
-  int64_t layer_stride;  // elements from one layer's cache to the next one's
-  float *normed, *unnormed;  // [rows, hidden]
+  Cache cache;               // of the first layer
+  int64_t layer_stride;      // elements from one layer's cache to the next one's
+  float *normed, *unnormed;  // [rows, hidden]; unnormed may be null
   int64_t* expert_ids;       // [layers, rows, top_k], or null; rows of dense layers are left alone
 };
 
@@ -73,6 +73,7 @@ struct Local {
 
 struct Workspace {
   Buffer qkv, attended, projected, both, inner, out;
+  std::vector<int64_t> positions, slots;  // [rows]: in the sequence, and page * page_size + offset
   std::vector<Local> locals;
 };
 
@@ -88,6 +89,20 @@ struct Sizes {
       : hidden(padded(d.hidden)), q(d.heads * d.head_dim), kv(d.kv_heads * d.head_dim), qkv(padded(q + 2 * kv)),
         experts(padded(d.routing.num_experts)), replicated(f.rows * d.hidden <= REPLICATED_ROWS) {}
 };
+
+// Where each row lies: the rows of a sequence are the last of its cached ones.
+inline void place(const Batch& batch, int64_t page_size, Workspace& w) {
+  w.positions.clear();
+  w.slots.clear();
+  for (int64_t b = 0; b < batch.num_sequences; ++b) {
+    const int64_t* pages = batch.pages + batch.page_starts[b];
+    const int64_t count = batch.query_starts[b + 1] - batch.query_starts[b];
+    for (int64_t at = batch.kv_lens[b] - count; at < batch.kv_lens[b]; ++at) {
+      w.positions.push_back(at);
+      w.slots.push_back(pages[at / page_size] * page_size + at % page_size);
+    }
+  }
+}
 
 // All the memory of a forward, before its threads start.
 inline void prepare(const Decoder& d, const Forward& f, int num_threads, Workspace& w) {
@@ -111,6 +126,7 @@ inline void prepare(const Decoder& d, const Forward& f, int num_threads, Workspa
   w.both.hold(f.rows * 2 * inner);
   w.inner.hold(f.rows * inner);
   w.out.hold(f.rows * (1 + d.routing.top_k) * size.hidden);
+  place(f.batch, f.cache.page_size, w);
 }
 
 // One thread's part of a forward. A phase reads what others wrote before the barrier, and no phase overwrites
@@ -126,7 +142,7 @@ class DecoderRun {
     for (int64_t l = 0; l < d_.num_layers; ++l) layer(l);
     const Range rows = team_.share(f_.rows);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      std::memcpy(f_.unnormed + r * d_.hidden, x(r), sizeof(float) * d_.hidden);
+      if (f_.unnormed) std::memcpy(f_.unnormed + r * d_.hidden, x(r), sizeof(float) * d_.hidden);
       rms_norm(x(r), d_.norm, d_.eps, d_.hidden, f_.normed + r * d_.hidden);
     }
   }
@@ -160,7 +176,7 @@ class DecoderRun {
     float* pair = home_.pair.data();
     for (int64_t r = mine_.begin; r < mine_.end; ++r) {
       rms_norm(x(r), d_.enorm, d_.eps, d_.hidden, pair + r * 2 * d_.hidden);
-      rms_norm(f_.previous + r * d_.hidden, d_.hnorm, d_.eps, d_.hidden, pair + (2 * r + 1) * d_.hidden);
+      rms_norm(f_.previous[r], d_.hnorm, d_.eps, d_.hidden, pair + (2 * r + 1) * d_.hidden);
     }
     sync_rows();
     linear(d_.eh_proj, {pair, 2 * d_.hidden, nullptr, f_.rows}, projected(0), size_.hidden, team_);
@@ -207,8 +223,8 @@ class DecoderRun {
       float* head = qkv(r) + h * d_.head_dim;
       const float* norm = h < d_.heads ? layer.q_norm : layer.k_norm;
       if (norm) rms_norm(head, norm, d_.eps, d_.head_dim, head);
-      rotate(head, d_.cos_sin + f_.positions[r] * d_.rotary_dim, d_.rotary_dim);
-      if (h >= d_.heads) append(cache, f_.slots[r], h - d_.heads, head, head + size_.kv);
+      rotate(head, d_.cos_sin + w_.positions[r] * d_.rotary_dim, d_.rotary_dim);
+      if (h >= d_.heads) append(cache, w_.slots[r], h - d_.heads, head, head + size_.kv);
     }
   }
 

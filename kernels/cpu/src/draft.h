@@ -1,7 +1,9 @@
-// A chain of drafts as one call: head, decoder, head, ... without a word from the host in between.
+// The MTP layer's drafts as one call: the committed pairs, then head, decoder, head, ... without a word from the host
+// in between.
 #pragma once
 
 #include "decoder.h"
+#include "edits.h"
 #include "truncate.h"
 
 namespace specdec {
@@ -15,94 +17,142 @@ struct DraftSampling {
   const int64_t* prob_rows;      // [B] rows of probs, or -1
   float* probs;                  // [Q, prob_steps, V], or null where every prob_row is -1
   int64_t prob_steps;
+  const Edits* edits;            // [B], or null
 };
 
 // Mirrored by specdec.kernels.cpu.native.Chain.
 struct Chain {
-  int64_t num_sequences, steps;
-  const int64_t* counts;       // [B], from 1 to `steps`: the most drafts of each sequence
-  const int64_t* positions;    // [B] of the rows that `normed` is the output of
-  const int64_t* page_starts;  // [B + 1] into pages
-  const int64_t* pages;
-  Cache cache;
-  const float *normed, *recycled;  // [B, hidden]: for the head, and what the next row takes
+  Forward pairs;  // normed and unnormed are left out
+  int64_t steps;
+  const int64_t* counts;  // [B], from 0 to `steps`: the most drafts of each sequence
   int32_t recycle_unnormed;
   const DraftSampling* sampling;  // null: every draft is an argmax
   int64_t* drafts;                // [B, steps]
-  int64_t* expert_ids;            // [steps - 1, 1, B, top_k], or null
 };
 
-// Draft `step` of sequence `b` from its logits, which it changes.
-inline int64_t draw(const DraftSampling& s, int64_t b, int64_t step, float* logits, int64_t size) {
-  static thread_local Truncation truncation;
-  static thread_local Choice choice;
-  const float scale = s.rows.scale(b);
-  truncation.run(logits, size, scale, s.rows.top_k(b), s.rows.top_p(b), s.rows.min_p(b));
-  float* probs = s.prob_rows[b] >= 0 ? s.probs + (s.prob_rows[b] * s.prob_steps + step) * size : nullptr;
-  if (probs || s.min_confidence[b] > 0.0)
-    if (softmax(logits, scale, size, probs) < s.min_confidence[b]) return NOT_DRAFTED;
-  const int64_t id = choice.run(logits, size, scale, s.rows.greedy(b), s.rows.key(b, step));
-  return id < 0 ? NOT_FINITE : id;
-}
+class ChainRun {
+ public:
+  ChainRun(const Decoder& decoder, const Matrix& head, const Chain& chain, int threads)
+      : decoder_(decoder), head_(head), c_(chain), threads_(threads), b_(chain.pairs.batch.num_sequences),
+        m_(memory(chain.pairs.rows, b_, decoder.hidden)) {}
 
-// Hidden states -> the next draft of each of the sequences.
-inline void draw_all(const Matrix& head, const Rows& normed, const DraftSampling& s, const int64_t* sequences, int64_t step,
-                     std::vector<float>& logits, int64_t* ids, int threads) {
-  const int64_t ld = padded(head.out);
-  logits.resize(normed.count * ld);
-  parallel(threads, head.out * head.in, [&](const Team& team) {
-    linear(head, normed, logits.data(), ld, team);
-    team.barrier();
-    const Range mine = team.share(normed.count);
-    for (int64_t i = mine.begin; i < mine.end; ++i) ids[i] = draw(s, sequences[i], step, logits.data() + i * ld, head.out);
-  });
-}
-
-inline void draft_chain(const Decoder& decoder, const Matrix& head, const Chain& c, int threads) {
-  const int64_t b = c.num_sequences, hidden = decoder.hidden;
-  std::vector<int64_t> active(b), ids(b), positions(b), slots(b), query_starts(b + 1), kv_lens(b), page_starts(b);
-  std::vector<float> previous(b * hidden), normed(c.normed, c.normed + b * hidden), unnormed(b * hidden), logits;
-  std::fill(c.drafts, c.drafts + b * c.steps, NOT_DRAFTED);
-  std::iota(active.begin(), active.end(), 0);
-  std::iota(query_starts.begin(), query_starts.end(), 0);
-  const float* recycled = c.recycled;
-  for (int64_t step = 0; step < c.steps; ++step) {
-    if (step > 0) {
-      int64_t kept = 0;
-      for (size_t i = 0; i < active.size(); ++i) {
-        const int64_t s = active[i];
-        if (ids[i] < 0 || c.counts[s] <= step) continue;
-        const int64_t at = c.positions[s] + step, size = c.cache.page_size, page = c.pages[c.page_starts[s] + at / size];
-        active[kept] = s;
-        ids[kept] = ids[i];
-        positions[kept] = at;
-        slots[kept] = page * size + at % size;
-        kv_lens[kept] = at + 1;
-        page_starts[kept] = c.page_starts[s];
-        std::copy(recycled + i * hidden, recycled + (i + 1) * hidden, previous.data() + kept * hidden);
-        ++kept;
-      }
-      if (kept == 0) return;
-      active.resize(kept);
-      const Batch batch{kept, query_starts.data(), kv_lens.data(), page_starts.data(), c.pages};
-      int64_t* experts = c.expert_ids ? c.expert_ids + (step - 1) * b * decoder.routing.top_k : nullptr;
-      decode(decoder,
-             {kept, ids.data(), positions.data(), slots.data(), previous.data(), batch, c.cache, 0, normed.data(),
-              unnormed.data(), experts},
-             threads);
-      recycled = (c.recycle_unnormed ? unnormed : normed).data();
+  void run() {
+    std::fill(c_.drafts, c_.drafts + b_ * c_.steps, NOT_DRAFTED);
+    Forward pairs = c_.pairs;
+    pairs.normed = m_.normed.data();
+    pairs.unnormed = m_.unnormed.data();
+    decode(decoder_, pairs, threads_);
+    start();
+    for (int64_t step = 0; !m_.active.empty(); ++step) {
+      draw(step);
+      const int64_t num = m_.active.size();
+      for (int64_t i = 0; i < num; ++i) c_.drafts[m_.active[i] * c_.steps + step] = m_.ids[i];
+      if (std::find(m_.ids.begin(), m_.ids.begin() + num, NOT_FINITE) != m_.ids.begin() + num) return;
+      advance(step + 1);
     }
-    const int64_t num = active.size();
-    const Rows rows{normed.data(), hidden, nullptr, num};
-    if (c.sampling) {
-      draw_all(head, rows, *c.sampling, active.data(), step, logits, ids.data(), threads);
-    } else {
-      head_argmax(head, rows, ids.data(), threads);
-      std::replace(ids.begin(), ids.begin() + num, int64_t{-1}, NOT_FINITE);
-    }
-    for (int64_t i = 0; i < num; ++i) c.drafts[active[i] * c.steps + step] = ids[i];
-    if (std::find(ids.begin(), ids.begin() + num, NOT_FINITE) != ids.begin() + num) return;
   }
+
+ private:
+  // Kept between calls. active: the sequences that still draft; ids: their last drafts; row i of the outputs is theirs.
+  struct Memory {
+    Buffer previous, normed, unnormed, logits;
+    std::vector<int64_t> active, ids, query_starts, kv_lens, page_starts;
+    std::vector<const float*> previous_rows;
+  };
+
+  static Memory& memory(int64_t rows, int64_t b, int64_t hidden) {
+    static thread_local Memory m;
+    m.normed.hold(rows * hidden);
+    m.unnormed.hold(rows * hidden);
+    m.previous.hold(b * hidden);
+    m.previous_rows.resize(b);
+    for (int64_t i = 0; i < b; ++i) m.previous_rows[i] = m.previous.data() + i * hidden;
+    m.active.clear();
+    for (auto* v : {&m.ids, &m.kv_lens, &m.page_starts}) v->resize(b);
+    m.query_starts.resize(b + 1);
+    std::iota(m.query_starts.begin(), m.query_starts.end(), 0);
+    return m;
+  }
+
+  const float* recycled() const { return (c_.recycle_unnormed ? m_.unnormed : m_.normed).data(); }
+
+  // The last rows of the sequences that draft move to the front.
+  void start() {
+    for (int64_t s = 0; s < b_; ++s) {
+      if (c_.counts[s] == 0) continue;
+      const int64_t from = (c_.pairs.batch.query_starts[s + 1] - 1) * decoder_.hidden, to = m_.active.size() * decoder_.hidden;
+      for (Buffer* rows : {&m_.normed, &m_.unnormed})
+        if (to != from) std::copy(rows->data() + from, rows->data() + from + decoder_.hidden, rows->data() + to);
+      m_.active.push_back(s);
+    }
+  }
+
+  // One more row of each sequence that drafts on: its last draft after the output that this came from.
+  void advance(int64_t step) {
+    const int64_t hidden = decoder_.hidden;
+    int64_t kept = 0;
+    for (size_t i = 0; i < m_.active.size(); ++i) {
+      const int64_t s = m_.active[i];
+      if (m_.ids[i] < 0 || c_.counts[s] <= step) continue;
+      std::copy(recycled() + i * hidden, recycled() + (i + 1) * hidden, m_.previous.data() + kept * hidden);
+      m_.active[kept] = s;
+      m_.ids[kept] = m_.ids[i];
+      m_.kv_lens[kept] = c_.pairs.batch.kv_lens[s] + step;
+      m_.page_starts[kept] = c_.pairs.batch.page_starts[s];
+      ++kept;
+    }
+    m_.active.resize(kept);
+    if (kept == 0) return;
+    const Batch batch{kept, m_.query_starts.data(), m_.kv_lens.data(), m_.page_starts.data(), c_.pairs.batch.pages};
+    int64_t* experts = c_.pairs.expert_ids;
+    if (experts) experts += (c_.pairs.rows + (step - 1) * b_) * decoder_.routing.top_k;
+    decode(decoder_,
+           {kept, m_.ids.data(), m_.previous_rows.data(), batch, c_.pairs.cache, 0, m_.normed.data(), m_.unnormed.data(), experts},
+           threads_);
+  }
+
+  void draw(int64_t step) {
+    const int64_t num = m_.active.size(), stride = padded(head_.out);
+    const Rows rows{m_.normed.data(), decoder_.hidden, nullptr, num};
+    if (!c_.sampling) {
+      head_argmax(head_, rows, m_.ids.data(), threads_);
+      std::replace(m_.ids.begin(), m_.ids.begin() + num, int64_t{-1}, NOT_FINITE);
+      return;
+    }
+    m_.logits.hold(num * stride);
+    parallel(threads_, head_.out * head_.in, [&](const Team& team) {
+      linear(head_, rows, m_.logits.data(), stride, team);
+      team.barrier();
+      const Range mine = team.share(num);
+      for (int64_t i = mine.begin; i < mine.end; ++i) m_.ids[i] = draw(m_.active[i], step, m_.logits.data() + i * stride);
+    });
+  }
+
+  // Draft `step` of sequence `b` from its logits, which it changes.
+  int64_t draw(int64_t b, int64_t step, float* logits) const {
+    static thread_local Truncation truncation;
+    static thread_local Choice choice;
+    const DraftSampling& s = *c_.sampling;
+    const float scale = s.rows.scale(b);
+    if (s.edits) s.edits[b].run(c_.drafts + b * c_.steps, step, logits);
+    if (s.rows.cuts(b)) truncation.run(logits, head_.out, scale, s.rows.top_k(b), s.rows.top_p(b), s.rows.min_p(b));
+    float* probs = s.prob_rows[b] >= 0 ? s.probs + (s.prob_rows[b] * s.prob_steps + step) * head_.out : nullptr;
+    if (probs || s.min_confidence[b] > 0.0)
+      if (softmax(logits, scale, head_.out, probs) < s.min_confidence[b]) return NOT_DRAFTED;
+    const int64_t id = choice.run(logits, head_.out, scale, s.rows.greedy(b), s.rows.key(b, step));
+    return id < 0 ? NOT_FINITE : id;
+  }
+
+  const Decoder& decoder_;
+  const Matrix& head_;
+  const Chain& c_;
+  const int threads_;
+  const int64_t b_;
+  Memory& m_;
+};
+
+inline void draft_chain(const Decoder& decoder, const Matrix& head, const Chain& chain, int threads) {
+  ChainRun(decoder, head, chain, threads).run();
 }
 
 }  // namespace specdec

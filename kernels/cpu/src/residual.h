@@ -84,12 +84,11 @@ struct Residuals {
   }
 };
 
-// A token of law i, or of p where it has no mass; -1 where the sum is not finite.
-inline int64_t sample_residual(const Residuals& r, int64_t i, double uniform, std::vector<double>& sums) {
-  ResidualLaw law = r.law(i);
+// A token of the law, or of p [size] where it has no mass; -1 where the sum is not finite.
+inline int64_t sample(ResidualLaw law, const float* p, int64_t size, double uniform, std::vector<double>& sums) {
   double mass = law.mass(sums);
   if (mass == 0.0) {
-    law = {r.p_row(i), 1.0, nullptr, -1, r.size};
+    law = {p, 1.0, nullptr, -1, size};
     mass = law.mass(sums);
   }
   return std::isfinite(mass) ? law.at(uniform * mass, sums) : -1;

@@ -97,6 +97,7 @@ struct Sampling {
   double top_p(int64_t r) const { return reals[rows + r]; }
   double min_p(int64_t r) const { return reals[2 * rows + r]; }
   int64_t top_k(int64_t r) const { return ints[r]; }
+  bool cuts(int64_t r) const { return top_k(r) > 0 || top_p(r) < 1.0 || min_p(r) > 0.0; }
   bool greedy(int64_t r) const { return ints[rows + r] < 0; }
   NoiseKey key(int64_t r, int64_t advance) const {
     return {seeds[r], uint32_t(ints[2 * rows + r] + advance), uint32_t(ints[3 * rows + r]), uint32_t(ints[rows + r])};
