@@ -55,7 +55,7 @@ def _small_config(vocab_size: int) -> dict[str, Any]:
         n_routed_experts=8,
         num_experts_per_tok=2,
         vocab_size=vocab_size,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
     )
     ours = {"attention_bias": True, "torch_dtype": "float32", "eos_token_id": [0], "pad_token_id": 0}
     return asdict(shape) | ARCHITECTURE_CONFIG | ours

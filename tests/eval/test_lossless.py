@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import random
 from array import array
 from collections import Counter
@@ -488,3 +489,9 @@ def test_the_small_checkpoint_is_the_same_for_the_same_seed(small: Path, tmp_pat
         assert (tmp_path / "again" / name).read_bytes() == (small / name).read_bytes()
     with pytest.raises(SystemExit):
         small_checkpoint_main([str(tmp_path / "again")])
+
+
+def test_make_certify_fits_its_checkpoint(small: Path) -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    (length,) = re.findall(r"--comparison-tokens (\d+)", makefile)
+    make_plan(LosslessOptions(model=str(small), comparison_tokens=int(length)))
