@@ -33,8 +33,8 @@ from specdec.rng import draw_seed
 from specdec.scheduler import Scheduler
 from specdec.sequence import Sequence
 from specdec.step import step
-from specdec.verify import TargetVerifier
 from specdec.text import OutputText
+from specdec.verify import TargetVerifier
 
 OFF = SpeculationParams(num_speculative_tokens=0)
 

@@ -20,8 +20,8 @@ from specdec.kv_cache import PagePool, allocate_kv_cache
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
 from specdec.scheduler import ScheduledSequence
 from specdec.sequence import Sequence
-from specdec.verify import TargetResult
 from specdec.text import OutputText
+from specdec.verify import TargetResult
 
 CPU = torch.device("cpu")
 NUM_HISTORIES, BATCH_SIZE, NUM_ITERATIONS, MAX_TOKENS = 2000, 4, 6, 80

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import random
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
