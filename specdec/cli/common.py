@@ -1,0 +1,79 @@
+"""What all commands share: where messages go, and what becomes of a user's mistake.
+
+Text goes to stdout, everything else to stderr. Exit codes: 0; 1 for a model or prompt that cannot be used, or a check
+that failed; 2 for an invalid option; 130 on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+err = Console(stderr=True, highlight=False)
+
+MODEL_HELP = "'bundled', a checkpoint folder, or a Hub id."
+KERNELS_HELP = "auto, reference or cpu (C++)."
+DTYPE_HELP = "auto, bfloat16, float16, float32, float64, or int8 (quantised as it is loaded)."
+JSON_HELP = "Print one JSON document instead of tables."
+
+
+class InvalidOption(Exception):
+    """An option value that can never work: exit code 2."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a user's mistake into one line on stderr and an exit code."""
+    try:
+        from specdec.errors import CacheFullError, KernelsUnavailableError, ModelError, SpecdecWarning
+        from specdec.model.errors import CheckpointError
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", SpecdecWarning)
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", "yellow")
+            yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except InvalidOption as error:
+        fail(error, 2)
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
+    except (CheckpointError, CacheFullError, KernelsUnavailableError, ModelError, ValueError, OSError) as error:
+        fail(error, 1)
+
+
+def fail(error: Exception, code: int) -> NoReturn:
+    say(f"specdec: {error}", "red")
+    raise typer.Exit(code)
+
+
+def say(message: str, style: str) -> None:
+    """One line on stderr, never wrapped."""
+    err.print(message, style=style, soft_wrap=True, markup=False, emoji=False)
+
+
+def check_backend(device: str, dtype: str, kernels: str, threads: int | None) -> None:
+    """Impossible values are seen before anything is loaded."""
+    from specdec.kernels import check_name
+    from specdec.loading import check_num_threads, resolve_device, resolve_dtype
+
+    try:
+        check_name(kernels)
+        resolve_device(device)
+        if dtype != "auto":
+            resolve_dtype(dtype)
+        if threads is not None:
+            check_num_threads(threads)
+    except ValueError as error:
+        raise InvalidOption(str(error)) from error
