@@ -121,7 +121,7 @@ def shares(model: str, batch_size: int, k: int) -> list[Share]:
     engine = Engine.from_pretrained(model, max_num_seqs=batch_size)
     decoder, kernels = engine.runtime.model.target.decoder, engine.runtime.model.target.kernels
     prompts = [f"def f{i}(x):\n" for i in range(batch_size)]
-    step, verify = Stopwatch.on(engine, "_step"), decoder.verify
+    step, verify = Stopwatch.on(engine.core, "step"), decoder.verify
     calls: list[Call] = []
 
     def recording(head: Any, ids: list[int], metadata: AttentionMetadata, cache: Tensor, v: Verification) -> Verified:

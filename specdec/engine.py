@@ -1,11 +1,8 @@
-"""`Engine`: the library's front door. Wires the stages and turns prompts into outputs."""
+"""`Engine`: the library's front door. Turns prompts into outputs."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
-from collections import deque
 from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -13,11 +10,9 @@ from typing import Any
 
 import torch
 
-from specdec.commit import abort
 from specdec.config import EngineConfig, SamplingParams, SpeculationParams
-from specdec.draft import Drafter, MTPDrafter, NoDrafter
+from specdec.core import EngineCore
 from specdec.errors import SpecdecWarning
-from specdec.kv_cache import PagePool
 from specdec.loading import (
     Checkpoint,
     Runtime,
@@ -29,14 +24,8 @@ from specdec.loading import (
 from specdec.model.hub import resolve_model
 from specdec.outputs import GenerationOutput, StreamChunk, TokenStream
 from specdec.prompts import Prompt, as_batch, as_prompt, params_per_prompt
-from specdec.rng import draw_seed
 from specdec.scheduler import Scheduler
 from specdec.sequence import Sequence
-from specdec.step import step
-from specdec.text import OutputText
-from specdec.verify import TargetVerifier
-
-OFF = SpeculationParams(num_speculative_tokens=0)
 
 
 class Engine:
@@ -48,14 +37,16 @@ class Engine:
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig) -> None:
         self.checkpoint, self.runtime, self.config = checkpoint, runtime, config
         self.tokenizer, self.max_model_len = checkpoint.tokenizer, runtime.max_model_len
-        self.speculation = self._resolve_speculation(config.speculation)
-        self.scheduler = Scheduler(
-            PagePool(runtime.kv_cache.shape[1], config.page_size), config.max_num_seqs, config.token_budget
-        )
-        self._drafter = self._make_drafter()
-        self._verifier = TargetVerifier(runtime.model.target, runtime.kv_cache, config.page_size)
-        self._request_numbers = itertools.count()
-        self._abandoned: deque[Sequence] = deque()
+        self.core = EngineCore(checkpoint, runtime, config)
+
+    @property
+    def speculation(self) -> SpeculationParams:
+        """Of requests that bring none of their own."""
+        return self.core.admission.default
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.core.scheduler
 
     @classmethod
     def from_pretrained(
@@ -99,23 +90,23 @@ class Engine:
         """
         batch = as_batch(prompts)
         per_prompt = params_per_prompt(self.default_sampling_params() if params is None else params, len(batch))
-        sequences = [self._make_sequence(p, q) for p, q in zip(batch, per_prompt)]
+        sequences = [self.core.admission.sequence(p, q) for p, q in zip(batch, per_prompt)]
         try:
             for sequence in sequences:
                 self.scheduler.add(sequence)
             while not all(s.finished for s in sequences):
-                self._step()
+                self.core.step()
         finally:
             for sequence in sequences:
-                self._abort(sequence)
+                self.core.abort(sequence)
         return [GenerationOutput.of(s) for s in sequences]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
         """Completes one prompt chunk by chunk; closing the stream aborts the request."""
         (one,) = params_per_prompt(self.default_sampling_params() if params is None else params, 1)
-        sequence = self._make_sequence(as_prompt(prompt), one)
+        sequence = self.core.admission.sequence(as_prompt(prompt), one)
         self.scheduler.add(sequence)
-        return TokenStream(sequence, self._chunks(sequence), self._abort, self._abandoned.append)
+        return TokenStream(sequence, self._chunks(sequence), self.core.abort, self.core.abandon)
 
     def chat(
         self,
@@ -144,7 +135,7 @@ class Engine:
         num_sent = 0
         while not sequence.finished or num_sent < len(sequence.output_token_ids):
             if num_sent == len(sequence.output_token_ids):
-                self._step()
+                self.core.step()
             tokens = sequence.output_token_ids[num_sent:]
             num_sent += len(tokens)
             if tokens:
@@ -152,108 +143,3 @@ class Engine:
                 logprobs = sequence.logprobs[num_sent - len(tokens) : num_sent]
                 asked = sequence.params.logprobs is not None
                 yield StreamChunk(text, tokens, sequence.finish_reason, logprobs if asked else None)
-
-    def _step(self) -> None:
-        while self._abandoned:
-            self._abort(self._abandoned.popleft())
-        try:
-            step(self.scheduler, self._drafter, self._verifier)
-        except BaseException:  # a half-done step may have left any of them between two states
-            for sequence in list(self.scheduler.running):
-                self._abort(sequence)
-            raise
-
-    def _abort(self, sequence: Sequence) -> None:
-        if not sequence.finished:
-            abort(sequence)
-            self.scheduler.remove_finished()
-
-    def _make_sequence(self, prompt: str | list[int], params: SamplingParams) -> Sequence:
-        token_ids = self._prompt_token_ids(prompt)
-        end_token_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            end_token_ids |= self.checkpoint.eos_token_ids
-        bad_words = self._bad_words(params)
-        self._check_token_ids(params, end_token_ids, bad_words)
-        return Sequence(
-            request_id=f"request-{next(self._request_numbers)}",
-            prompt_token_ids=token_ids,
-            params=params,
-            speculation=self._resolve_speculation(params.speculation, self.speculation),
-            seed=draw_seed() if params.seed is None else params.seed,
-            max_total_tokens=min(len(token_ids) + params.max_tokens, self.max_model_len),
-            end_token_ids=end_token_ids,
-            output=OutputText(self.tokenizer, params),
-            bad_words=bad_words,
-        )
-
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """A text's tokens at the start of a word and after a space."""
-        words: list[tuple[int, ...]] = []
-        for word in params.bad_words:
-            if isinstance(word, str):
-                words += [tuple(self.checkpoint.encode(text)) for text in (word, " " + word)]
-            else:
-                words.append(word)
-        return tuple(dict.fromkeys(words))
-
-    def _check_token_ids(
-        self, params: SamplingParams, end_token_ids: frozenset[int], bad_words: tuple[tuple[int, ...], ...]
-    ) -> None:
-        """Every id is the model's own, and some token stays possible."""
-        vocab_size = self.checkpoint.config.vocab_size
-        named = {
-            "stop_token_ids": params.stop_token_ids,
-            "logit_bias": [token for token, _ in params.biases],
-            "bad_words": [token for word in bad_words for token in word],
-        }
-        for name, token_ids in named.items():
-            for token in token_ids:
-                if token >= vocab_size:
-                    raise ValueError(f"{name}: {token} is no token id of this model: 0 <= id < {vocab_size}")
-        impossible = {token for token, bias in params.biases if bias == -math.inf} | {word[-1] for word in bad_words}
-        if params.min_tokens > 0:
-            impossible |= end_token_ids
-        if len(impossible) == vocab_size:
-            raise ValueError(
-                f"logit_bias, bad_words and min_tokens leave none of the {vocab_size} tokens possible: allow some"
-            )
-
-    def _prompt_token_ids(self, prompt: str | list[int]) -> list[int]:
-        token_ids = self.checkpoint.encode(prompt) if isinstance(prompt, str) else prompt
-        vocab_size = self.checkpoint.config.vocab_size
-        if not token_ids:
-            raise ValueError("the prompt is empty: give at least one token")
-        for token in token_ids:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"prompt token {token!r} is no token id of this model: 0 <= id < {vocab_size}")
-        if len(token_ids) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens, the context {self.max_model_len}, output included: shorten it"
-            )
-        return token_ids
-
-    def _resolve_speculation(
-        self, asked: SpeculationParams | None, default: SpeculationParams | None = None
-    ) -> SpeculationParams:
-        """What was asked for; without an MTP layer plain decoding, and an error where drafts were asked for."""
-        if self.runtime.model.mtp is not None:
-            return asked or default or SpeculationParams()
-        if asked is not None and asked.num_speculative_tokens > 0:
-            raise ValueError(
-                f"num_speculative_tokens = {asked.num_speculative_tokens}: the checkpoint {self.checkpoint.folder} "
-                "has no MTP layer, so speculation is unavailable; pass 0"
-            )
-        if default is None and asked is None:
-            warnings.warn(
-                f"{self.checkpoint.folder} has no MTP layer: speculation is unavailable, decoding plainly",
-                SpecdecWarning,
-                stacklevel=4,
-            )
-        return asked or default or OFF
-
-    def _make_drafter(self) -> Drafter:
-        model, cache = self.runtime.model, self.runtime.kv_cache
-        if model.mtp is None:
-            return NoDrafter()
-        return MTPDrafter(model.target, model.mtp, cache[-1], self.config.page_size, self.config.mtp_recycling)

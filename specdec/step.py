@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from specdec.commit import commit
-from specdec.draft import Drafter
-from specdec.scheduler import Scheduler
-from specdec.verify import TargetVerifier
+from specdec.draft import Drafter, DraftResult
+from specdec.scheduler import ScheduledSequence, Scheduler
+from specdec.verify import TargetResult, TargetVerifier
 
 
-def step(scheduler: Scheduler, drafter: Drafter, verifier: TargetVerifier) -> None:
+def step(scheduler: Scheduler, drafter: Drafter, verifier: TargetVerifier) -> StepResult:
     """Advances every scheduled sequence by a prefill chunk or a verification.
 
     A sequence contributes a chunk of its prompt, or its last token plus up to K drafts, to one ragged
@@ -19,3 +21,30 @@ def step(scheduler: Scheduler, drafter: Drafter, verifier: TargetVerifier) -> No
     result = verifier.verify(scheduled, drafts)
     commit(scheduled, result)
     scheduler.remove_finished()
+    return StepResult(scheduled, drafts, result)
+
+
+class Decision(NamedTuple):
+    """A step's decision about one request. start: the number of tokens before those that it decided."""
+
+    request_id: str
+    start: int
+    draft_token_ids: list[int]
+    output_token_ids: list[int]  # as the rule decided: what ends the request may lie inside
+
+
+class StepResult(NamedTuple):
+    """What a step did, after its commit."""
+
+    scheduled: list[ScheduledSequence]
+    drafts: DraftResult
+    result: TargetResult
+
+    def decisions(self) -> list[Decision]:
+        """Of every sequence that decided tokens."""
+        rows = zip(self.scheduled, self.drafts.draft_token_ids, self.result.output_token_ids)
+        return [
+            Decision(s.sequence.request_id, s.sequence.num_computed_tokens - len(output) + 1, drafts, output)
+            for s, drafts, output in rows
+            if output
+        ]

@@ -323,7 +323,7 @@ def test_ctrl_c_leaves_a_whole_json_document(planted: str, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr("specdec.engine.step", interrupted)
+    monkeypatch.setattr("specdec.core.step", interrupted)
     code, stdout, _ = run("generate", "hello", "--model", planted, "--max-tokens", "60", "--json")
     document = json.loads(stdout)
     assert (code, document["finish_reason"]) == (130, "abort")

@@ -88,7 +88,7 @@ def test_chains_that_end_on_low_confidence_keep_the_law(tmp_path: Path, rule: st
         speculation = SpeculationParams(k, rule, draft_sampling, min_draft_confidence=confidence)
         params = replace(PLAIN, max_tokens=num_tokens, speculation=speculation)
         lengths = set()
-        verified = engine.engine._verifier.verify
+        verified = engine.engine.core.verifier.verify
 
         def recording(
             scheduled: object, drafts: DraftResult, lengths: set[int] = lengths, verified: object = verified
@@ -96,7 +96,7 @@ def test_chains_that_end_on_low_confidence_keep_the_law(tmp_path: Path, rule: st
             lengths.update(map(len, drafts.draft_token_ids))
             return verified(scheduled, drafts)
 
-        engine.engine._verifier.verify = recording
+        engine.engine.core.verifier.verify = recording
         assert error_of(engine, params) < EXACT
         assert {0, 1, k} <= lengths, lengths
 
