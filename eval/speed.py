@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
 import torch
 
 from specdec import Engine, GenerationOutput, SamplingParams, SpeculationParams
@@ -27,6 +29,7 @@ from specdec.eval.peers import PEERS, Peer, PeerSpec, Settings
 from specdec.eval.planted import RECIPE_NAME, planted_prompts
 from specdec.eval.prompts import load_stdlib
 from specdec.eval.roofline import StepBytes, read_bandwidth, traced
+from specdec.kernels.cpu import CpuKernels
 
 GREEDY = 0.0
 
@@ -75,7 +78,8 @@ class SpeedOptions:
 class Decoding:
     """One engine at one batch size and K. Rates in tokens per second, one per repeat.
 
-    step_s: seconds per target forward with all that belongs to it. python_share: of a step, outside the C++ library.
+    step_s: seconds per target forward with all that belongs to it. python_share: of a step, outside the C++ library;
+    dispatch_share: the part of it that lies within the two calls of the kernels.
     bytes: per step. predicted: tokens per second from the cost table and the realised acceptance.
     """
 
@@ -86,6 +90,7 @@ class Decoding:
     mean_acceptance_length: float | None = None
     step_s: list[float] = field(default_factory=list)
     python_share: float | None = None
+    dispatch_share: float | None = None
     step_bytes: float | None = None
     distinct_experts: float | None = None
     predicted: float | None = None
@@ -153,7 +158,7 @@ class Subject:
 
     def inspect(self, groups: list[list[list[int]]], cell: Decoding) -> None:
         """Bytes and distinct experts per step, and the share of Python, in runs of their own."""
-        k, counts, share = cell.num_draft_tokens, StepBytes(), []
+        k, counts, shares = cell.num_draft_tokens, StepBytes(), []
         for group in groups:
             with traced(self.engine) as first:
                 self.generate(group, 1, k)
@@ -161,27 +166,52 @@ class Subject:
                 self.generate(group, self.options.max_tokens, k)
             decoding = whole - first
             counts = StepBytes(**{n: v + getattr(counts, n) for n, v in vars(decoding).items()})
-            share.append(self._python_share(group, k))
+            shares.append(self._python_shares(group, k))
         cell.step_bytes = counts.total / counts.num_target_forwards
         cell.distinct_experts = counts.num_expert_reads / max(1, counts.num_layer_runs)
-        cell.python_share = None if None in share else sum(s for s in share if s is not None) / len(share)
+        if None not in shares:
+            cell.python_share, cell.dispatch_share = np.array(shares).mean(0).tolist()
 
-    def _python_share(self, group: list[list[int]], num_draft_tokens: int) -> float | None:
-        timed = getattr(self.engine.runtime.model.target.kernels, "timed", None)
-        if timed is None:
+    def _python_shares(self, group: list[list[int]], num_draft_tokens: int) -> tuple[float, float] | None:
+        """Outside the C++ library, and of that within the kernels' calls; None where there is no such library."""
+        kernels = self.engine.runtime.model.target.kernels
+        if not isinstance(kernels, CpuKernels):
             return None
         totals = []
         for max_tokens in (1, self.options.max_tokens):
-            with timed() as native:
+            with kernels.timed() as native, _timed_calls(kernels, "draft_chain", "verify") as calls:
                 seconds, _ = self.generate(group, max_tokens, num_draft_tokens)
-            totals.append((seconds, native.seconds))
-        (first, first_native), (whole, whole_native) = totals
-        return 1 - (whole_native - first_native) / (whole - first)
+            totals.append((seconds, native.seconds, sum(calls)))
+        whole, native_s, called_s = np.diff(np.array(totals), axis=0)[0].tolist()
+        return 1 - native_s / whole, (called_s - native_s) / whole
 
     def prefill(self, prompt: list[int]) -> float:
         """Tokens per second until the first token."""
         seconds, _ = self.generate([prompt], 1, 0)
         return len(prompt) / seconds
+
+
+@contextmanager
+def _timed_calls(owner: object, *names: str) -> Iterator[list[float]]:
+    """Seconds of every call of these methods."""
+    seconds: list[float] = []
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = method(*arguments)
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    for name in names:
+        setattr(owner, name, timed(getattr(owner, name)))
+    try:
+        yield seconds
+    finally:
+        for name in names:
+            delattr(owner, name)
 
 
 class PeerSubject:

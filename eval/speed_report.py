@@ -49,7 +49,7 @@ def _decoding_table(report: SpeedReport) -> Table:
     title = f"Decoding, {o.prompt_tokens}-token prompts, {o.max_tokens} tokens each, temperature {o.temperature:g}"
     table = _table(
         title, "engine", "batch", "K", "tokens/s (quartiles)", "x plain", "accepted length", "ms/step", "MB/step",
-        "experts", "of bandwidth", "of predicted", "Python",
+        "experts", "of bandwidth", "of predicted", "Python", "dispatch",
     )  # fmt: skip
     plain = {(c.engine, c.batch_size): statistics.median(c.rates) for c in report.decoding if c.num_draft_tokens == 0}
     for cell in report.decoding:
@@ -69,6 +69,7 @@ def _decoding_table(report: SpeedReport) -> Table:
             _number(fraction, ".0%"),
             _number(None if cell.predicted is None else median / cell.predicted, ".0%"),
             _number(cell.python_share, ".0%"),
+            _number(cell.dispatch_share, ".1%"),
         )
     return table
 

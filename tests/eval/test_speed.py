@@ -161,7 +161,7 @@ def test_a_report_has_every_setting_and_its_figures(report: SpeedReport) -> None
         if cell.num_draft_tokens:
             assert 2.8 < (cell.mean_acceptance_length or 0) <= 3, "all is accepted but where the output ends"
         if report.machine["kernels"] == "cpu":
-            assert 0 < (cell.python_share or 0) < 1
+            assert 0 < (cell.dispatch_share or 0) < (cell.python_share or 0) < 1
     assert [p.num_tokens for p in report.prefill] == [40] * 3, "10,000 tokens are beyond the context"
 
 
