@@ -8,13 +8,10 @@ best is its bytes over the machine's read bandwidth; what it should take follows
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +22,7 @@ import torch
 from specdec import Engine, GenerationOutput, SamplingParams, SpeculationParams
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.eval.cost import CostTable, measure_costs
+from specdec.eval.machine import describe_machine
 from specdec.eval.peers import PEERS, Peer, PeerSpec, Settings
 from specdec.eval.planted import RECIPE_NAME, planted_prompts
 from specdec.eval.prompts import load_stdlib
@@ -249,7 +247,7 @@ def measure_speed(options: SpeedOptions, progress: Callable[[str], None] = lambd
             f"prompt_tokens + max_tokens = {options.prompt_tokens + options.max_tokens} exceed the model's context, "
             f"{engine.max_model_len}: lower them"
         )
-    report = SpeedReport(options, _machine(engine))
+    report = SpeedReport(options, describe_machine(engine) | {"model": str(engine.checkpoint.folder)})
     ours = Subject(engine, options)
     prompts = _prompts(engine, max(most, options.num_prompts), options.prompt_tokens)
     with ExitStack() as stack:
@@ -358,33 +356,3 @@ def _prompts(engine: Engine, count: int, length: int, offset: int = 0) -> list[l
             at += 1
         prompts.append(ids[:length])
     return prompts
-
-
-def _machine(engine: Engine) -> dict[str, str]:
-    kernels = engine.runtime.model.target.kernels
-    return {
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-        "logical processors": str(os.cpu_count()),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "kernels": kernels.name,
-        "weights": str(getattr(kernels, "weight_dtype", kernels.dtype)).removeprefix("torch."),
-        "model": str(engine.checkpoint.folder),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def as_lengths(text: str, name: str) -> tuple[int, ...]:
-    """ "1,2,4" -> (1, 2, 4). Raises ValueError."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise ValueError(f"{name} = {text!r} must be integers with commas between them, for instance 1,2,4") from error

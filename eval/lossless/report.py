@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from specdec.eval.files import finite, write_whole
 from specdec.eval.lossless.certificate import NUM_ITERATIONS, POWER, Certificate, Comparison, Detectable
 from specdec.eval.lossless.certificate import Progress as Report
 
@@ -25,26 +24,13 @@ SCHEMA = 1
 def as_json(certificate: Certificate) -> dict[str, Any]:
     """Version `SCHEMA`, strict JSON: the fields of `Certificate` with its verdict. A log10_e of null is infinite."""
     document = {"schema": SCHEMA, "passed": certificate.passed, **asdict(certificate)}
-    cleaned: dict[str, Any] = _finite(document)
+    cleaned: dict[str, Any] = finite(document)
     return cleaned
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(certificate: Certificate, path: Path) -> None:
     """Complete or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(as_json(certificate), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, json.dumps(as_json(certificate), indent=2) + "\n")
 
 
 @contextmanager
@@ -93,7 +79,7 @@ def print_certificate(certificate: Certificate, out: Console) -> None:
         _print_comparison("coupled", certificate.coupled, out)
     for failure in certificate.failures:
         out.print(f"FAILED, {failure.part}: {failure.message}", style="red", soft_wrap=True, markup=False)
-        out.print(f"  reproduce: {json.dumps(_finite(failure.reproduce))}", style="dim", soft_wrap=True, markup=False)
+        out.print(f"  reproduce: {json.dumps(finite(failure.reproduce))}", style="dim", soft_wrap=True, markup=False)
     if certificate.passed:
         verdict = f"lossless at alpha {certificate.options.alpha:g}: no test failed"
     else:

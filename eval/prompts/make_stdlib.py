@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 
 from specdec.eval.prompts import FOLDER, Prompt
 from specdec.model.bundled.corpus import Document, load_documents
@@ -28,19 +27,26 @@ def excerpts(document: Document, count: int) -> Iterator[str]:
         yield document.text[start:end]
 
 
-def main() -> None:
+def stdlib_prompts() -> list[Prompt]:
     held_out = [d for d in load_documents() if d.held_out and len(d.text) >= MIN_CHARACTERS and d.text.isascii()]
     by_category: dict[str, list[Prompt]] = {}
     for kind in ("module", "package", "test"):
         documents = [d for d in held_out if d.kind == kind]
         share = -(-PER_CATEGORY // len(documents))
-        prompts = [Prompt(text, kind, d.name) for d in documents for text in excerpts(d, share)]
+        prompts = [Prompt((text,), kind, d.name) for d in documents for text in excerpts(d, share)]
         step = len(prompts) / PER_CATEGORY
         by_category[kind] = [prompts[int(i * step)] for i in range(PER_CATEGORY)]
-    interleaved = [prompt for group in zip(*by_category.values(), strict=True) for prompt in group]
-    content = "".join(json.dumps(asdict(prompt)) + "\n" for prompt in interleaved)
-    (FOLDER / "stdlib.jsonl").write_text(content, encoding="utf-8")
-    print(f"{len(interleaved)} prompts of {len({p.source for p in interleaved})} modules")
+    return [prompt for group in zip(*by_category.values(), strict=True) for prompt in group]
+
+
+def as_line(prompt: Prompt) -> str:
+    return json.dumps({"prompt": prompt.prompt, "category": prompt.category, "source": prompt.source}) + "\n"
+
+
+def main() -> None:
+    prompts = stdlib_prompts()
+    (FOLDER / "stdlib.jsonl").write_text("".join(map(as_line, prompts)), encoding="utf-8")
+    print(f"{len(prompts)} prompts of {len({p.source for p in prompts})} modules")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+
+Number = TypeVar("Number", int, float)
+
+TABLE_WIDTH = 140
 
 err = Console(stderr=True, highlight=False)
 
@@ -63,6 +68,12 @@ def say(message: str, style: str) -> None:
     err.print(message, style=style, soft_wrap=True, markup=False, emoji=False)
 
 
+def tables() -> Console:
+    """Standard output for tables: as wide as the terminal, and wide where there is none."""
+    out = Console(highlight=False)
+    return out if out.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=TABLE_WIDTH)
+
+
 def check_backend(device: str, dtype: str, kernels: str, threads: int | None) -> None:
     """Impossible values are seen before anything is loaded."""
     from specdec.kernels import check_name
@@ -77,3 +88,23 @@ def check_backend(device: str, dtype: str, kernels: str, threads: int | None) ->
             check_num_threads(threads)
     except ValueError as error:
         raise InvalidOption(str(error)) from error
+
+
+def check_folder_of(name: str, path: Path) -> None:
+    """A file or folder can be made at `path`; seen before any work is done."""
+    if not path.absolute().parent.is_dir():
+        raise InvalidOption(f"{name} {path}: there is no folder {path.absolute().parent}")
+
+
+def as_words(text: str) -> tuple[Any, ...]:
+    """ "a, b" -> ("a", "b")"""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def as_numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
+    """ "1,2,4" -> (1, 2, 4)"""
+    try:
+        return tuple(kind(word) for word in as_words(text))
+    except ValueError:
+        kinds = "integers" if kind is int else "numbers"
+        raise InvalidOption(f"{name} {text}: give {kinds} with commas between them, for instance 1,2,4") from None

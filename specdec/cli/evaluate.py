@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from specdec.cli.acceptance import acceptance, compare, replay, teacher_forced
 from specdec.cli.common import (
     DTYPE_HELP,
     JSON_HELP,
     KERNELS_HELP,
     MODEL_HELP,
     InvalidOption,
+    as_numbers,
+    as_words,
     check_backend,
+    check_folder_of,
     err,
+    tables,
     user_errors,
 )
+from specdec.cli.predict import predict
 
 app = typer.Typer(help="Measure an engine.", no_args_is_help=True)
+for command in (acceptance, teacher_forced, replay, compare, predict):
+    app.command()(command)
 
 
 @app.command()
@@ -50,7 +57,7 @@ def speed(
     """Measure decoding with and without speculation, what it reads, and other engines beside it."""
     with user_errors():
         from specdec.eval.peers import parse_peer
-        from specdec.eval.speed import SpeedOptions, as_lengths, measure_speed
+        from specdec.eval.speed import SpeedOptions, measure_speed
         from specdec.eval.speed_report import as_json as report_as_json
         from specdec.eval.speed_report import print_report
 
@@ -60,16 +67,16 @@ def speed(
                 kernels=kernels,
                 dtype=dtype,
                 num_threads=threads,
-                batch_sizes=as_lengths(batch_sizes, "--batch-sizes"),
-                draft_lengths=as_lengths(draft_lengths, "--draft-lengths"),
-                prefill_lengths=as_lengths(prefill_lengths, "--prefill-lengths"),
+                batch_sizes=as_numbers("--batch-sizes", batch_sizes, int),
+                draft_lengths=as_numbers("--draft-lengths", draft_lengths, int),
+                prefill_lengths=as_numbers("--prefill-lengths", prefill_lengths, int),
                 temperature=temperature,
                 num_prompts=num_prompts,
                 prompt_tokens=prompt_tokens,
                 max_tokens=max_tokens,
                 repeats=repeats,
                 peers=tuple(parse_peer(text) for text in peer or ()),
-                peer_draft_lengths=as_lengths(peer_draft_lengths, "--peer-draft-lengths"),
+                peer_draft_lengths=as_numbers("--peer-draft-lengths", peer_draft_lengths, int),
             )
         except ValueError as error:
             raise InvalidOption(str(error)) from error
@@ -78,7 +85,7 @@ def speed(
         if as_json:
             print(json.dumps(report_as_json(report), indent=2))
         else:
-            print_report(report, Console(highlight=False))
+            print_report(report, tables())
 
 
 @app.command()
@@ -109,8 +116,8 @@ def lossless(
         from specdec.eval.lossless.report import print_certificate, progress_bar, write_json
 
         check_backend("auto", dtype, kernels, threads)
-        if output is not None and not output.absolute().parent.is_dir():
-            raise InvalidOption(f"--output {output}: there is no folder {output.absolute().parent}")
+        if output is not None:
+            check_folder_of("--output", output)
         try:
             options = LosslessOptions(
                 model=model,
@@ -119,7 +126,7 @@ def lossless(
                 num_threads=threads,
                 samples=samples,
                 alpha=alpha,
-                rules=tuple(rule.strip() for rule in rules.split(",") if rule.strip()),
+                rules=as_words(rules),
                 num_speculative_tokens=num_speculative_tokens,
                 temperature=temperature,
                 seed=seed,
@@ -135,6 +142,6 @@ def lossless(
         if as_json:
             print(json.dumps(certificate_as_json(certificate), indent=2))
         else:
-            print_certificate(certificate, Console(highlight=False))
+            print_certificate(certificate, tables())
         if not certificate.passed:
             raise typer.Exit(1)

@@ -6,11 +6,10 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from specdec.cli.common import JSON_HELP, say, user_errors
+from specdec.cli.common import JSON_HELP, say, tables, user_errors
 
 
 def inspect(
@@ -41,7 +40,7 @@ def inspect(
 
 
 def _print_inspection(result: Any) -> None:
-    out = Console(highlight=False)
+    out = tables()
     table = Table(title=escape(str(result.folder)), show_header=False, title_justify="left")
     for key, value in result.as_dict()["config"].items():
         table.add_row(key, escape(str(value)))

@@ -1,0 +1,285 @@
+"""What the records of a cell show: every figure of a cell in results.json, with its interval.
+
+K: drafts per verification. Position i counts for the unconditional acceptance A_i where a verification drafted i or
+more, for the conditional one alpha_i where moreover the i - 1 drafts before were accepted. Clusters of all intervals
+are prompts, with their turns and repeats (`specdec.eval.acceptance.intervals`); of a cell's total speed, repeats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from specdec.eval.acceptance.intervals import NO_ESTIMATE, Estimate, calibration_error, paired_ratios, ratios
+from specdec.eval.acceptance.plan import Cell
+from specdec.eval.acceptance.pooling import Bools, Drafts, Sums, Verifications, sum_by
+from specdec.eval.acceptance.records import Analysis, Floats, Ints, RequestRecord
+
+ENTROPY_EDGES = np.array([0, 0.1, 0.25, 0.5, 1, 2, 3, 4, math.inf])  # nats
+CONFIDENCE_EDGES = np.arange(11) / 10
+FIRST_POSITION_EDGES = (1, 8)  # output tokens; then doubling
+MAX_Z = 4.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Of all requests, or of one category's. conditional, unconditional [K].
+
+    mean_acceptance_length: 1 + accepted / verifications, the recovered or bonus token included. draft_efficiency:
+    accepted / drafted. block_efficiency: output tokens after the first commit per target forward that decided them.
+    tokens_per_s_per_request: mean over requests. speedup: seconds per token of plain decoding over those of this cell,
+    of requests that both have. ttft_s: mean time to the first token. tokens_per_s: output tokens per second of the
+    cell's run, prefill included; of all requests only.
+    """
+
+    num_requests: int
+    num_verifications: int
+    conditional: list[Estimate]
+    unconditional: list[Estimate]
+    mean_acceptance_length: Estimate
+    draft_efficiency: Estimate
+    block_efficiency: Estimate
+    tokens_per_s_per_request: Estimate
+    speedup: Estimate
+    ttft_s: Estimate
+    tokens_per_s: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Drafts for which a quantity was in [low, high), its mean, and their acceptance. high: None is no limit."""
+
+    low: float
+    high: float | None
+    num_drafts: int
+    mean: float | None
+    acceptance: Estimate
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Acceptance of drafts reached by the confidence in them. ece: sum over bins n_b / n |acceptance - confidence|."""
+
+    ece: Estimate
+    bins: list[Bin]
+
+
+@dataclass(frozen=True)
+class CheckPosition:
+    """Acceptance of the drafts reached, observed and expected from the model's laws at the same contexts. z: how many
+    standard deviations of the accepted count lie between; None where it can only be one number and is another."""
+
+    position: int
+    num_reached: int
+    observed: float
+    expected: float
+    z: float | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether the engine accepts what the model's own laws say it should, at the same contexts.
+
+    Given the past, each decision is a coin of known probability e: accepted - e are martingale differences, and z is
+    standard normal whatever the dependence between requests and positions.
+    """
+
+    num_contexts: int
+    num_other_drafts: int
+    positions: list[CheckPosition]
+    passed: bool
+    message: str
+
+
+@dataclass(frozen=True)
+class CellMetrics:
+    """A cell of results.json. by_output_position: acceptance of draft 1 by output tokens before it. by_entropy: of
+    drafts reached, by that of the target's law there, in nats. alpha [K]: mean of sum min(p, q) at drafts reached.
+    The last three, and check, of verifications that were analysed."""
+
+    cell: Cell
+    num_requests: int
+    num_output_tokens: int
+    num_target_forwards: int
+    num_verifications: int
+    all: Group
+    categories: dict[str, Group]
+    by_output_position: list[Bin]
+    by_entropy: list[Bin]
+    calibration: Calibration
+    check: Check | None
+    alpha: list[Estimate]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As in results.json, the cell's settings first."""
+        fields = asdict(self)
+        settings: dict[str, Any] = fields.pop("cell")
+        return settings | fields
+
+
+def cell_metrics(cell: Cell, records: Seq[RequestRecord], plain: Seq[RequestRecord], wall_s: Seq[float]) -> CellMetrics:
+    """plain: records of `cell.plain`, which `speedup` compares with; without any it is null, and with a plain cell's
+    own records 1. wall_s [repeats]: how long the cell ran for each repeat. The order of records does not matter, not in
+    the last digit: a run that was resumed has them in another."""
+    records = sorted(records, key=lambda r: (r.prompt, r.turn, r.repeat))
+    num_drafts = cell.num_speculative_tokens
+    cluster, category = _numbered([r.prompt for r in records]), np.array([r.category for r in records])
+    verifications, sums = Verifications.of(records), Sums.of(records, plain, num_drafts)
+    drafts = Drafts.of(records, cluster, num_drafts)
+    return CellMetrics(
+        cell=cell,
+        num_requests=len(records),
+        num_output_tokens=sum(r.num_output_tokens for r in records),
+        num_target_forwards=sum(r.num_target_forwards for r in records),
+        num_verifications=len(verifications.request),
+        all=replace(_group(sums, cluster), tokens_per_s=_total_speed(records, wall_s)),
+        categories={str(name): _group_of(sums, cluster, category == name) for name in np.unique(category)},
+        by_output_position=_by_output_position(verifications, cluster),
+        by_entropy=_bins(drafts.cluster, drafts.entropy, drafts.accepted, ENTROPY_EDGES),
+        calibration=_calibration(drafts),
+        check=_check([r.analysis for r in records if r.analysis is not None], drafts),
+        alpha=_alphas(drafts, num_drafts),
+    )
+
+
+def _group(requests: Sums, cluster: Ints) -> Group:
+    s = requests.by(cluster)
+    drafted, accepted = s.drafted.sum(1, keepdims=True), s.accepted.sum(1, keepdims=True)
+    unlimited = np.full_like(drafted, np.inf)
+    estimates = iter(
+        ratios(
+            np.hstack([s.accepted, s.accepted, accepted, accepted, s.decode_tokens, s.rates, s.ttft_s]),
+            np.hstack([s.reached, s.drafted, s.verifications, drafted, s.decode_forwards, s.timed, s.requests]),
+            np.hstack([s.reached, s.drafted, drafted, drafted, unlimited, unlimited, unlimited]),
+        )
+    )
+    (speedup,) = paired_ratios(s.plain_s, s.plain_tokens, s.paired_s, s.paired_tokens)
+    num_drafts = s.drafted.shape[1]
+    return Group(
+        num_requests=int(s.requests.sum()),
+        num_verifications=int(s.verifications.sum()),
+        conditional=list(islice(estimates, num_drafts)),
+        unconditional=list(islice(estimates, num_drafts)),
+        mean_acceptance_length=next(estimates).plus(1),
+        draft_efficiency=next(estimates),
+        block_efficiency=next(estimates),
+        tokens_per_s_per_request=next(estimates),
+        ttft_s=next(estimates),
+        speedup=speedup,
+    )
+
+
+def _group_of(sums: Sums, cluster: Ints, chosen: Bools) -> Group:
+    return _group(sums.only(chosen), _numbered(cluster[chosen]))
+
+
+def _numbered(labels: Seq[int] | Ints) -> Ints:
+    """From 0 on, in the order of the labels."""
+    return np.unique(labels, return_inverse=True)[1]
+
+
+def _total_speed(records: Seq[RequestRecord], wall_s: Seq[float]) -> Estimate:
+    """Over repeats, which are as independent as runs of one machine are."""
+    tokens = sum_by(
+        np.array([r.repeat for r in records]), np.array([[r.num_output_tokens] for r in records]), len(wall_s)
+    )
+    return ratios(tokens, np.array(wall_s)[:, None])[0]
+
+
+def _by_output_position(verifications: Verifications, cluster: Ints) -> list[Bin]:
+    """Up to the last bin that any verification falls into."""
+    position, edges = verifications.output_position, list(FIRST_POSITION_EDGES)
+    while edges[-1] <= position.max(initial=0):
+        edges.append(2 * edges[-1])
+    accepted = verifications.num_accepted > 0
+    return _bins(cluster[verifications.request], position.astype(np.float64), accepted, np.array(edges, np.float64))
+
+
+def _bins(cluster: Ints, quantity: Floats, accepted: Bools, edges: Floats) -> list[Bin]:
+    """Drafts [n] by the bin [edges[b], edges[b + 1]) that the quantity is in. Without drafts there are no bins."""
+    if len(cluster) == 0:
+        return []
+    counts, sums, hits = _by_cluster_and_bin(cluster, quantity, edges, np.ones(len(cluster)), quantity, accepted)
+    means = sums.sum(0) / np.maximum(counts.sum(0), 1)
+    return [
+        Bin(low, high if math.isfinite(high) else None, int(count), mean if count else None, acceptance)
+        for low, high, count, mean, acceptance in zip(
+            edges.tolist(), edges[1:].tolist(), counts.sum(0), means.tolist(), ratios(hits, counts, counts)
+        )
+    ]
+
+
+def _by_cluster_and_bin(cluster: Ints, quantity: Floats, edges: Floats, *values: Floats | Bools) -> list[Floats]:
+    """Sums of each of the values [n], by [cluster, bin]. What is beyond the edges counts in the first or last bin."""
+    n, bins = int(cluster.max()) + 1, len(edges) - 1
+    place = cluster * bins + np.clip(np.searchsorted(edges, quantity, side="right") - 1, 0, bins - 1)
+    return [sum_by(place, x[:, None], n * bins).reshape(n, bins) for x in values]
+
+
+def _calibration(drafts: Drafts) -> Calibration:
+    bins = _bins(drafts.cluster, drafts.confidence, drafts.accepted, CONFIDENCE_EDGES)
+    if not bins:
+        return Calibration(NO_ESTIMATE, [])
+    counts, gaps = _by_cluster_and_bin(
+        drafts.cluster,
+        drafts.confidence,
+        CONFIDENCE_EDGES,
+        np.ones(len(drafts.cluster)),
+        drafts.accepted - drafts.confidence,
+    )
+    return Calibration(calibration_error(gaps, counts.sum(1)), bins)
+
+
+def _alphas(drafts: Drafts, num_drafts: int) -> list[Estimate]:
+    if len(drafts.cluster) == 0:
+        return [NO_ESTIMATE] * num_drafts
+    n, columns = int(drafts.cluster.max()) + 1, np.arange(num_drafts) == drafts.position[:, None]
+    counts = sum_by(drafts.cluster, columns, n)
+    return ratios(sum_by(drafts.cluster, columns * drafts.alpha[:, None], n), counts, counts)
+
+
+def _check(analyses: list[Analysis], drafts: Drafts) -> Check | None:
+    num_contexts = sum(len(a.indices) for a in analyses)
+    if num_contexts == 0:
+        return None
+    known = ~np.isnan(drafts.expected)
+    positions = [
+        _check_position(int(position), drafts.accepted[chosen], np.clip(drafts.expected[chosen], 0, 1))
+        for position in np.unique(drafts.position[known])
+        for chosen in [known & (drafts.position == position)]
+    ]
+    num_other_drafts = sum(a.num_other_drafts for a in analyses)
+    failed = [p for p in positions if p.z is None or abs(p.z) > MAX_Z]
+    return Check(
+        num_contexts,
+        num_other_drafts,
+        positions,
+        not failed,
+        _message(failed or positions, num_contexts, num_other_drafts, not failed),
+    )
+
+
+def _check_position(position: int, accepted: Bools, expected: Floats) -> CheckPosition:
+    """Of drafts [n] at one position, from 0; expected: the probability of each."""
+    surplus, variance = float(accepted.sum() - expected.sum()), float((expected * (1 - expected)).sum())
+    certain = 0.0 if surplus == 0 else None
+    z = surplus / math.sqrt(variance) if variance > 0 else certain
+    return CheckPosition(position + 1, len(accepted), float(accepted.mean()), float(expected.mean()), z)
+
+
+def _message(worst: Seq[CheckPosition], num_contexts: int, num_other_drafts: int, passed: bool) -> str:
+    other = f"; {num_other_drafts:,} of the engine's drafts are not the model's" if num_other_drafts else ""
+    if passed:
+        largest = max((abs(p.z) for p in worst if p.z is not None), default=0.0)
+        return f"acceptance is what the model's laws say at {num_contexts:,} contexts, largest |z| {largest:.1f}{other}"
+    faults = ", ".join(
+        f"{p.observed:.4f} of {p.num_reached:,} drafts at position {p.position} accepted, {p.expected:.4f} expected "
+        + ("exactly" if p.z is None else f"(z = {p.z:.1f})")
+        for p in worst
+    )
+    return f"acceptance is not what the model's laws say at the same contexts: {faults}{other}"

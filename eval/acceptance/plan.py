@@ -1,0 +1,176 @@
+"""What `specdec eval acceptance` measures: options, and the grid of cells that they span."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol, get_args
+
+from specdec import SpeculationParams
+from specdec.config import MAX_SPECULATIVE_TOKENS, MIN_TEMPERATURE, DraftSampling, Recycling, Verification
+
+MAX_BATCH_SIZE, MAX_TEMPERATURE, MAX_SEED = 256, 100.0, 2**32
+LEAST_PROMPTS_PER_ROUND, BATCHES_PER_ROUND = 4, 2
+
+
+@dataclass(frozen=True)
+class AcceptanceOptions:
+    """What to measure. Every temperature, batch size, rule, way of drafting and K is one cell, beside plain decoding of
+    the same temperature and batch size; at temperature 0 rules and ways of drafting are all the same.
+
+    prompts: names of sets or JSONL files, see `specdec.eval.prompts`. num_prompts: that many of them, categories in
+    turn (None: all). chat: apply the checkpoint's chat template. skip_bad: leave out bad lines, and prompts too long
+    for the context, instead of refusing them. max_tokens: of each output. repeats: of everything, with other seeds.
+    check_contexts: verifications of each cell whose exact laws are computed (0: none, no check). mtp_recycling:
+    "pre_norm" is an ablation, see `specdec.config.EngineConfig`.
+    """
+
+    model: str = "bundled"
+    prompts: tuple[str, ...] = ("stdlib",)
+    num_prompts: int | None = 36
+    num_speculative_tokens: tuple[int, ...] = (1, 2, 3, 5)
+    temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
+    verification: tuple[Verification, ...] = ("coupled", "block", "token")
+    draft_sampling: tuple[DraftSampling, ...] = ("sampled",)
+    batch_sizes: tuple[int, ...] = (1, 8)
+    max_tokens: int = 256
+    repeats: int = 1
+    seed: int = 0
+    kernels: str = "auto"
+    dtype: str = "auto"
+    num_threads: int | None = None
+    mtp_recycling: Recycling = "post_norm"
+    chat: bool = False
+    skip_bad: bool = False
+    check_contexts: int = 800
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        _check_values("batch_sizes", self.batch_sizes, 1, MAX_BATCH_SIZE)
+        for name, low, high in (
+            ("max_tokens", 2, 2**20),
+            ("repeats", 1, 1000),
+            ("check_contexts", 0, 2**31),
+        ):
+            check_number(name, getattr(self, name), low, high)
+
+    def request_seed(self, prompt: int, turn: int, repeat: int) -> int:
+        """The same in every cell, so that cells are compared on the same noise."""
+        digest = hashlib.sha256(f"{self.seed}/{prompt}/{turn}/{repeat}".encode()).digest()
+        return int.from_bytes(digest[:8], "little")
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """By temperature and batch size; the plain cell of each comes first."""
+        return [cell for t in self.temperatures for b in self.batch_sizes for cell in self._cells_of(t, b)]
+
+    def _cells_of(self, temperature: float, batch_size: int) -> list[Cell]:
+        rules = [("greedy", "greedy")] if temperature == 0 else [
+            (rule, drafts) for rule in self.verification for drafts in self.draft_sampling
+        ]  # fmt: skip
+        plain = rules[0] if temperature == 0 else ("coupled", "sampled")
+        return [Cell(temperature, batch_size, *plain, 0)] + [
+            Cell(temperature, batch_size, *rule, k) for rule in rules for k in self.num_speculative_tokens
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination. verification, draft_sampling: "greedy" at temperature 0. num_speculative_tokens: 0 is plain
+    decoding, sampled as coupled verification does it: its tokens are then those of the coupled cells."""
+
+    temperature: float
+    batch_size: int
+    verification: str
+    draft_sampling: str
+    num_speculative_tokens: int
+
+    @property
+    def name(self) -> str:
+        """For file names and messages."""
+        temperature = str(float(self.temperature)).removesuffix(".0")
+        rule = f"{self.verification}-{self.draft_sampling}" if self.num_speculative_tokens else "plain"
+        return f"t{temperature}-b{self.batch_size}-k{self.num_speculative_tokens}-{rule}"
+
+    @property
+    def plain(self) -> Cell:
+        """The cell that this one's speed is compared with."""
+        rule = ("greedy", "greedy") if self.temperature == 0 else ("coupled", "sampled")
+        return Cell(self.temperature, self.batch_size, *rule, 0)
+
+    @property
+    def speculation(self) -> SpeculationParams:
+        if self.temperature == 0:
+            return SpeculationParams(self.num_speculative_tokens)
+        settings: Any = self.verification, self.draft_sampling
+        return SpeculationParams(self.num_speculative_tokens, *settings)
+
+
+def rounds(num_prompts: int, batch_size: int) -> list[range]:
+    """Prompts that a cell completes before the next cell's turn comes: a slow moment of the machine meets all of them,
+    and batches stay full for most of a round."""
+    wanted = max(LEAST_PROMPTS_PER_ROUND, BATCHES_PER_ROUND * batch_size)
+    num_rounds = max(1, round(num_prompts / wanted))
+    limits = [num_prompts * i // num_rounds for i in range(num_rounds + 1)]
+    return [range(first, end) for first, end in pairwise(limits)]
+
+
+class Settings(Protocol):
+    """What the options of both modes share."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+    @property
+    def num_prompts(self) -> int | None: ...
+    @property
+    def num_speculative_tokens(self) -> tuple[int, ...]: ...
+    @property
+    def temperatures(self) -> tuple[float, ...]: ...
+    @property
+    def verification(self) -> tuple[Verification, ...]: ...
+    @property
+    def draft_sampling(self) -> tuple[DraftSampling, ...]: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def check_settings(options: Settings) -> None:
+    """Raises ValueError for what is wrong with them."""
+    if not options.prompts:
+        raise ValueError("prompts must name at least one set or file")
+    if options.num_prompts is not None:
+        check_number("num_prompts", options.num_prompts, 1, 2**20)
+    check_number("seed", options.seed, 0, MAX_SEED - 1)
+    remedy = "; plain decoding is measured in any case"
+    _check_values("num_speculative_tokens", options.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS, remedy)
+    _check_list("temperatures", options.temperatures)
+    for value in options.temperatures:
+        if value != 0:
+            check_number("temperatures", value, MIN_TEMPERATURE, MAX_TEMPERATURE, ", or 0 for greedy decoding")
+    for name, values, choices in (
+        ("verification", options.verification, get_args(Verification)),
+        ("draft_sampling", options.draft_sampling, get_args(DraftSampling)),
+    ):
+        _check_list(name, values)
+        for choice in values:
+            if choice not in choices:
+                raise ValueError(f"{name}: {choice!r} is unknown: choose among {', '.join(choices)}")
+
+
+def check_number(name: str, value: float, low: float, high: float, remedy: str = "") -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} = {value} must be from {low:g} to {high:g}{remedy}")
+
+
+def _check_values(name: str, values: tuple[int, ...], low: int, high: int, remedy: str = "") -> None:
+    _check_list(name, values)
+    for value in values:
+        check_number(name, value, low, high, remedy)
+
+
+def _check_list(name: str, values: tuple[Any, ...]) -> None:
+    if not values or len(set(values)) < len(values):
+        given = ",".join(map(str, values))
+        raise ValueError(f"{name} = {given!r} must hold at least one value, and none twice")

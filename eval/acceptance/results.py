@@ -1,0 +1,169 @@
+"""results.json and results.csv: written whole, checked when read. docs/results.md describes every field."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from specdec import Engine
+from specdec.eval.acceptance.schema import SCALARS, SCHEMA, VERSION, faults
+from specdec.eval.files import finite, write_whole
+from specdec.eval.machine import describe_machine, git_revision
+from specdec.model.weights import CheckpointIndex
+
+RESULTS_NAME, CSV_NAME = "results.json", "results.csv"
+SETTINGS = ("temperature", "verification", "draft_sampling", "num_speculative_tokens", "batch_size")
+CSV_COLUMNS = (
+    *SETTINGS, "scope", "category", "metric", "position", "bin_low", "bin_high", "num", "value", "low", "high",
+)  # fmt: skip
+COUNTS = ("num_requests", "num_verifications")
+REMEDY = "make it anew with `specdec eval acceptance`"
+Row = dict[str, Any]
+
+
+def write_results(document: dict[str, Any], folder: Path) -> Path:
+    """Writes results.json, numbers that are not finite as null. ValueError where the document is not one of `VERSION`,
+    so that what is written can be read."""
+    path = folder / RESULTS_NAME
+    document = finite(document)
+    _check(document, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def read_results(path: Path | str) -> dict[str, Any]:
+    """The document of a results.json, or of the folder it lies in. ValueError names the file, the fault, the remedy."""
+    path = Path(path)
+    path = path / RESULTS_NAME if path.is_dir() else path
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} does not exist: give a {RESULTS_NAME} of `specdec eval acceptance`, or its folder"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # of JSON, of UTF-8
+        raise ValueError(f"{path} is not JSON ({error}): {REMEDY}") from error
+    _check(document, path)
+    checked: dict[str, Any] = document
+    return checked
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}")
+
+
+def _check(document: Any, path: Path) -> None:
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema!r:.60}, not {SCHEMA!r}: {REMEDY}")
+    number = document.get("version")
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{path} has version {number!r:.60}, which must be an integer from 1 to {VERSION}: {REMEDY}")
+    if number > VERSION:
+        raise ValueError(
+            f"{path} has version {number} of the schema, this specdec ({version('specdec')}) reads up to {VERSION}: "
+            "upgrade specdec"
+        )
+    found = list(faults(document))
+    if found:
+        more = f" (and {len(found) - 1} faults more)" if len(found) > 1 else ""
+        raise ValueError(f"{path}: {found[0]}{more}: {REMEDY}")
+
+
+def utc_now() -> str:
+    """The time, ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def provenance(engine: Engine, command: str, started: str, *, sha256: str | None = None) -> dict[str, Any]:
+    """What was measured, on what, by what; `finished` is now.
+
+    command: as typed. started: of `utc_now`. sha256: of `checkpoint_sha256`, where it is known already.
+    """
+    index, machine = engine.checkpoint.index, describe_machine(engine)
+    return {
+        "specdec": version("specdec"),
+        "git_revision": git_revision(),
+        "checkpoint": {"folder": str(index.folder), "sha256": sha256 or checkpoint_sha256(index)},
+        "python": platform.python_version(),
+        "torch": machine["torch"],
+        "numpy": version("numpy"),
+        "processor": machine["processor"],
+        "threads": machine["threads"],
+        "kernels": machine["kernels"],
+        "weights": machine["weights"],
+        "command": command,
+        "started": started,
+        "finished": utc_now(),
+    }
+
+
+def checkpoint_sha256(index: CheckpointIndex) -> str:
+    """One hash of config.json and all weight files: that of the lines that `sha256sum` prints of them.
+
+    In the folder: `LC_ALL=C sha256sum config.json *.safetensors | sha256sum`. Reads every byte of the checkpoint.
+    """
+    weights = sorted(set(index.tensors.values()), key=lambda path: path.name)
+    lines = []
+    for path in (index.folder / "config.json", *weights):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def write_csv(document: dict[str, Any], folder: Path) -> Path:
+    """Writes results.csv, long: one row per cell, category, metric and draft position (or bin)."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for cell in finite(document)["cells"]:
+        settings = {name: cell[name] for name in SETTINGS}
+        writer.writerows(settings | row for row in _cell_rows(cell))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / CSV_NAME, text.getvalue())
+    return folder / CSV_NAME
+
+
+def _cell_rows(cell: dict[str, Any]) -> Iterator[Row]:
+    everything = {"scope": "all", "category": ""}
+    yield from (everything | row for row in _group_rows(cell["all"]))
+    for name in ("num_output_tokens", "num_target_forwards"):
+        yield everything | {"metric": name, "value": cell[name]}
+    yield from (everything | row for row in _by_position("alpha", cell["alpha"]))
+    yield everything | {"metric": "ece"} | cell["calibration"]["ece"]
+    for name, bins in (
+        ("acceptance_by_output_position", cell["by_output_position"]),
+        ("acceptance_by_entropy", cell["by_entropy"]),
+        ("acceptance_by_confidence", cell["calibration"]["bins"]),
+    ):
+        for b in bins:
+            limits = {"bin_low": b["low"], "bin_high": b["high"], "num": b["num_drafts"]}
+            yield everything | {"metric": name} | limits | b["acceptance"]
+    for category, group in cell["categories"].items():
+        yield from ({"scope": "category", "category": category} | row for row in _group_rows(group))
+
+
+def _group_rows(group: dict[str, Any]) -> Iterator[Row]:
+    for name in COUNTS:
+        yield {"metric": name, "value": group[name]}
+    for name in ("conditional", "unconditional"):
+        yield from _by_position(name, group[name])
+    for name in (*SCALARS, "tokens_per_s"):
+        if group[name] is not None:
+            yield {"metric": name} | group[name]
+
+
+def _by_position(name: str, estimates: list[dict[str, Any]]) -> Iterator[Row]:
+    for position, estimate in enumerate(estimates, 1):
+        yield {"metric": name, "position": position} | estimate

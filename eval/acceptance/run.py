@@ -1,0 +1,255 @@
+"""Runs all cells, one after the other and beside their plain cells, and puts the document together.
+
+Within a temperature and batch size every cell completes some of the prompts, then the next cell its turn, so that a
+slow moment of the machine meets all of them. The exact laws behind a cell's verifications are computed between the
+turns, never while the clock runs. Whatever is finished is on disk at once, and a run that was stopped goes on from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec import Engine
+from specdec.eval.acceptance.experts import measure_experts
+from specdec.eval.acceptance.generate import analysed, fits, prompt_text, run_round
+from specdec.eval.acceptance.metrics import CellMetrics, Check, cell_metrics
+from specdec.eval.acceptance.plan import AcceptanceOptions, Cell, rounds
+from specdec.eval.acceptance.records import RequestRecord
+from specdec.eval.acceptance.replay import Reader
+from specdec.eval.acceptance.results import checkpoint_sha256, provenance
+from specdec.eval.acceptance.schema import SCHEMA, VERSION
+from specdec.eval.acceptance.store import Store, as_document, as_record, part_name
+from specdec.eval.machine import describe_machine, git_revision
+from specdec.eval.prompts import Prompt, PromptSet, load_prompts
+from specdec.model.errors import CheckpointError
+
+EXPERTS_NAME = "experts"
+EXPERT_PROMPTS, EXPERT_TOKENS = 32, 48
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Parts done of all parts, what comes next, and the cell that has just been finished, if one has."""
+
+    done: int
+    total: int
+    what: str
+    finished: CellMetrics | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A cell's round: prompts by index."""
+
+    cell: Cell
+    repeat: int
+    number: int
+    prompts: range
+
+    @property
+    def name(self) -> str:
+        return part_name(self.cell, self.repeat, self.number)
+
+
+def run_acceptance(
+    options: AcceptanceOptions,
+    folder: Path,
+    *,
+    resume: bool = False,
+    command: str = "",
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measures everything -> the document of results.json.
+
+    folder: keeps what is finished; resume: goes on from what it holds. command: as typed.
+    Raises ValueError for options that do not fit the checkpoint, prompts that do not fit the context, and a folder with
+    other results; CheckpointError for a checkpoint without an MTP layer.
+    """
+    run = Run(options, folder, resume=resume, progress=progress)
+    cells, experts = run.cells(), run.experts()
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "provenance": provenance(run.engine, command, run.store.started, sha256=run.sha256),
+        "options": json.loads(json.dumps(asdict(options))),
+        "prompts": {
+            "name": run.prompts.name,
+            "num_prompts": len(run.prompts.prompts),
+            "num_skipped": run.prompts.num_skipped,
+            "categories": run.prompts.categories,
+        },
+        "cells": [cell.as_dict() for cell in cells],
+        "experts": experts,
+    }
+
+
+class Run:
+    """Engines that share one model, prompts, and the store."""
+
+    def __init__(
+        self, options: AcceptanceOptions, folder: Path, *, resume: bool, progress: Callable[[Progress], None]
+    ) -> None:
+        self.options, self.progress = options, progress
+        self.engine = _load(options)
+        self.engines = {
+            b: Engine(self.engine.checkpoint, self.engine.runtime, replace(self.engine.config, max_num_seqs=b))
+            for b in options.batch_sizes
+        }
+        self.prompts = _load_prompts(options, self.engine)
+        self.sha256 = checkpoint_sha256(self.engine.checkpoint.index)
+        self.store = Store.open(folder, self._identity(), resume=resume)
+        self.reader = Reader(self.engine, max(options.num_speculative_tokens))
+        self._warm: set[int] = set()
+
+    def cells(self) -> list[CellMetrics]:
+        """Runs what is not there yet."""
+        parts = list(self._parts())
+        done: dict[Cell, Records] = {cell: Records(self.options.repeats) for cell in self.options.cells}
+        left = {cell: sum(part.cell == cell for part in parts) for cell in self.options.cells}
+        metrics: dict[Cell, CellMetrics] = {}
+        finished: CellMetrics | None = None
+        for number, part in enumerate(parts):
+            self.progress(Progress(number, len(parts) + 1, part.name, finished))
+            done[part.cell].add(part, self._finished(part))
+            left[part.cell] -= 1
+            finished = None
+            if left[part.cell] == 0:
+                finished = metrics[part.cell] = self._metrics(part.cell, done)
+        self.progress(Progress(len(parts), len(parts) + 1, EXPERTS_NAME, finished))
+        return [metrics[cell] for cell in self.options.cells]
+
+    def experts(self) -> dict[str, Any] | None:
+        """Measured on requests of their own: greedy where a temperature is 0, else of the first temperature."""
+        if not self.store.has(EXPERTS_NAME):
+            options = replace(self.options, max_tokens=min(EXPERT_TOKENS, self.options.max_tokens))
+            k, batch_size = max(options.num_speculative_tokens), max(options.batch_sizes)
+            cell = next(
+                c for c in sorted(options.cells, key=lambda c: c.temperature)
+                if (c.num_speculative_tokens, c.batch_size) == (k, batch_size)
+            )  # fmt: skip
+            prompts = list(enumerate(self.prompts.prompts))[:EXPERT_PROMPTS]
+            done = run_round(self.engines[batch_size], options, cell, prompts, 0)
+            experts = measure_experts(self.reader, done.completions, k)
+            self.store.save(EXPERTS_NAME, {"experts": None if experts is None else experts.as_dict()})
+        experts_document: dict[str, Any] | None = self.store.load(EXPERTS_NAME)["experts"]
+        return experts_document
+
+    def _parts(self) -> Iterator[Part]:
+        """In the order in which they run."""
+        options = self.options
+        for repeat in range(options.repeats):
+            for first in (cell for cell in options.cells if cell.num_speculative_tokens == 0):
+                beside = [cell for cell in options.cells if cell.plain == first]
+                for number, prompts in enumerate(rounds(len(self.prompts.prompts), first.batch_size)):
+                    yield from (Part(cell, repeat, number, prompts) for cell in beside)
+
+    def _finished(self, part: Part) -> dict[str, Any]:
+        """The part's document, made if it is not there."""
+        if not self.store.has(part.name):
+            engine = self._warmed(part.cell.batch_size)
+            prompts = [(i, self.prompts.prompts[i]) for i in part.prompts]
+            done = run_round(engine, self.options, part.cell, prompts, part.repeat)
+            records = analysed(done, self.reader, part.cell, self._num_contexts(part))
+            self.store.save(part.name, {"wall_s": done.wall_s, "records": [as_document(r) for r in records]})
+        return self.store.load(part.name)
+
+    def _num_contexts(self, part: Part) -> int:
+        """This part's share of `check_contexts`, none of plain decoding."""
+        if part.cell.num_speculative_tokens == 0:
+            return 0
+        share = self.options.check_contexts / (len(self.prompts.prompts) * self.options.repeats)
+        return int(share * len(part.prompts))
+
+    def _warmed(self, batch_size: int) -> Engine:
+        engine = self.engines[batch_size]
+        if batch_size not in self._warm:
+            options = replace(self.options, max_tokens=min(WARM_UP_TOKENS, self.options.max_tokens))
+            for cell in self.options.cells:
+                if cell.batch_size == batch_size:
+                    run_round(engine, options, cell, [(0, self.prompts.prompts[0])], 0)
+            self._warm.add(batch_size)
+        return engine
+
+    def _metrics(self, cell: Cell, done: dict[Cell, Records]) -> CellMetrics:
+        metrics = cell_metrics(cell, done[cell].records, done[cell.plain].records, done[cell].wall_s)
+        if metrics.check is None or self.reader.kernels.name == "reference":
+            return metrics
+        return replace(metrics, check=with_exact_drafts(metrics.check))
+
+    def _identity(self) -> dict[str, Any]:
+        """All that results depend on."""
+        turns = json.dumps([[p.turns, p.category] for p in self.prompts.prompts])
+        return {
+            **asdict(self.options),
+            "prompts": {"name": self.prompts.name, "sha256": hashlib.sha256(turns.encode()).hexdigest()},
+            "checkpoint": self.sha256,
+            "machine": describe_machine(self.engine),
+            "git_revision": git_revision(),
+        }
+
+
+class Records:
+    """What a cell has shown so far; wall_s by repeat."""
+
+    def __init__(self, repeats: int) -> None:
+        self.records: list[RequestRecord] = []
+        self.wall_s = [0.0] * repeats
+
+    def add(self, part: Part, document: dict[str, Any]) -> None:
+        self.records += map(as_record, document["records"])
+        self.wall_s[part.repeat] += document["wall_s"]
+
+
+def with_exact_drafts(check: Check) -> Check:
+    """On row-invariant kernels every draft must be the model's own, to the bit."""
+    if check.num_other_drafts == 0:
+        return check
+    message = f"{check.num_other_drafts} drafts are not those of the MTP layer at the same contexts: {check.message}"
+    return replace(check, passed=False, message=message)
+
+
+def _load(options: AcceptanceOptions) -> Engine:
+    engine = Engine.from_pretrained(
+        options.model, kernels=options.kernels, dtype=options.dtype, num_threads=options.num_threads,
+        max_num_seqs=max(options.batch_sizes), mtp_recycling=options.mtp_recycling,
+    )  # fmt: skip
+    if engine.runtime.model.mtp is None:
+        raise CheckpointError(
+            f"{engine.checkpoint.folder} has no MTP layer: it does not speculate, there is no acceptance to measure"
+        )
+    activations = engine.runtime.model.target.kernels.activation_dtype
+    if options.check_contexts > 0 and activations not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"dtype = {options.dtype!r} computes in {activations}, in which a law depends on the batch by about 1e-2: "
+            "acceptance cannot be checked against it; choose dtype = 'float32' or check_contexts = 0"
+        )
+    return engine
+
+
+def _load_prompts(options: AcceptanceOptions, engine: Engine) -> PromptSet:
+    """Those that are asked for and whose first turn fits the context with its output."""
+    prompts = load_prompts(options.prompts, skip_bad=options.skip_bad)
+    prompts = prompts.take(min(options.num_prompts or len(prompts.prompts), len(prompts.prompts)))
+    kept: list[Prompt] = []
+    for prompt in prompts.prompts:
+        token_ids = engine.checkpoint.encode(prompt_text(engine, options, prompt, []))
+        if fits(engine, options, token_ids):
+            kept.append(prompt)
+        elif not options.skip_bad:
+            raise ValueError(
+                f"{prompt.source} of {prompts.name} has {len(token_ids)} tokens, which with max_tokens = "
+                f"{options.max_tokens} must be from 1 to the context's {engine.max_model_len}: lower max_tokens, or "
+                "leave such prompts out with --skip-bad"
+            )
+    if not kept:
+        raise ValueError(f"no prompt of {prompts.name} fits the context of {engine.max_model_len} tokens")
+    num_skipped = prompts.num_skipped + len(prompts.prompts) - len(kept)
+    return replace(prompts, prompts=tuple(kept), num_skipped=num_skipped)

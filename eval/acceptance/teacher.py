@@ -1,0 +1,188 @@
+"""Acceptance on given text, without generating: what every rule and every K would give.
+
+At contexts all over the texts a chain of K drafts is drawn from the MTP layer's laws, and the target's laws before each
+draft are computed; `specdec.eval.acceptance.laws` has what follows from them. Averages are over positions of the texts.
+An engine's own iterations start elsewhere, after rejections, and in text of its own: its figures are others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specdec import Engine
+from specdec.config import DraftSampling, Recycling, Verification
+from specdec.eval.acceptance.plan import check_number, check_settings
+from specdec.eval.acceptance.recording import Recording
+from specdec.eval.acceptance.replay import Chains, Context, Reader
+from specdec.eval.acceptance.results import provenance, utc_now
+from specdec.eval.acceptance.tally import Proposal, Row, Tally, proposals
+from specdec.eval.prompts import Prompt, load_prompts
+
+SCHEMA, VERSION = "specdec.teacher_forced", 1
+Progress = Callable[[int, int], None]
+"""(contexts done, of how many)"""
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """What to compute. Texts are the prompts' first turns, cut at the context's length. Their contexts are those of
+    every `stride`-th position; of them `max_contexts` at most, evenly spaced (None: all).
+
+    The other fields: as of `specdec.eval.acceptance.plan.AcceptanceOptions`. num_prompts None: all.
+    """
+
+    model: str = "bundled"
+    prompts: tuple[str, ...] = ("stdlib",)
+    num_prompts: int | None = None
+    num_speculative_tokens: tuple[int, ...] = (1, 2, 3, 5)
+    temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
+    verification: tuple[Verification, ...] = ("coupled", "block", "token")
+    draft_sampling: tuple[DraftSampling, ...] = ("sampled", "greedy")
+    stride: int = 4
+    max_contexts: int | None = None
+    seed: int = 0
+    kernels: str = "auto"
+    dtype: str = "auto"
+    num_threads: int | None = None
+    mtp_recycling: Recycling = "post_norm"
+    chat: bool = False
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_number("stride", self.stride, 1, 2**20)
+        if self.max_contexts is not None:
+            check_number("max_contexts", self.max_contexts, 1, 2**40)
+
+    @property
+    def num_drafts(self) -> int:
+        return max(self.num_speculative_tokens)
+
+
+@dataclass(frozen=True)
+class ForcedAcceptance:
+    """What was found. provenance, options, prompts: as in results.json."""
+
+    provenance: dict[str, Any]
+    options: dict[str, Any]
+    prompts: dict[str, Any]
+    num_contexts: int
+    rows: list[Row]
+
+    def as_dict(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in ("provenance", "options", "prompts", "num_contexts")}
+        return {"schema": SCHEMA, "version": VERSION, **fields, "rows": [row.as_dict() for row in self.rows]}
+
+
+def teacher_forced(
+    options: TeacherOptions, *, recording: Path | None = None, command: str = "", progress: Progress = lambda *_: None
+) -> ForcedAcceptance:
+    """Looks at all contexts. recording: also write all drafts and logits to this file, for `replay`.
+
+    Raises ValueError for options that do not fit the checkpoint and for a recording that would be too large,
+    CheckpointError for a checkpoint at fault.
+    """
+    started, teacher = utc_now(), Teacher(options)
+    config = teacher.engine.checkpoint.config
+    recorded = None
+    if recording is not None:
+        recorded = Recording(len(teacher.places), options.num_drafts, config.vocab_size, teacher.proposals)
+    tally, texts = Tally(len(teacher.texts), options.num_drafts), np.array([place.text for place in teacher.places])
+    for proposal, chosen, chains in teacher.chains(progress):
+        tally.add(proposal, chains, texts[chosen.start : chosen.stop], options.verification, teacher.reader.kernels)
+        if recorded is not None:
+            recorded.add(proposal, chosen, chains)
+    result = ForcedAcceptance(
+        provenance=provenance(teacher.engine, command, started),
+        options=json.loads(json.dumps(asdict(options))),
+        prompts=teacher.described(),
+        num_contexts=len(teacher.places),
+        rows=tally.rows(options.num_speculative_tokens),
+    )
+    if recorded is not None and recording is not None:
+        fields = result.as_dict()
+        recorded.save(
+            recording, texts, len(teacher.texts), {k: fields[k] for k in ("provenance", "options", "prompts")}
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class Place:
+    """A context: the first `start` tokens of the text with that number."""
+
+    text: int
+    start: int
+
+
+class Teacher:
+    """The texts of a prompt set, and the contexts to look at, in order."""
+
+    def __init__(self, options: TeacherOptions) -> None:
+        self.options = options
+        self.engine = Engine.from_pretrained(
+            options.model, kernels=options.kernels, dtype=options.dtype, num_threads=options.num_threads,
+            max_num_seqs=1, mtp_recycling=options.mtp_recycling,
+        )  # fmt: skip
+        self.reader = Reader(self.engine, options.num_drafts)
+        self.proposals = proposals(options.temperatures, options.draft_sampling)
+        found = load_prompts(options.prompts, skip_bad=options.skip_bad)
+        self.prompts = found.take(min(options.num_prompts or len(found.prompts), len(found.prompts)))
+        self.texts = [self._encode(prompt) for prompt in self.prompts.prompts]
+        self.places = self._places()
+
+    def chains(self, progress: Progress) -> Iterator[tuple[Proposal, range, Chains]]:
+        """At some of the contexts at a time, which the range numbers, those of every proposal."""
+        numbers = sorted({place.text for place in self.places})
+        texts = np.array([place.text for place in self.places])
+        for group in self.reader.groups([self.texts[number] for number in numbers]):
+            chosen = [numbers[i] for i in group]
+            read = dict(zip(chosen, self.reader.read([self.texts[number] for number in chosen])))
+            first, end = np.searchsorted(texts, [chosen[0], chosen[-1] + 1]).tolist()
+            for start in range(first, end, self.reader.max_contexts):
+                progress(start, len(self.places))
+                some = range(start, min(start + self.reader.max_contexts, end))
+                contexts = [Context(read[self.places[i].text], self.places[i].start) for i in some]
+                seeds = [self._seed(self.places[i].text) for i in some]
+                for proposal in self.proposals:
+                    rows = proposal.drawing(max(proposal.temperatures)).rows(seeds, [c.start for c in contexts])
+                    yield proposal, some, self.reader.chains(contexts, rows, self.options.num_drafts)
+
+    def described(self) -> dict[str, Any]:
+        prompts = self.prompts
+        return {
+            "name": prompts.name,
+            "num_prompts": len(prompts.prompts),
+            "num_skipped": prompts.num_skipped,
+            "categories": prompts.categories,
+        }
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        text = self.engine.tokenizer.apply_chat_template(prompt.messages()) if self.options.chat else prompt.prompt
+        return self.engine.checkpoint.encode(text)[: self.engine.max_model_len]
+
+    def _seed(self, text: int) -> int:
+        digest = hashlib.sha256(f"{self.options.seed}/{text}".encode()).digest()
+        return int.from_bytes(digest[:8], "little")
+
+    def _places(self) -> list[Place]:
+        options, last = self.options, self.engine.max_model_len - self.options.num_drafts
+        places = [
+            Place(number, start)
+            for number, text in enumerate(self.texts)
+            for start in range(2, min(len(text), last) + 1, options.stride)
+        ]
+        if not places:
+            raise ValueError(
+                f"no text of {self.prompts.name} has a context to look at: texts need 2 tokens, and the model's "
+                f"{self.engine.max_model_len} positions room for {options.num_drafts} drafts after them"
+            )
+        wanted = min(options.max_contexts or len(places), len(places))
+        return [places[i * len(places) // wanted] for i in range(wanted)]

@@ -1,0 +1,264 @@
+"""`specdec eval acceptance`, and what belongs to it: `teacher-forced`, `replay`, `compare`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from specdec.cli.common import (
+    DTYPE_HELP,
+    JSON_HELP,
+    KERNELS_HELP,
+    MODEL_HELP,
+    InvalidOption,
+    as_numbers,
+    as_words,
+    check_backend,
+    check_folder_of,
+    err,
+    tables,
+    user_errors,
+)
+from specdec.config import Verification
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(help="A set (stdlib, humaneval) or a JSONL file; may be repeated.", show_default="stdlib"),
+]
+Lengths = Annotated[str, typer.Option("--num-speculative-tokens", "-k", help="Draft tokens per step.")]
+Temperatures = Annotated[str, typer.Option("--temperature", help="0 is greedy.")]
+Rules = Annotated[str, typer.Option("--verification", help="Rules at temperature > 0.")]
+Drafts = Annotated[str, typer.Option(help="Drafts at temperature > 0: sampled, greedy.")]
+Recycling = Annotated[str, typer.Option(help="post_norm; pre_norm is an ablation.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out bad lines and prompts that are too long, and count them.")
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Ask through the checkpoint's chat template.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")]
+
+
+def acceptance(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "bundled",
+    prompts: Prompts = None,
+    num_prompts: Annotated[int, typer.Option(help="At most so many prompts, one of each category in turn.")] = 36,
+    num_speculative_tokens: Lengths = "1,2,3,5",
+    temperature: Temperatures = "0,0.6,1",
+    verification: Rules = "coupled,block,token",
+    draft_sampling: Drafts = "sampled",
+    batch_size: Annotated[str, typer.Option(help="Requests at once.")] = "1,8",
+    max_tokens: Annotated[int, typer.Option(help="Tokens generated per turn, at most.")] = 256,
+    repeats: Annotated[int, typer.Option(help="Passes through everything, with other seeds.")] = 1,
+    seed: Annotated[int, typer.Option(help="Another one draws other samples.")] = 0,
+    check_contexts: Annotated[
+        int, typer.Option(help="Verifications per cell that are compared with the model's exact laws; 0: none.")
+    ] = 800,
+    mtp_recycling: Recycling = "post_norm",
+    chat: Chat = False,
+    skip_bad: SkipBad = False,
+    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    threads: Threads = None,
+    output: Annotated[Path, typer.Option(help="Folder for results.json, results.csv, charts, report.html.")] = Path(
+        "acceptance"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the output folder holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Measure acceptance and speed-up by rule, draft length, temperature and batch size, with intervals.
+
+    Exit code 1 where the engine's acceptance is not what the model's laws say.
+    """
+    with user_errors():
+        from specdec.eval.acceptance.charts import build_charts
+        from specdec.eval.acceptance.html import write_html
+        from specdec.eval.acceptance.live import LiveTable, print_results
+        from specdec.eval.acceptance.plan import AcceptanceOptions
+        from specdec.eval.acceptance.plots import write_plots
+        from specdec.eval.acceptance.results import write_csv, write_results
+        from specdec.eval.acceptance.run import run_acceptance
+        from specdec.eval.acceptance.summary import failed_checks
+
+        check_backend("auto", dtype, kernels, threads)
+        check_folder_of("--output", output)
+        options = _options(
+            AcceptanceOptions,
+            model=model,
+            prompts=tuple(prompts or ("stdlib",)),
+            num_prompts=num_prompts,
+            num_speculative_tokens=as_numbers("-k", num_speculative_tokens, int),
+            temperatures=as_numbers("--temperature", temperature, float),
+            verification=as_words(verification),
+            draft_sampling=as_words(draft_sampling),
+            batch_sizes=as_numbers("--batch-size", batch_size, int),
+            max_tokens=max_tokens,
+            repeats=repeats,
+            seed=seed,
+            kernels=kernels,
+            dtype=dtype,
+            num_threads=threads,
+            mtp_recycling=mtp_recycling,
+            chat=chat,
+            skip_bad=skip_bad,
+            check_contexts=check_contexts,
+        )
+        with LiveTable(err) as progress:
+            document = run_acceptance(options, output, resume=resume, command=_command(), progress=progress)
+        write_results(document, output)
+        write_csv(document, output)
+        write_plots(build_charts(document).charts, output)
+        write_html(document, output)
+        if as_json:
+            print(json.dumps(document, indent=2))
+        else:
+            print_results(document, tables())
+            err.print(f"{output / 'report.html'} has the whole report", soft_wrap=True, markup=False)
+        if failed_checks(document):
+            raise typer.Exit(1)
+
+
+def teacher_forced(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "bundled",
+    prompts: Prompts = None,
+    num_prompts: Annotated[int | None, typer.Option(help="At most so many prompts.", show_default="all")] = None,
+    num_speculative_tokens: Lengths = "1,2,3,5",
+    temperature: Temperatures = "0,0.6,1",
+    verification: Rules = "coupled,block,token",
+    draft_sampling: Drafts = "sampled,greedy",
+    stride: Annotated[int, typer.Option(help="Look at every so many positions of the texts.")] = 4,
+    max_contexts: Annotated[
+        int | None, typer.Option(help="Look at so many positions at most, evenly spaced.", show_default="all")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another one draws other drafts.")] = 0,
+    mtp_recycling: Recycling = "post_norm",
+    chat: Chat = False,
+    skip_bad: SkipBad = False,
+    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    threads: Threads = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Also keep drafts and logits in this safetensors file, for replay.", show_default=False),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON here.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Compute acceptance on given text, without generating: exactly, for every rule and every draft length."""
+    with user_errors():
+        from specdec.eval.acceptance.teacher import TeacherOptions
+        from specdec.eval.acceptance.teacher import teacher_forced as compute
+        from specdec.eval.files import write_whole
+
+        check_backend("auto", dtype, kernels, threads)
+        for name, path in (("--record", record), ("--output", output)):
+            if path is not None:
+                check_folder_of(name, path)
+        options = _options(
+            TeacherOptions,
+            model=model,
+            prompts=tuple(prompts or ("stdlib",)),
+            num_prompts=num_prompts,
+            num_speculative_tokens=as_numbers("-k", num_speculative_tokens, int),
+            temperatures=as_numbers("--temperature", temperature, float),
+            verification=as_words(verification),
+            draft_sampling=as_words(draft_sampling),
+            stride=stride,
+            max_contexts=max_contexts,
+            seed=seed,
+            kernels=kernels,
+            dtype=dtype,
+            num_threads=threads,
+            mtp_recycling=mtp_recycling,
+            chat=chat,
+            skip_bad=skip_bad,
+        )
+        columns = TextColumn("contexts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=err, transient=True) as bar:
+            task = bar.add_task("contexts")
+            found = compute(
+                options,
+                recording=record,
+                command=_command(),
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        document = found.as_dict()
+        if output is not None:
+            write_whole(output, json.dumps(document, indent=2) + "\n")
+        _print_rows(f"{found.num_contexts:,} contexts", document, found.rows, as_json=as_json)
+
+
+def replay(
+    recording: Annotated[Path, typer.Argument(help="A file that `teacher-forced --record` wrote.", show_default=False)],
+    verification: Rules = "coupled,block,token",
+    num_speculative_tokens: Annotated[
+        str | None,
+        typer.Option("--num-speculative-tokens", "-k", help="Draft tokens per step.", show_default="all recorded"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Compare rules and draft lengths on recorded drafts and logits, without the model."""
+    with user_errors():
+        from specdec.eval.acceptance.recording import replay as compute
+
+        lengths = None if num_speculative_tokens is None else as_numbers("-k", num_speculative_tokens, int)
+        rules = as_words(verification)
+        for rule in rules:
+            if rule not in get_args(Verification):
+                raise InvalidOption(f"--verification {rule}: choose among {', '.join(get_args(Verification))}")
+        found = compute(recording, rules, lengths)
+        document = {"about": found.about, "num_contexts": found.num_contexts, "rows": [r.as_dict() for r in found.rows]}
+        _print_rows(f"{found.num_contexts:,} contexts", document, found.rows, as_json=as_json)
+
+
+def compare(
+    a: Annotated[
+        Path, typer.Argument(metavar="A.json", help="The results to compare with, or their folder.", show_default=False)
+    ],
+    b: Annotated[
+        Path, typer.Argument(metavar="B.json", help="The results that must not be worse.", show_default=False)
+    ],
+    tolerance: Annotated[float, typer.Option(help="How much worse B may be, as a share of A's value.")] = 0.02,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Compare two results of `specdec eval acceptance`: exit code 1 where B is worse beyond the tolerance."""
+    with user_errors():
+        from specdec.eval.acceptance.results import read_results
+        from specdec.eval.compare import check_tolerance, print_comparison
+        from specdec.eval.compare import compare as compare_results
+
+        try:
+            check_tolerance(tolerance)
+        except ValueError as error:
+            raise InvalidOption(str(error)) from error
+        comparison = compare_results(read_results(a), read_results(b), tolerance)
+        if as_json:
+            print(json.dumps(comparison.as_dict(), indent=2))
+        else:
+            print_comparison(comparison, tables())
+        if not comparison.passed:
+            raise typer.Exit(1)
+
+
+def _options(cls: Any, **fields: Any) -> Any:
+    try:
+        return cls(**fields)
+    except ValueError as error:
+        raise InvalidOption(str(error)) from error
+
+
+def _command() -> str:
+    return shlex.join(["specdec", *sys.argv[1:]])
+
+
+def _print_rows(title: str, document: Any, rows: Any, *, as_json: bool) -> None:
+    from specdec.eval.acceptance.tally import print_rows
+
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        print_rows(title, rows, tables())
