@@ -505,6 +505,25 @@ inline bool any_at_least(const Words& x, uint32_t least) {
 
 #endif
 
+// Writes first + i for those of sixteen values that are at least `floor`, a number; returns how many.
+inline int ids_at_least(const V& x, float floor, int32_t first, int32_t* ids) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(floor), _CMP_GE_OQ);
+  const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_mask_compressstoreu_epi32(ids, mask, _mm512_add_epi32(_mm512_set1_epi32(first), numbers));
+  return __builtin_popcount(mask);
+#else
+  float values[LANES];
+  store(values, x);
+  int count = 0;
+  for (int i = 0; i < LANES; ++i) {
+    ids[count] = first + i;
+    count += values[i] >= floor;
+  }
+  return count;
+#endif
+}
+
 inline void store(uint32_t* p, const Words& x) {
   uint64_t wide[LANES];
   static_assert(sizeof x == sizeof wide, "in order, whatever they are made of");

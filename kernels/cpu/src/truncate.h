@@ -80,58 +80,60 @@ class Truncation {
 
   // The ids of the logits from `floor` on, ascending.
   void collect(const float* x, int64_t size, float floor) {
-    int64_t count = 0;
-    ids_.clear();
+    if (int64_t(ids_.size()) < size + LANES) ids_.resize(size + LANES);
+    num_ids_ = 0;
     for (int64_t b = 0; b < int64_t(tops_.size()); ++b) {
       if (tops_[b] < floor) continue;
-      ids_.resize(count + BLOCK + 1);
-      for (int64_t i = b * BLOCK; i < std::min(size, (b + 1) * BLOCK); ++i) {
-        ids_[count] = int32_t(i);
-        count += x[i] >= floor;
-      }
+      const int64_t first = b * BLOCK;
+      for_vectors(std::min(BLOCK, size - first), [&](int64_t i, int n) {
+        num_ids_ += ids_at_least(load_n(x + first + i, n, -INFINITY), floor, int32_t(first + i), ids_.data() + num_ids_);
+      });
     }
-    ids_.resize(count);
   }
 
   // Where the weight of the collected ids, in descending order of their logits, reaches `target`; else the last one.
   template <class Weight>
   Cut crossing(const float* x, double target, Weight weight) {
     double above = 0.0;  // the weight of all that lie above those still in question
+    int32_t* ids = ids_.data();
     for (;;) {
       uint32_t low = UINT32_MAX, high = 0;
-      for (int32_t id : ids_) {
-        const uint32_t at = ordinal(x[id]);
+      for (int64_t i = 0; i < num_ids_; ++i) {
+        const uint32_t at = ordinal(x[ids[i]]);
         low = std::min(low, at);
         high = std::max(high, at);
       }
       if (low == high) break;
-      if (ids_.size() <= FEW) {
-        std::stable_sort(ids_.begin(), ids_.end(), [&](int32_t a, int32_t b) { return x[a] > x[b]; });
+      if (num_ids_ <= FEW) {
+        std::stable_sort(ids, ids + num_ids_, [&](int32_t a, int32_t b) { return x[a] > x[b]; });
         break;
       }
       int shift = 0;
-      while (((high - low) >> shift) >= std::min(BUCKETS, uint32_t(ids_.size()))) ++shift;
+      while (((high - low) >> shift) >= std::min(int64_t(BUCKETS), num_ids_)) ++shift;
       sums_.assign(((high - low) >> shift) + 1, 0.0);
       const auto bucket = [&](int32_t id) { return (high - ordinal(x[id])) >> shift; };
-      for (int32_t id : ids_) sums_[bucket(id)] += weight(id);
+      for (int64_t i = 0; i < num_ids_; ++i) sums_[bucket(ids[i])] += weight(ids[i]);
       uint32_t crossed = 0;
       while (crossed + 1 < sums_.size() && above + sums_[crossed] < target) above += sums_[crossed++];
-      size_t count = 0;
-      for (int32_t id : ids_) {
-        ids_[count] = id;
+      int64_t count = 0;
+      for (int64_t i = 0; i < num_ids_; ++i) {
+        const int32_t id = ids[i];
+        ids[count] = id;
         count += bucket(id) == crossed;
       }
-      ids_.resize(count);
+      num_ids_ = count;
     }
-    for (int32_t id : ids_) {
-      above += weight(id);
-      if (above >= target) return {x[id], id};
+    for (int64_t i = 0; i < num_ids_; ++i) {
+      above += weight(ids[i]);
+      if (above >= target) return {x[ids[i]], ids[i]};
     }
-    return {x[ids_.back()], ids_.back()};
+    const int32_t last = ids[num_ids_ - 1];
+    return {x[last], last};
   }
 
   std::vector<float> tops_, copy_, weights_;  // the largest logit of each block; and a copy; exp of each logit
-  std::vector<int32_t> ids_;
+  std::vector<int32_t> ids_;  // the first num_ids_ of them
+  int64_t num_ids_ = 0;
   std::vector<double> sums_;
 };
 
