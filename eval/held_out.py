@@ -2,9 +2,10 @@
 
     python -m specdec.eval.held_out [--model bundled] [--json FILE]
 
-Bits per byte and expert load over all held-out documents (teacher-forced, windows of the context
-length), acceptance by generating from the `stdlib` prompts with K = 3 and token rejection. Run it with the Python whose
-standard library the checkpoint was trained on: the documents are read from there.
+Bits per byte and expert load over all held-out documents (teacher-forced, windows of the context length), and
+`specdec eval acceptance` from all `stdlib` prompts with K = 3 and token rejection. What training measured on windows of
+its own is measured once more here, by the engine. Run it with the Python whose standard library the checkpoint was
+trained on: the documents are read from there.
 """
 
 from __future__ import annotations
@@ -16,19 +17,25 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from specdec import Engine, SamplingParams, SpeculationParams
-from specdec.eval.prompts import load_stdlib
+from specdec import Engine
+from specdec.eval.acceptance.plan import AcceptanceOptions
+from specdec.eval.acceptance.run import run_acceptance
+from specdec.eval.acceptance.summary import failed_checks
 from specdec.inspection import teacher_forced
 from specdec.kernels.reference import lowest_argmax
 from specdec.model.bundled.corpus import Document, load_documents
+from specdec.model.bundled.train import encode
 from specdec.model.config import Glm4MoeConfig
 
 NUM_DRAFT_TOKENS, MAX_TOKENS = 3, 128
+NUM_WINDOWS, WINDOW = 32, 512  # of the training's own evaluation
 
 
 @dataclass(frozen=True)
@@ -46,16 +53,13 @@ class TextFigures:
 
 
 @dataclass(frozen=True)
-class AcceptanceFigures:
-    """Totals over all requests; `conditional` is accepted / reached by draft position."""
+class WindowFigures:
+    """On the windows that training evaluates: nats per token, and how often the first draft is the target's choice."""
 
-    temperature: float
-    num_requests: int
-    num_output_tokens: int
-    num_verifications: int
-    mean_acceptance_length: float
-    conditional: list[float]
-    unconditional: list[float]
+    num_windows: int
+    length: int
+    nats_per_token: float
+    draft_agreement: float
 
 
 class ExpertCounter:
@@ -136,30 +140,36 @@ def _score_window(engine: Engine, window: list[int]) -> tuple[float, int]:
     return nats, int((lowest_argmax(draft_logits) == lowest_argmax(logits[1:])).sum())
 
 
-def measure_acceptance(engine: Engine, temperature: float) -> AcceptanceFigures:
-    speculation, prompts = SpeculationParams(NUM_DRAFT_TOKENS, "token"), [p.prompt for p in load_stdlib()]
-    params = [
-        SamplingParams(max_tokens=MAX_TOKENS, temperature=temperature, seed=i, speculation=speculation)
-        for i in range(len(prompts))
-    ]
-    stats = [o.stats for o in engine.generate(prompts, params)]
-    drafted, reached, accepted = (
-        [sum(counts[i] for s in stats if len(counts := getattr(s, name)) > i) for i in range(NUM_DRAFT_TOKENS)]
-        for name in ("drafted_per_position", "reached_per_position", "accepted_per_position")
-    )
-    verifications = sum(s.num_drafts for s in stats)
-    return AcceptanceFigures(
-        temperature=temperature,
-        num_requests=len(stats),
-        num_output_tokens=sum(s.num_output_tokens for s in stats),
-        num_verifications=verifications,
-        mean_acceptance_length=1 + sum(accepted) / verifications,
-        conditional=[a / r for a, r in zip(accepted, reached)],
-        unconditional=[a / d for a, d in zip(accepted, drafted)],
-    )
+@torch.inference_mode()
+def measure_windows(engine: Engine, documents: list[Document]) -> WindowFigures:
+    """The windows of `specdec.model.bundled.train.evaluate`, and the positions that it compares."""
+    tokens = encode(engine.checkpoint.folder / "tokenizer.json", documents).tolist()
+    stride = (len(tokens) - WINDOW - 1) // NUM_WINDOWS
+    nats, agreed = 0.0, 0.0
+    for start in range(0, NUM_WINDOWS * stride, stride):
+        window = tokens[start : start + WINDOW + 1]
+        logits, draft_logits = teacher_forced(engine.runtime, window[:-1])
+        nats += cross_entropy(logits, torch.tensor(window[1:])).item() / NUM_WINDOWS
+        same = lowest_argmax(draft_logits[2:]) == lowest_argmax(logits[3:])
+        agreed += same.double().mean().item() / NUM_WINDOWS
+    return WindowFigures(NUM_WINDOWS, WINDOW, nats, agreed)
 
 
-def markdown(text: TextFigures, acceptance: list[AcceptanceFigures], config: Glm4MoeConfig) -> str:
+def measure_acceptance(model: str) -> list[dict[str, Any]]:
+    """The cells with drafts, as in results.json."""
+    options = AcceptanceOptions(
+        model=model, num_prompts=None, num_speculative_tokens=(NUM_DRAFT_TOKENS,), temperatures=(0.0, 1.0),
+        verification=("token",), batch_sizes=(32,), max_tokens=MAX_TOKENS,
+    )  # fmt: skip
+    with TemporaryDirectory() as folder:
+        document = run_acceptance(options, Path(folder) / "acceptance")
+    if failed := failed_checks(document):
+        raise SystemExit(f"acceptance is not what the model's laws say: {failed}")
+    return [cell for cell in document["cells"] if cell["num_speculative_tokens"] > 0]
+
+
+def markdown(text: TextFigures, windows: WindowFigures, cells: list[dict[str, Any]], config: Glm4MoeConfig) -> str:
+    where = f"{windows.num_windows} windows of {windows.length} tokens"
     lines = [
         "| held-out text | |",
         "|---|---|",
@@ -167,18 +177,26 @@ def markdown(text: TextFigures, acceptance: list[AcceptanceFigures], config: Glm
         f"| bits per byte | {text.bits_per_byte:.3f} |",
         f"| nats per token ({text.num_bytes / text.num_tokens:.2f} bytes) | {text.nats_per_token:.3f} |",
         f"| first draft = target's greedy choice, on this text | {text.draft_agreement:.3f} |",
+        f"| the same two on training's {where} | {windows.nats_per_token:.3f}, {windows.draft_agreement:.3f} |",
         "",
-        f"| acceptance, K = {NUM_DRAFT_TOKENS}, {acceptance[0].num_requests} prompts x {MAX_TOKENS} tokens "
+        f"| acceptance, K = {NUM_DRAFT_TOKENS}, {cells[0]['num_requests']} prompts x {MAX_TOKENS} tokens "
         "| draft 1 | draft 2 | draft 3 | mean acceptance length |",
         "|---|---|---|---|---|",
     ]
-    for a in acceptance:
-        name = "greedy" if a.temperature == 0 else f"temperature {a.temperature:g}"
-        cells = [f"{c:.3f}" for c in a.conditional] + [f"{a.mean_acceptance_length:.2f}"]
-        lines.append(f"| conditional, {name} | {' | '.join(cells)} |")
+    for cell in cells:
+        name = "greedy" if cell["temperature"] == 0 else f"temperature {cell['temperature']:g}"
+        group = cell["all"]
+        figures = [_figure(e, 3) for e in group["conditional"]] + [_figure(group["mean_acceptance_length"], 2)]
+        lines.append(f"| conditional, {name} | {' | '.join(figures)} |")
     lines += ["", f"| expert load ({config.n_routed_experts} experts, 1 = even) | least | most |", "|---|---|---|"]
     lines += [f"| {name} | {min(load):.2f} | {max(load):.2f} |" for name, load in text.expert_load.items()]
     return "\n".join(lines)
+
+
+def _figure(estimate: dict[str, float], digits: int) -> str:
+    """With its 95 % interval."""
+    value, low, high = (f"{estimate[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def main() -> None:
@@ -186,12 +204,16 @@ def main() -> None:
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     args = parser.parse_args()
-    engine = Engine.from_pretrained(args.model, max_num_seqs=32)
-    acceptance = [measure_acceptance(engine, temperature) for temperature in (0.0, 1.0)]
-    text = measure_text(engine, documents_of(engine))
-    print(markdown(text, acceptance, engine.checkpoint.config))
+    engine = Engine.from_pretrained(args.model, max_num_seqs=1)
+    documents = documents_of(engine)
+    text, windows, cells = (
+        measure_text(engine, documents),
+        measure_windows(engine, documents),
+        measure_acceptance(args.model),
+    )
+    print(markdown(text, windows, cells, engine.checkpoint.config))
     if args.json is not None:
-        document = {"text": asdict(text), "acceptance": [asdict(a) for a in acceptance]}
+        document = {"text": asdict(text), "windows": asdict(windows), "acceptance": cells}
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

@@ -172,8 +172,8 @@ def _limits(
 
 def _students(value: Floats, error: Floats, ceiling: Floats, t: float) -> tuple[Floats, Floats]:
     """Limits on the scale of log(value / (1 - value / ceiling)), from relative standard errors."""
-    room = np.maximum(1 - value / ceiling, np.finfo(float).tiny)
-    reach = np.exp(np.minimum(t * error / room, 700.0))
+    room = np.maximum(1 - value / ceiling, np.finfo(float).eps)
+    reach = np.exp(np.minimum(t * error / room, 600.0))
     odds = value / room
     return odds / reach / (1 + odds / reach / ceiling), odds * reach / (1 + odds * reach / ceiling)
 

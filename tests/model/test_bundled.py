@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from specdec import Engine, GenerationOutput, SamplingParams, SpeculationParams
 from specdec.batch import Extend, build_batch
-from specdec.eval.held_out import AcceptanceFigures, TextFigures, markdown
+from specdec.eval.held_out import TextFigures, WindowFigures, markdown
 from specdec.eval.prompts import load_stdlib
 from specdec.inspection import inspect_checkpoint
 from specdec.model.bundled.corpus import Document
@@ -99,7 +99,7 @@ def assert_acceptance_is_the_cards(outputs: list[GenerationOutput]) -> None:
     for position in range(3):
         reached = sum(o.stats.reached_per_position[position] for o in outputs)
         accepted = sum(o.stats.accepted_per_position[position] for o in outputs)
-        assert abs(accepted / reached - card["conditional"][position]) < 0.05
+        assert abs(accepted / reached - card["all"]["conditional"][position]["value"]) < 0.05
 
 
 def test_greedy_batches_without_speculation_equal_single_requests(engine: Engine, plain: list[list[int]]) -> None:
@@ -116,8 +116,10 @@ def test_the_mtp_self_check_passes() -> None:
 
 def test_the_card_shows_the_measured_results(engine: Engine) -> None:
     card = (BUNDLED_FOLDER / "MODEL_CARD.md").read_text()
-    text, acceptance = TextFigures(**RESULTS["text"]), [AcceptanceFigures(**a) for a in RESULTS["acceptance"]]
-    assert markdown(text, acceptance, engine.checkpoint.config) in card
+    text, windows = TextFigures(**RESULTS["text"]), WindowFigures(**RESULTS["windows"])
+    assert markdown(text, windows, RESULTS["acceptance"], engine.checkpoint.config) in card
+    assert f"{windows.nats_per_token:.2f} nats per token" in card, "the training log's"
+    assert all(cell["check"]["passed"] for cell in RESULTS["acceptance"])
     assert "python -m specdec.eval.held_out" in card
 
 
