@@ -22,6 +22,7 @@ from specdec.eval.acceptance.records import Floats
 from specdec.eval.acceptance.replay import Context, Reader
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
+LEAST_GROUPS = 4  # of fewer an interval says nothing
 DRAWS = 32  # of verifications for the same group of requests
 
 Chosen = NDArray[np.bool_]  # [n, layers, K + 1, experts]: of n verifications, by row
@@ -123,7 +124,7 @@ def _grouped(chosen: list[Chosen], num_rows: int, generator: random.Random) -> d
     counts = {}
     for t in GROUP_SIZES:
         per_group = math.ceil(t / num_rows)
-        if t <= num_rows or 2 * per_group > len(chosen):
+        if t <= num_rows or LEAST_GROUPS * per_group > len(chosen):
             continue
         order = generator.sample(range(len(chosen)), len(chosen))
         groups = [order[i : i + per_group] for i in range(0, len(order) - per_group + 1, per_group)]
@@ -140,6 +141,8 @@ def _mean_of_group(chosen: list[Chosen], num_tokens: int, generator: random.Rand
 def _points(num_tokens: int, of_clusters: Floats, num_experts: int, per_token: int) -> list[Point]:
     """Of each layer, from the mean counts of clusters [clusters, layers]."""
     ones = np.ones_like(of_clusters)
-    most = None if num_tokens == 1 else ones * min(num_experts, num_tokens * per_token)  # of one token there is no other
+    most = (
+        None if num_tokens == 1 else ones * min(num_experts, num_tokens * per_token)
+    )  # of one token there is no other
     expected = num_experts * (1 - (1 - per_token / num_experts) ** num_tokens)
     return [Point(num_tokens, estimate, expected) for estimate in ratios(of_clusters, ones, most)]

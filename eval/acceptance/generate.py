@@ -134,12 +134,13 @@ def analysed(done: Round, reader: Reader, cell: Cell, num_contexts: int) -> list
 
     Which they are never depends on what was accepted later, so that they can be tested against their laws.
     """
-    chosen, left = [], num_contexts
-    for completion in done.completions:
-        if left == 0:
-            break
+    chosen: dict[int, Completion] = {}
+    left = num_contexts
+    for number, completion in enumerate(done.completions):
         count = min(left, len(completion.starts))
-        chosen.append(replace(completion, starts=completion.starts[:count], drafts=completion.drafts[:count]))
+        if count > 0:
+            starts, drafts = completion.starts[:count], completion.drafts[:count]
+            chosen[number] = replace(completion, starts=starts, drafts=drafts)
         left -= count
-    analyses = analyse(reader, chosen, cell.temperature, cell.speculation)
-    return [replace(r, analysis=a) for r, a in zip(done.records, analyses)] + done.records[len(analyses) :]
+    found = dict(zip(chosen, analyse(reader, list(chosen.values()), cell.temperature, cell.speculation)))
+    return [replace(record, analysis=found.get(number)) for number, record in enumerate(done.records)]
