@@ -58,7 +58,7 @@ def test_acceptance_writes_everything(results: Path) -> None:
     rules = [(0.0, "greedy"), (1.0, "coupled"), (1.0, "token")]
     assert settings == [(*rule, k) for rule in rules for k in (1, 2)]
     assert document["prompts"]["categories"] == {"a": 3, "b": 3}
-    assert document["provenance"]["command"].startswith("specdec ")
+    assert document["provenance"]["command"].startswith("specdec")
     for name in ("results.csv", "report.html"):
         assert (results / name).stat().st_size > 1000
     assert list(results.glob("*.png"))
