@@ -240,7 +240,12 @@ def measure_speed(options: SpeedOptions, progress: Callable[[str], None] = lambd
     most = max(options.batch_sizes)
     longest = max([options.prompt_tokens + options.max_tokens, *(n + 1 for n in options.prefill_lengths)])
     engine = Engine.from_pretrained(
-        options.model, kernels=options.kernels, dtype=options.dtype, num_threads=options.num_threads, max_num_seqs=most
+        options.model,
+        kernels=options.kernels,
+        dtype=options.dtype,
+        num_threads=options.num_threads,
+        max_num_seqs=most,
+        prefix_caching=False,  # the same prompts run again and again
     )
     if engine.max_model_len < options.prompt_tokens + options.max_tokens:
         raise ValueError(

@@ -118,7 +118,7 @@ NOTHING = Verification([], [], [], NO_ROWS, [], [], None)
 
 def shares(model: str, batch_size: int, k: int) -> list[Share]:
     """Steps are timed as they run, decisions when some of their calls are made again."""
-    engine = Engine.from_pretrained(model, max_num_seqs=batch_size)
+    engine = Engine.from_pretrained(model, max_num_seqs=batch_size, prefix_caching=False)
     decoder, kernels = engine.runtime.model.target.decoder, engine.runtime.model.target.kernels
     prompts = [f"def f{i}(x):\n" for i in range(batch_size)]
     step, verify = Stopwatch.on(engine.core, "step"), decoder.verify

@@ -9,7 +9,7 @@ import warnings
 from specdec.config import SamplingParams, SpeculationParams
 from specdec.errors import SpecdecWarning
 from specdec.loading import Checkpoint
-from specdec.rng import draw_seed
+from specdec.rng import draw_seed, sample_seed
 from specdec.sequence import Sequence
 from specdec.text import OutputText
 
@@ -26,25 +26,40 @@ class Admission:
         self.default = self._resolve_speculation(speculation)
         self._request_numbers = itertools.count()
 
-    def sequence(self, prompt: str | list[int], params: SamplingParams) -> Sequence:
-        """Raises ValueError for what this model cannot do."""
+    def sequence(self, prompt: str | list[int], params: SamplingParams, priority: int = 0) -> Sequence:
+        """Of a request of one sample. Raises ValueError for what this model cannot do."""
+        if params.n > 1:
+            raise ValueError(f"n = {params.n}: one sample can be streamed; pass n = 1, or use generate()")
+        return self.sequences(prompt, params, priority)[0]
+
+    def sequences(self, prompt: str | list[int], params: SamplingParams, priority: int = 0) -> list[Sequence]:
+        """One per sample; they are to be queued in this order. Raises ValueError for what this model cannot do."""
         token_ids = self._prompt_token_ids(prompt)
         end_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_token_ids |= self.checkpoint.eos_token_ids
         bad_words = self._bad_words(params)
         self._check_token_ids(params, end_token_ids, bad_words)
-        return Sequence(
-            request_id=f"request-{next(self._request_numbers)}",
-            prompt_token_ids=token_ids,
-            params=params,
-            speculation=self._resolve_speculation(params.speculation, self.default),
-            seed=draw_seed() if params.seed is None else params.seed,
-            max_total_tokens=min(len(token_ids) + params.max_tokens, self.max_model_len),
-            end_token_ids=end_token_ids,
-            output=OutputText(self.checkpoint.tokenizer, params),
-            bad_words=bad_words,
-        )
+        request_id = f"request-{next(self._request_numbers)}"
+        seed = draw_seed() if params.seed is None else params.seed
+        sequences: list[Sequence] = []
+        for sample in range(params.n):
+            sequences.append(
+                Sequence(
+                    request_id=f"{request_id}.{sample}" if sample else request_id,
+                    prompt_token_ids=token_ids,
+                    params=params,
+                    speculation=self._resolve_speculation(params.speculation, self.default),
+                    seed=sample_seed(seed, sample),
+                    max_total_tokens=min(len(token_ids) + params.max_tokens, self.max_model_len),
+                    end_token_ids=end_token_ids,
+                    output=OutputText(self.checkpoint.tokenizer, params),
+                    bad_words=bad_words,
+                    priority=priority,
+                    leader=sequences[0] if sequences else None,
+                )
+            )
+        return sequences
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """A text's tokens at the start of a word and after a space."""

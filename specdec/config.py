@@ -19,6 +19,7 @@ MIN_TEMPERATURE = 1e-5  # below it fp32 logits overflow, and the result is greed
 SEED_LIMIT = 2**64
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGPROBS = 100
+MAX_SAMPLES = 128  # of one prompt, as in OpenAI's API
 MAX_PENALTY = 2.0  # of presence and frequency, as in OpenAI's API
 
 
@@ -124,6 +125,8 @@ class SamplingParams:
     frequency_penalty, temperature, top_k, top_p, min_p, in this order (that of transformers), in drafting and in
     verification alike; penalties and bad words count the drafts before each position.
 
+    n: samples of the prompt, which share the pages of its tokens. The first is what n = 1 gives; the seeds of the
+    others are derived from its seed (`specdec.rng.sample_seed`).
     max_tokens: generate at most so many. min_tokens: until so many are generated, the tokens that would end the request
     are impossible and stop strings are not sought.
     temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: as in transformers.
@@ -141,6 +144,7 @@ class SamplingParams:
     speculation: overrides the engine's for this request.
     """
 
+    n: int = 1
     max_tokens: int = 16
     min_tokens: int = 0
     temperature: float = 1.0
@@ -167,6 +171,7 @@ class SamplingParams:
         words = (self.bad_words,) if isinstance(self.bad_words, str) else _as_tuple("bad_words", self.bad_words)
         object.__setattr__(self, "bad_words", tuple(_as_bad_word(word) for word in words))
         object.__setattr__(self, "logit_bias", _as_pairs("logit_bias", self.logit_bias or ()))
+        _require_int("n", self.n, 1, MAX_SAMPLES, ": samples of one prompt")
         _require_int("max_tokens", self.max_tokens, 1)
         _require_int("min_tokens", self.min_tokens, 0, self.max_tokens, ": it is at most max_tokens")
         _require_number("temperature", self.temperature, 0.0, math.inf)
@@ -224,6 +229,7 @@ class EngineConfig:
     num_pages or kv_cache_bytes: the size of the KV cache, in pages of page_size tokens (neither: room
         for max_num_seqs requests of max_model_len, at most 2 GiB).
     max_model_len: prompt plus output, at most the checkpoint's positions (None).
+    prefix_caching: requests take over the full pages that others have computed of the same beginning; changes no token.
     mtp_recycling: what draft steps after the first take in place of the target's hidden state;
         "pre_norm" is an ablation.
     """
@@ -235,6 +241,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     page_size: int = 16
     max_model_len: int | None = None
+    prefix_caching: bool = True
     mtp_recycling: Recycling = "post_norm"
 
     def __post_init__(self) -> None:
@@ -254,6 +261,9 @@ class EngineConfig:
         )
         if self.max_model_len is not None:
             _require_int("max_model_len", self.max_model_len, 2)
+        _require(
+            isinstance(self.prefix_caching, bool), f"prefix_caching = {self.prefix_caching!r} must be True or False"
+        )
         _require_choice("mtp_recycling", self.mtp_recycling, get_args(Recycling))
 
     @property

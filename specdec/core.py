@@ -23,7 +23,7 @@ class EngineCore:
         self.admission = Admission(
             checkpoint, runtime.max_model_len, config.speculation, has_mtp=runtime.model.mtp is not None
         )
-        pool = PagePool(runtime.kv_cache.shape[1], config.page_size)
+        pool = PagePool(runtime.kv_cache.shape[1], config.page_size, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(pool, config.max_num_seqs, config.token_budget)
         self.drafter = _make_drafter(runtime, config)
         self.verifier = TargetVerifier(runtime.model.target, runtime.kv_cache, config.page_size)
@@ -47,7 +47,7 @@ class EngineCore:
         """Ends a request unless it has ended; its pages are free at once."""
         if not sequence.finished:
             abort(sequence)
-            self.scheduler.remove_finished()
+            self.scheduler.remove(sequence)
 
     def abandon(self, sequence: Sequence) -> None:
         """The same before the next step; from a finaliser, which may run in the middle of one."""

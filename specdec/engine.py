@@ -83,14 +83,16 @@ class Engine:
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> list[GenerationOutput]:
-        """Completes every prompt (text, or token ids); -> one output per prompt, in order.
+        """Completes every prompt (text, or token ids); -> one output per prompt, in order; with n > 1 it has the other
+        samples in its `outputs`.
 
         params: one for all, or one per prompt; None is `default_sampling_params()`. All requests are
         checked before the first one runs.
         """
         batch = as_batch(prompts)
         per_prompt = params_per_prompt(self.default_sampling_params() if params is None else params, len(batch))
-        sequences = [self.core.admission.sequence(p, q) for p, q in zip(batch, per_prompt)]
+        samples = [self.core.admission.sequences(p, q) for p, q in zip(batch, per_prompt)]
+        sequences = [s for of_one_prompt in samples for s in of_one_prompt]
         try:
             for sequence in sequences:
                 self.scheduler.add(sequence)
@@ -99,7 +101,7 @@ class Engine:
         finally:
             for sequence in sequences:
                 self.core.abort(sequence)
-        return [GenerationOutput.of(s) for s in sequences]
+        return [GenerationOutput.of(first, others) for first, *others in samples]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
         """Completes one prompt chunk by chunk; closing the stream aborts the request."""

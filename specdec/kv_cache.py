@@ -5,10 +5,13 @@ Target and MTP layer share page tables: the MTP layer's cache is one more layer 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
 from specdec.model.config import Glm4MoeConfig
+from specdec.prefix_cache import NO_PAGE, PageKey, PrefixCache
 
 
 def page_bytes(config: Glm4MoeConfig, num_layers: int, page_size: int, dtype: torch.dtype) -> int:
@@ -25,15 +28,22 @@ def allocate_kv_cache(
 
 
 class PagePool:
-    """Hands out page ids 0 .. num_pages - 1, lowest free id first after a fresh start."""
+    """Hands out page ids 0 .. num_pages - 1, lowest free id first after a fresh start, and counts who holds them.
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.num_pages, self.page_size = num_pages, page_size
+    A page that is given back by its last holder is free, or, while the prefix cache knows it, idle: still there for
+    the next request of the same beginning, and evicted, the longest idle first, once no page is free.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, *, prefix_caching: bool = True) -> None:
+        self.num_pages, self.page_size, self.prefix_caching = num_pages, page_size, prefix_caching
         self._free = list(range(num_pages - 1, -1, -1))
+        self._num_holders = [0] * num_pages
+        self._cache = PrefixCache()
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that can be allocated, idle ones included."""
+        return len(self._free) + self._cache.num_idle
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -41,13 +51,58 @@ class PagePool:
     def allocate(self, num_pages: int) -> list[int]:
         """Takes pages from the pool; the caller has checked `num_free`."""
         assert num_pages <= self.num_free, f"{num_pages} pages wanted, {self.num_free} free"
-        return [self._free.pop() for _ in range(num_pages)]
+        pages = [self._free.pop() if self._free else self._cache.evict() for _ in range(num_pages)]
+        for page in pages:
+            self._num_holders[page] = 1
+        return pages
+
+    def cached_prefix(self, token_ids: list[int], max_tokens: int, *, with_mtp: bool) -> list[int]:
+        """Pages of up to max_tokens < len(token_ids) first tokens, with MTP rows if asked; nobody holds them yet."""
+        return self._cache.longest_prefix(token_ids, self.page_size, max_tokens, with_mtp=with_mtp)
+
+    def hold(self, pages: list[int]) -> None:
+        """One holder more of cached pages, which are the first of a sequence."""
+        for page in pages:
+            self._num_holders[page] += 1
+            self._cache.set_held(page)
+
+    def publish(self, pages: list[int], at: int, token_ids: list[int], *, with_mtp: bool) -> None:
+        """Offers pages[at], full and final, to other sequences. pages: a sequence's; those before `at` are published.
+
+        with_mtp: the page has MTP rows. Where the cache knows such a page already, that one takes its place in `pages`.
+        """
+        if not self.prefix_caching:
+            return
+        start, end = at * self.page_size, (at + 1) * self.page_size
+        predecessor = pages[at - 1] if at else NO_PAGE
+        tokens, next_token_id = tuple(token_ids[start:end]), token_ids[end]
+        page = self._cache.find(predecessor, tokens, next_token_id, with_mtp=with_mtp)
+        if page is None:
+            self._cache.insert(PageKey(predecessor, tokens, next_token_id if with_mtp else None), pages[at])
+        else:
+            self.hold([page])
+            self.release([pages[at]])
+            pages[at] = page
 
     def release(self, pages: list[int]) -> None:
-        self._free.extend(reversed(pages))
+        """One holder less of each, last page first."""
+        for page in reversed(pages):
+            assert self._num_holders[page] > 0, f"page {page} is released, and nobody holds it"
+            self._num_holders[page] -= 1
+            if self._num_holders[page] > 0:
+                continue
+            if page in self._cache:
+                self._cache.set_idle(page)
+            else:
+                self._free.append(page)
 
     def check_integrity(self, page_tables: list[list[int]]) -> None:
-        """Raises AssertionError unless every page is either free or in exactly one of the tables."""
-        used = [page for table in page_tables for page in table]
-        assert len(used) + self.num_free == self.num_pages, "a page is lost or counted twice"
-        assert set(used) | set(self._free) == set(range(self.num_pages)), "a page is both free and used, or shared"
+        """Raises AssertionError unless every page is held by as many of the tables as it counts, and otherwise free or
+        idle; unless pages in several tables are cached ones; and unless the prefix cache agrees with itself."""
+        holders = Counter(page for table in page_tables for page in table)
+        assert [holders[page] for page in range(self.num_pages)] == self._num_holders, "a page is lost or counted twice"
+        unheld = [page for page in range(self.num_pages) if not holders[page]]
+        assert sorted(self._free) == [page for page in unheld if page not in self._cache], "a page is free and used"
+        shared = {page for page, count in holders.items() if count > 1}
+        assert all(page in self._cache for page in shared), "a page is shared that nobody published"
+        self._cache.check_integrity(self._num_holders)

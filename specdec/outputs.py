@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 from specdec.logprobs import TokenLogprobs
 from specdec.sequence import FinishReason, Sequence
@@ -14,7 +15,8 @@ from specdec.stats import SequenceStats
 class GenerationOutput:
     """One finished request. `token_ids` is the output alone, the ending token included; `text` is cut at
     stop strings and, unless include_stop_str_in_output, has no ending token. `seed` reproduces the request.
-    `logprobs`: one per token, where SamplingParams.logprobs asks for them."""
+    `logprobs`: one per token, where SamplingParams.logprobs asks for them. `outputs`: with SamplingParams.n > 1, the
+    other n - 1 samples of the prompt."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -24,9 +26,11 @@ class GenerationOutput:
     seed: int
     logprobs: list[TokenLogprobs] | None
     stats: SequenceStats
+    outputs: list[GenerationOutput] = field(default_factory=list)
 
     @classmethod
-    def of(cls, sequence: Sequence) -> GenerationOutput:
+    def of(cls, sequence: Sequence, others: Seq[Sequence] = ()) -> GenerationOutput:
+        """others: the other samples of its prompt."""
         assert sequence.finish_reason is not None, "the sequence is still running"
         return cls(
             request_id=sequence.request_id,
@@ -37,6 +41,7 @@ class GenerationOutput:
             seed=sequence.seed,
             logprobs=None if sequence.params.logprobs is None else sequence.logprobs,
             stats=sequence.stats,
+            outputs=[cls.of(other) for other in others],
         )
 
 

@@ -15,9 +15,22 @@ import secrets
 
 from specdec.kernels.philox import Stream
 
-__all__ = ["Stream", "draw_seed"]
+__all__ = ["Stream", "draw_seed", "sample_seed"]
+
+_MASK = 2**64 - 1
 
 
 def draw_seed() -> int:
     """A fresh seed for a request that brings none."""
     return secrets.randbits(64)
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """Of sample 0, 1, ... of a request with this seed, which is sample 0's own: SplitMix64 (Steele et al. 2014), whose
+    numbers differ for different samples."""
+    if sample == 0:
+        return seed
+    z = (seed + sample * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)

@@ -1,17 +1,23 @@
 """Which sequences take part in a step, and with how many tokens. No torch here.
 
-First come, first served. A request is admitted when a slot is free and the pool holds pages for its
-longest possible length, so a running request never waits for memory.
+In order of priority, then of arrival. Requests that decode come first, so a long prompt never stalls them; prompts get
+what is left of the token budget, in chunks. A request is admitted when a slot is free and the pool has pages for its
+tokens and first drafts, and gets more as it grows. When there are none, the last in order of those that run gives up
+its pages and waits again, before all who came after it; its tokens stay, and it computes their rows anew.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from specdec.errors import CacheFullError
 from specdec.kv_cache import PagePool
 from specdec.sequence import Sequence
+
+_order = attrgetter("order")
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,15 @@ class ScheduledSequence:
 
 
 class Scheduler:
+    """waiting and running are in order: lower priority numbers first, then those that arrived first."""
+
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool = pool
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._num_arrivals = 0
+        self._refused: tuple[Sequence | None, int] = None, 0  # for lack of pages, and how many were free
 
     @property
     def idle(self) -> bool:
@@ -51,44 +61,131 @@ class Scheduler:
                 f"{self.pool.page_size}, the KV cache has {self.pool.num_pages}: lower max_tokens or "
                 "raise num_pages or kv_cache_bytes"
             )
-        self.waiting.append(sequence)
+        sequence.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        insort(self.waiting, sequence, key=_order)
 
     def schedule(self) -> list[ScheduledSequence]:
-        """The next step: decoding sequences first, then prefill chunks in order of arrival."""
-        self._admit()
-        budget = self.max_num_batched_tokens
-        scheduled = []
-        for sequence in sorted(self.running, key=lambda s: s.num_uncomputed_tokens > 1):
-            num_new = min(sequence.num_uncomputed_tokens, budget)
-            if num_new == 0:
-                continue
-            num_draft = self._num_draft_tokens(sequence) if sequence.num_uncomputed_tokens == 1 else 0
-            scheduled.append(ScheduledSequence(sequence, num_new, num_draft))
-            budget -= num_new + num_draft
+        """The next step: all that decode, then chunks of those that do not yet."""
+        for sequence in self.running:
+            self._publish(sequence)
+        scheduled = self._decoding()
+        budget = self.max_num_batched_tokens - sum(s.num_new_tokens + s.num_draft_tokens for s in scheduled)
+        if budget > 0:
+            for sequence in self._prefilling():
+                num_new = min(sequence.num_prefill_tokens - sequence.num_computed_tokens, budget)
+                scheduled.append(ScheduledSequence(sequence, num_new, 0))
+                budget -= num_new
+                if budget == 0:
+                    break
         return scheduled
 
     def remove_finished(self) -> None:
-        """Takes finished and aborted sequences out and gives their pages back."""
-        for sequence in self.running:
-            if sequence.finished:
-                self.pool.release(sequence.page_table)
-                sequence.page_table = []
-        self.running = [s for s in self.running if not s.finished]
-        self.waiting = deque(s for s in self.waiting if not s.finished)
+        """Takes the finished out of those that run and gives their pages back."""
+        finished = [s for s in self.running if s.finished]
+        if finished:
+            self.running = [s for s in self.running if not s.finished]
+            for sequence in finished:
+                self._publish(sequence)
+                self.pool.release(sequence.give_up_pages())
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            needed = self.pool.pages_for(self.waiting[0].max_total_tokens)
-            if needed > self.pool.num_free:
-                return
-            sequence = self.waiting.popleft()
-            sequence.page_table = self.pool.allocate(needed)
-            self.running.append(sequence)
+    def remove(self, sequence: Sequence) -> None:
+        """Takes out an aborted request, wherever it is; rows of a step that failed are not published."""
+        for queue in (self.running, self.waiting):
+            at = bisect_left(queue, sequence.order, key=_order)
+            if at < len(queue) and queue[at] is sequence:
+                del queue[at]
+                self.pool.release(sequence.give_up_pages())
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless queues, page tables, pool and prefix cache agree."""
+        assert sorted(self.waiting, key=_order) == self.waiting, "waiting is out of order"
+        assert sorted(self.running, key=_order) == self.running, "running is out of order"
+        assert not any(s.finished for s in (*self.waiting, *self.running)), "a finished request is still here"
+        assert not any(s.page_table for s in self.waiting), "a waiting request holds pages"
+        for s in self.running:
+            assert s.num_published_pages * self.pool.page_size <= s.num_computed_tokens, (
+                "a page was published too early"
+            )
+        self.pool.check_integrity([s.page_table for s in self.running])
+
+    def _decoding(self) -> list[ScheduledSequence]:
+        """Those with one token to compute, with their drafts and pages for both. K is never cut for lack of pages, so
+        that tokens do not depend on it: the last in order, which may be the one that lacks them, is preempted."""
+        scheduled = []
+        for sequence in self.running:  # which preemption shortens from its end
+            if sequence.num_uncomputed_tokens == 1:
+                num_draft = self._num_draft_tokens(sequence)
+                if self._grow(sequence, sequence.num_computed_tokens + 1 + num_draft):
+                    scheduled.append(ScheduledSequence(sequence, 1, num_draft))
+        return scheduled
+
+    def _grow(self, sequence: Sequence, num_rows: int) -> bool:
+        """Gives a running sequence pages for so many rows; False where it lost its place instead."""
+        missing = self.pool.pages_for(num_rows) - len(sequence.page_table)
+        while missing > self.pool.num_free:
+            if self._preempt_last() is sequence:
+                return False
+        if missing > 0:
+            sequence.page_table += self.pool.allocate(missing)
+        return True
+
+    def _preempt_last(self) -> Sequence:
+        sequence = self.running.pop()
+        self.pool.release(sequence.preempt())
+        insort(self.waiting, sequence, key=_order)
+        return sequence
+
+    def _prefilling(self) -> Iterator[Sequence]:
+        """Those that run and have more than one token to compute, then new ones for as long as they are asked for."""
+        yield from [s for s in self.running if s.num_uncomputed_tokens > 1]
+        while (sequence := self._admit()) is not None:
+            yield sequence
+
+    def _admit(self) -> Sequence | None:
+        """The next that waits, running now; None without a slot, or without pages for its tokens and first drafts."""
+        if len(self.running) == self.max_num_seqs:
+            return None
+        sequence = next((s for s in self.waiting if not self._shares_soon(s)), None)
+        if sequence is None or (self._refused[0] is sequence and self.pool.num_free <= self._refused[1]):
+            return None
+        most = sequence.num_prefill_tokens - 1
+        cached = self.pool.cached_prefix(sequence.token_ids, most, with_mtp=sequence.speculates)
+        self.pool.hold(cached)
+        num_rows = min(
+            len(sequence.token_ids) + 1 + sequence.speculation.num_speculative_tokens, sequence.max_total_tokens
+        )
+        missing = self.pool.pages_for(num_rows) - len(cached)
+        if missing > self.pool.num_free:
+            self.pool.release(cached)
+            self._refused = sequence, self.pool.num_free
+            return None
+        self._refused = None, 0
+        self.waiting.remove(sequence)
+        sequence.admit(cached + self.pool.allocate(missing), len(cached), self.pool.page_size)
+        insort(self.running, sequence, key=_order)
+        return sequence
+
+    def _shares_soon(self, sequence: Sequence) -> bool:
+        """Another sample of the same prompt computes the pages that this one will share. They are all there once it has
+        drafted, for then the MTP layer has run over its prompt; nobody waits for longer."""
+        leader = sequence.leader
+        if leader is None or leader.finished or not self.pool.prefix_caching or leader.stats.num_target_forwards > 1:
+            return False
+        return leader.num_published_pages < len(leader.prompt_token_ids) // self.pool.page_size
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offers the pages that have become full and final to other requests."""
+        num_full = sequence.num_final_rows // self.pool.page_size
+        for at in range(sequence.num_published_pages, num_full):
+            self.pool.publish(sequence.page_table, at, sequence.token_ids, with_mtp=sequence.speculates)
+            sequence.num_published_pages += 1
 
     @staticmethod
     def _num_draft_tokens(sequence: Sequence) -> int:
-        """K, clipped so that drafts and the token after them still fit; 0 until the MTP cache has rows."""
-        if sequence.pending_hidden is None:
+        """K, clipped so that drafts and the token after them still fit. The first token is decided without drafts, so
+        that where iterations start depends neither on chunks nor on what was cached."""
+        if sequence.num_output_tokens == 0:
             return 0
         allowed = sequence.max_total_tokens - len(sequence.token_ids)
         return min(sequence.speculation.num_speculative_tokens, allowed - 1)

@@ -1,7 +1,7 @@
 """`Sequence`: one request's tokens, cache rows and parameters. The only mutable per-request state.
 
-Who sets what: the engine creates it; the scheduler gives and takes its pages; `specdec.commit` changes all
-the rest. Draft and verify only read it.
+Who sets what: the engine creates it; the scheduler gives and takes its pages, and with them the rows that are in
+them; `specdec.commit` changes all the rest. Draft and verify only read it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Sequence:
     so num_mtp_tokens + n == num_computed_tokens while speculation is on; None while it is off.
     max_total_tokens: prompt and output together never exceed it. bad_words: as token ids. edits: what the parameters
     do to the next token's logits. logprobs: of the output's tokens.
+    priority: lower numbers come first. arrival: set by the scheduler. leader: another sample of the same prompt, whose
+    pages this one will share. num_published_pages: of page_table, the first ones that the prefix cache knows.
     """
 
     request_id: str
@@ -41,8 +43,12 @@ class Sequence:
     end_token_ids: frozenset[int]
     output: OutputText
     bad_words: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
+    leader: Sequence | None = None
+    arrival: int = 0
     token_ids: list[int] = field(init=False)
     page_table: list[int] = field(default_factory=list)
+    num_published_pages: int = 0
     num_computed_tokens: int = 0
     num_mtp_tokens: int = 0
     pending_hidden: HiddenRows | None = None
@@ -60,9 +66,36 @@ class Sequence:
         """Temperature 0 is greedy whatever the request's rule."""
         return "greedy" if self.params.greedy else self.speculation.verification
 
+    def admit(self, pages: list[int], num_cached_pages: int, page_size: int) -> None:
+        """It runs from now on. The first pages are the prefix cache's: their rows are computed, the MTP layer's too."""
+        self.page_table, self.num_published_pages = pages, num_cached_pages
+        self.num_computed_tokens = num_cached_pages * page_size
+        self.num_mtp_tokens = self.num_computed_tokens if self.speculates else 0
+        if self.stats.num_preemptions == 0:
+            self.stats.num_cached_tokens = self.num_computed_tokens
+
+    def preempt(self) -> list[int]:
+        """It waits again; tokens, text and statistics stay. -> its pages."""
+        self.num_computed_tokens = self.num_mtp_tokens = 0
+        self.pending_hidden = None
+        self.stats.num_preemptions += 1
+        return self.give_up_pages()
+
+    def give_up_pages(self) -> list[int]:
+        """Of a request that is preempted or has ended."""
+        pages, self.page_table, self.num_published_pages = self.page_table, [], 0
+        return pages
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Requests run in ascending order of it."""
+        return self.priority, self.arrival
+
     @property
     def speculates(self) -> bool:
-        return self.speculation.num_speculative_tokens > 0
+        """Whether the MTP layer works for it; never for a request of one token, which is decided without drafts."""
+        limit = self.max_total_tokens - len(self.prompt_token_ids)
+        return limit > 1 and self.speculation.num_speculative_tokens > 0
 
     @property
     def samples_drafts(self) -> bool:
@@ -85,6 +118,17 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens to compute on admission, before it decodes. The last token of a request that was preempted while it
+        drafted waits for its drafts, as it did before: where iterations start does not depend on preemption."""
+        return len(self.token_ids) - (self.speculates and self.num_output_tokens > 0)
+
+    @property
+    def num_final_rows(self) -> int:
+        """Rows of committed tokens that nothing overwrites any more, those of the MTP layer included if it works."""
+        return self.num_mtp_tokens if self.speculates else min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property
     def finished(self) -> bool:

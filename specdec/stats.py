@@ -16,7 +16,9 @@ class SequenceStats:
     drafted_per_position, accepted_per_position: the same by draft position, first to last.
     reached_per_position: drafts at that position whose predecessors were all accepted, so that
     accepted / reached is the conditional acceptance and accepted / drafted the unconditional one.
-    num_first_tokens: output tokens of the first commit. *_s: seconds of time.perf_counter.
+    num_first_tokens: output tokens of the first commit. num_cached_tokens: of the prompt, those whose rows the prefix
+    cache had when the request was first admitted. num_preemptions: how often it lost its pages and computed its rows
+    anew. *_s: seconds of time.perf_counter.
     """
 
     num_target_forwards: int = 0
@@ -28,6 +30,8 @@ class SequenceStats:
     accepted_per_position: list[int] = field(default_factory=list)
     num_output_tokens: int = 0
     num_first_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
     arrival_s: float = field(default_factory=time.perf_counter)
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -86,6 +90,8 @@ class SequenceStats:
             "reached_per_position": self.reached_per_position,
             "accepted_per_position": self.accepted_per_position,
             "mean_acceptance_length": self.mean_acceptance_length,
+            "num_cached_tokens": self.num_cached_tokens,
+            "num_preemptions": self.num_preemptions,
             "ttft_s": self.ttft_s,
             "decode_s": self.decode_s,
             "tokens_per_s": self.tokens_per_s,

@@ -219,7 +219,7 @@ def with_exact_drafts(check: Check) -> Check:
 def _load(options: AcceptanceOptions) -> Engine:
     engine = Engine.from_pretrained(
         options.model, kernels=options.kernels, dtype=options.dtype, num_threads=options.num_threads,
-        max_num_seqs=max(options.batch_sizes), mtp_recycling=options.mtp_recycling,
+        max_num_seqs=max(options.batch_sizes), mtp_recycling=options.mtp_recycling, prefix_caching=False,
     )  # fmt: skip
     if engine.runtime.model.mtp is None:
         raise CheckpointError(

@@ -69,7 +69,7 @@ def test_no_field_is_forgotten() -> None:
     """Those that do not change the law have their tests in test_generate.py and test_text.py."""
     others = {
         "max_tokens", "stop", "include_stop_str_in_output", "stop_token_ids", "ignore_eos", "skip_special_tokens",
-        "seed", "logprobs", "speculation",
+        "seed", "logprobs", "speculation", "n",
     }  # fmt: skip
     assert {f.name for f in fields(SamplingParams)} == others | LAW_FIELDS.keys()
 

@@ -609,7 +609,8 @@ def test_broken_weights_raise_instead_of_generating(tmp_path: Path) -> None:
 
 
 def test_chunked_prefill_keeps_every_mtp_pair(planted: Path, engine: Engine) -> None:
-    """Chunks of 9 to 63 tokens: the same output and, since every pair of the prompt has its row, the same drafts."""
+    """The same output and, since every pair of the prompt has its row, the same drafts; chunk sizes below 9, pages and
+    hits are in test_pressure.py."""
     prompts = [PROMPTS[2], PROMPTS[5] + "a", "hello world, hello moon" * 3]
 
     def drafts(engine: Engine) -> list[tuple[list[int], list[int]]]:
@@ -619,8 +620,6 @@ def test_chunked_prefill_keeps_every_mtp_pair(planted: Path, engine: Engine) -> 
     expected = drafts(engine)
     for budget in (9, 11, 16, 60):
         chunked = Engine.from_pretrained(planted, max_num_seqs=1, max_num_batched_tokens=budget)
-        # a last chunk of one token would draft at once, and shift the rest
-        assert all(len(p) % budget != 1 for p in prompts)
         assert drafts(chunked) == expected
 
 

@@ -1,100 +1,489 @@
-"""The scheduler against its promises, over random arrivals and lengths."""
+"""Scheduler, page pool and prefix cache against a brute-force simulation, and against what no schedule may change."""
 
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
-import torch
+from scheduling import (
+    END,
+    Memory,
+    Page,
+    Request,
+    Setting,
+    Simulation,
+    State,
+    make_scheduler,
+    make_sequence,
+    random_requests,
+    random_setting,
+)
 
-from specdec import CacheFullError, SamplingParams, SpeculationParams
-from specdec.kernels.interface import HiddenRows
+from specdec import CacheFullError
+from specdec import prefix_cache as prefix_cache_module
+from specdec.commit import abort
 from specdec.kv_cache import PagePool
-from specdec.scheduler import Scheduler
+from specdec.prefix_cache import PageKey, PrefixCache
+from specdec.scheduler import ScheduledSequence, Scheduler
 from specdec.sequence import Sequence
-from specdec.text import OutputText
+
+NUM_SCHEDULES = 500
 
 
-def make_sequence(name: str, num_prompt: int, max_tokens: int, k: int) -> Sequence:
-    params = SamplingParams(max_tokens=max_tokens)
-    output = OutputText(None, params)
-    return Sequence(
-        name, [1] * num_prompt, params, SpeculationParams(k), 0, num_prompt + max_tokens, frozenset(), output
-    )
+class Run:
+    """One schedule in scheduler and simulation side by side, compared after every step."""
 
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.setting = random_setting(self.rng)
+        self.requests = {r.name: r for r in random_requests(self.rng)}
+        self.scheduler = make_scheduler(self.setting)
+        self.simulation = Simulation(self.setting)
+        self.memory = Memory(self.setting.page_size)
+        self.sequences: dict[str, Sequence] = {}
+        self.states: dict[str, State] = {}
+        self.aborted: set[str] = set()
+        self.decisions: dict[str, list[tuple[int, int]]] = {name: [] for name in self.requests}
 
-def advance(sequence: Sequence, num_new: int, num_draft: int, rng: random.Random) -> None:
-    """What commit does to the counters: a random number of drafts is accepted."""
-    samples = num_new == sequence.num_uncomputed_tokens
-    accepted = rng.randint(0, num_draft)
-    sequence.num_computed_tokens += num_new + accepted
-    if sequence.speculates:
-        sequence.pending_hidden = HiddenRows(torch.zeros(1, 1), 0, 1)
-    if samples:
-        sequence.token_ids += [1] * (accepted + 1)
-        if len(sequence.token_ids) >= sequence.max_total_tokens or rng.random() < 0.05:
-            sequence.finish_reason = "length"
+    def finish(self) -> Counter[str]:
+        """Runs everything to its end; -> how often what happened."""
+        for step in range(3000):
+            self.arrive(step)
+            self.abort(step)
+            self.check()
+            if self.scheduler.idle and step > 40:
+                break
+            self.step()
+        assert self.scheduler.idle, "requests are left"
+        self.check_outcomes()
+        stats = [s.stats for s in self.sequences.values()]
+        return Counter(
+            preemptions=sum(s.num_preemptions for s in stats),
+            cached_tokens=sum(s.num_cached_tokens for s in stats),
+            aborted=len(self.aborted),
+            samples=sum("." in name for name in self.sequences),
+            lower_k=self.setting.k_varies,
+            refused=len(self.requests) - len(self.sequences),
+        )
 
+    def arrive(self, step: int) -> None:
+        for request in self.requests.values():
+            if request.arrives != step:
+                continue
+            leader = request.leader
+            state = self.simulation.add(request, None if leader is None else self.states.get(leader))
+            sequence = make_sequence(request, None if leader is None else self.sequences.get(leader))
+            if state is None:
+                with pytest.raises(CacheFullError, match="lower max_tokens or raise num_pages"):
+                    self.scheduler.add(sequence)
+            else:
+                self.scheduler.add(sequence)
+                self.sequences[request.name], self.states[request.name] = sequence, state
 
-@pytest.mark.parametrize("seed", range(200))
-def test_random_schedules_keep_every_promise(seed: int) -> None:
-    rng = random.Random(seed)
-    pool = PagePool(rng.randint(10, 40), rng.choice([1, 4, 16]))
-    max_num_seqs = rng.randint(1, 6)
-    budget = max_num_seqs * 9 + rng.choice([0, 1, 30])
-    scheduler = Scheduler(pool, max_num_seqs, budget)
-    arrivals = [
-        make_sequence(f"r{i}", rng.randint(1, 60), rng.randint(1, 12), rng.choice([0, 1, 3, 8])) for i in range(12)
-    ]
-    expected, admitted = [], []
-    for sequence in arrivals:
-        if pool.pages_for(sequence.max_total_tokens) > pool.num_pages:
-            with pytest.raises(CacheFullError):
-                scheduler.add(sequence)
-            continue
-        scheduler.add(sequence)
-        expected.append(sequence)
-    for _ in range(2000):
-        if scheduler.idle:
-            break
-        scheduled = scheduler.schedule()
-        assert scheduled, "something runs, yet nothing is scheduled"
-        assert len(scheduler.running) <= max_num_seqs
-        assert sum(s.num_new_tokens + s.num_draft_tokens for s in scheduled) <= budget
-        pool.check_integrity([s.page_table for s in scheduler.running])
-        decoding = [s for s in scheduler.running if s.num_uncomputed_tokens == 1]
-        assert all(any(x.sequence is s for x in scheduled) for s in decoding), "a decoding request was stalled"
+    def abort(self, step: int) -> None:
+        for name, sequence in self.sequences.items():
+            if self.requests[name].aborted == step and not sequence.finished:
+                abort(sequence)
+                self.scheduler.remove(sequence)
+                self.states[name].finish = "abort"
+                self.simulation.leave(self.states[name])
+                self.aborted.add(name)
+
+    def step(self) -> None:
+        busy = not self.scheduler.idle
+        scheduled = self.scheduler.schedule()
+        shares = [(s.sequence.request_id, s.num_new_tokens, s.num_draft_tokens) for s in scheduled]
+        assert shares == self.simulation.schedule()
+        assert bool(scheduled) == busy, "requests wait, and nothing is scheduled"
+        self.check()
+        self.check_shares(scheduled)
+        if self.setting.k_varies:  # as a controller of the draft length may
+            scheduled = [replace(s, num_draft_tokens=self.rng.randint(0, s.num_draft_tokens)) for s in scheduled]
+            shares = [(s.sequence.request_id, s.num_new_tokens, s.num_draft_tokens) for s in scheduled]
+        for s in scheduled:
+            if s.samples:
+                self.decisions[s.sequence.request_id].append((s.sequence.num_output_tokens, s.num_draft_tokens))
+        self.memory.run(scheduled, self.requests)
+        self.scheduler.remove_finished()
+        self.simulation.commit(shares)
+
+    def check(self) -> None:
+        """The same queues, pages and sharing on both sides, and nothing lost."""
+        self.scheduler.check_integrity()
+        for queue, expected in (
+            (self.scheduler.waiting, self.simulation.waiting),
+            (self.scheduler.running, self.simulation.running),
+        ):
+            assert [s.request_id for s in queue] == [s.request.name for s in expected]
+        pairs = {
+            (page, id(other))
+            for sequence in self.scheduler.running
+            for page, other in zip(sequence.page_table, self.states[sequence.request_id].pages, strict=True)
+        }
+        assert len(pairs) == len({page for page, _ in pairs}) == len({page for _, page in pairs})
+        assert self.scheduler.pool.num_free == self.simulation.available()
+        for name, sequence in self.sequences.items():
+            state = self.states[name]
+            assert (sequence.token_ids, sequence.num_computed_tokens) == (state.tokens, state.computed) or state.finish
+            assert sequence.finish_reason == state.finish
+
+    def check_shares(self, scheduled: list[ScheduledSequence]) -> None:
+        assert len(self.scheduler.running) <= self.setting.max_num_seqs
+        assert sum(s.num_new_tokens + s.num_draft_tokens for s in scheduled) <= self.setting.budget
+        shares = {s.sequence.request_id for s in scheduled}
+        for sequence in self.scheduler.running:
+            assert sequence.num_uncomputed_tokens > 1 or sequence.request_id in shares, "a decoding request was stalled"
         for s in scheduled:
             end = s.sequence.num_computed_tokens + s.num_new_tokens + s.num_draft_tokens
             assert s.num_new_tokens >= 1
-            assert end <= len(s.sequence.page_table) * pool.page_size
-            assert s.num_draft_tokens == 0 or s.samples
-            assert s.num_draft_tokens <= s.sequence.speculation.num_speculative_tokens
+            assert end <= len(s.sequence.page_table) * self.setting.page_size
+            assert not s.num_draft_tokens or s.samples
             if s.samples:
                 assert len(s.sequence.token_ids) + s.num_draft_tokens + 1 <= s.sequence.max_total_tokens
-        admitted += [s for s in scheduler.running if s not in admitted]
-        for s in scheduled:
-            advance(s.sequence, s.num_new_tokens, s.num_draft_tokens, rng)
+
+    def check_outcomes(self) -> None:
+        """What each request would have alone; where nothing varies K, iterations start where they would alone."""
+        for name, sequence in self.sequences.items():
+            request, state = self.requests[name], self.states[name]
+            output = sequence.output_token_ids
+            if name in self.aborted:
+                assert sequence.finish_reason == "abort"
+                assert output == request.output[: len(output)]
+            else:
+                assert sequence.finish_reason == request.finish_reason
+                assert output == request.output
+            assert sequence.stats.num_preemptions == state.num_preemptions
+            assert sequence.stats.num_cached_tokens == (state.cached_at_first or 0)
+            if not self.setting.k_varies:
+                expected = list(alone(request))
+                assert self.decisions[name] == expected[: len(self.decisions[name])]
+                assert name in self.aborted or len(self.decisions[name]) == len(expected)
+
+
+def alone(request: Request) -> Iterable[tuple[int, int]]:
+    """Where the iterations of a request start, and with how many drafts, by the rule's definition."""
+    start = 0
+    while start < len(request.output):
+        drafts = min(request.k, request.max_tokens - start - 1) if start else 0
+        yield start, drafts
+        start += len(request.emitted(start, drafts))
+
+
+def test_500_random_schedules_are_the_simulations_and_end_as_they_must() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(NUM_SCHEDULES):
+        try:
+            happened = Run(seed).finish()
+        except AssertionError as error:
+            raise AssertionError(f"schedule {seed}: {error}") from error
+        seen += happened
+        seen["with preemption"] += happened["preemptions"] > 0
+    assert seen["with preemption"] > 50
+    assert min(seen[what] for what in ("cached_tokens", "aborted", "samples", "refused", "lower_k")) > 100
+
+
+def some_schedule_fails() -> bool:
+    """Whether the test above would see a fault, in its first schedules already."""
+    for seed in range(100):
+        try:
+            Run(seed).finish()
+        except AssertionError:
+            return True
+    return False
+
+
+def test_no_schedule_fails_without_a_fault() -> None:
+    assert not some_schedule_fails()
+
+
+def test_mutant_key_without_the_next_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Key(PageKey):
+        def __new__(cls, predecessor: int, token_ids: tuple[int, ...], next_token_id: int | None) -> Key:
+            return super().__new__(cls, predecessor, token_ids, None if next_token_id is None else 0)
+
+    monkeypatch.setattr(prefix_cache_module, "PageKey", Key)
+    monkeypatch.setattr("specdec.kv_cache.PageKey", Key)
+    assert some_schedule_fails()
+
+
+def test_mutant_pages_without_mtp_rows_serve_requests_that_speculate(monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = PrefixCache.longest_prefix
+    monkeypatch.setattr(
+        PrefixCache, "longest_prefix", lambda self, *given, with_mtp: longest(self, *given, with_mtp=False)
+    )
+    assert some_schedule_fails()
+
+
+def test_mutant_that_forgets_a_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PagePool, "hold", lambda self, pages: [self._cache.set_held(page) for page in pages])
+    assert some_schedule_fails()
+
+
+def test_mutant_that_counts_a_holder_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    hold = PagePool.hold
+    monkeypatch.setattr(PagePool, "hold", lambda self, pages: (hold(self, pages), hold(self, pages[:1])))
+    assert some_schedule_fails()
+
+
+def test_mutant_that_evicts_a_page_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrefixCache, "set_held", lambda self, page: None)
+    assert some_schedule_fails()
+
+
+def test_mutant_that_evicts_the_page_given_back_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    evict = PrefixCache.evict
+
+    def latest(self: PrefixCache) -> int:
+        self._idle = dict.fromkeys(reversed(self._idle))
+        page = evict(self)
+        self._idle = dict.fromkeys(reversed(self._idle))
+        return page
+
+    monkeypatch.setattr(PrefixCache, "evict", latest)
+    assert some_schedule_fails()
+
+
+def test_mutant_hit_that_leaves_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = PagePool.cached_prefix
+
+    def whole(self: PagePool, token_ids: list[int], max_tokens: int, *, with_mtp: bool) -> list[int]:
+        return prefix(self, [*token_ids, 0], len(token_ids), with_mtp=with_mtp)
+
+    monkeypatch.setattr(PagePool, "cached_prefix", whole)
+    assert some_schedule_fails()
+
+
+def test_mutant_hit_that_leaves_a_preempted_request_no_hidden_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sequence, "num_prefill_tokens", property(lambda self: len(self.token_ids)))
+    assert some_schedule_fails()
+
+
+@pytest.mark.parametrize("kept", ["num_mtp_tokens", "pending_hidden"])
+def test_mutant_preemption_that_keeps_the_mtp_layers_state(monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
+    admit, preempt = Sequence.admit, Sequence.preempt
+    kept_values: dict[int, object] = {}
+
+    def preempting(self: Sequence) -> list[int]:
+        kept_values[id(self)] = getattr(self, kept)
+        return preempt(self)
+
+    def admitting(self: Sequence, *given: object) -> None:
+        admit(self, *given)
+        if self.stats.num_preemptions and self.speculates:
+            setattr(self, kept, kept_values[id(self)])
+
+    monkeypatch.setattr(Sequence, "preempt", preempting)
+    monkeypatch.setattr(Sequence, "admit", admitting)
+    assert some_schedule_fails()
+
+
+def test_mutant_preempted_request_whose_mtp_rows_are_never_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It drafts from a cache with holes: fewer drafts are accepted, and no output shows it."""
+    admit = Sequence.admit
+
+    def skipping(self: Sequence, *given: object) -> None:
+        admit(self, *given)
+        if self.stats.num_preemptions and self.speculates:
+            self.num_mtp_tokens = self.num_computed_tokens + 1
+
+    monkeypatch.setattr(Sequence, "admit", skipping)
+    assert some_schedule_fails()
+
+
+def test_mutant_that_drafts_less_for_lack_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_draft_tokens = Scheduler._num_draft_tokens
+
+    def fitting(self: Scheduler, sequence: Sequence) -> int:
+        room = (len(sequence.page_table) + self.pool.num_free) * self.pool.page_size - len(sequence.token_ids)
+        return min(num_draft_tokens(sequence), room)
+
+    monkeypatch.setattr(Scheduler, "_num_draft_tokens", fitting)
+    assert some_schedule_fails()
+
+
+def test_mutant_that_preempts_the_first_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    preempt = Scheduler._preempt_last
+
+    def first(self: Scheduler) -> Sequence:
+        self.running.append(self.running.pop(0))
+        return preempt(self)
+
+    monkeypatch.setattr(Scheduler, "_preempt_last", first)
+    assert some_schedule_fails()
+
+
+def request(name: str, num_prompt: int, max_tokens: int = 8, priority: int = 0, k: int = 0) -> Request:
+    outcome, agrees = [1] * 60, [False] * 60
+    return Request(name, [int(name)] * num_prompt, max_tokens, k, priority, 0, None, outcome, agrees)
+
+
+def run_to_end(setting: Setting, requests: list[Request]) -> tuple[list[str], dict[str, Sequence]]:
+    """-> names in the order of their ends, and the sequences."""
+    scheduler, memory = make_scheduler(setting), Memory(setting.page_size)
+    sequences = {r.name: make_sequence(r) for r in requests}
+    for sequence in sequences.values():
+        scheduler.add(sequence)
+    ends: list[str] = []
+    while not scheduler.idle:
+        memory.run(scheduler.schedule(), {r.name: r for r in requests})
         scheduler.remove_finished()
-        if rng.random() < 0.05 and not scheduler.idle:
-            aborted = rng.choice([*scheduler.waiting, *scheduler.running])
-            aborted.finish_reason = "abort"
+        scheduler.check_integrity()
+        ends += [name for name, s in sequences.items() if s.finished and name not in ends]
+    return ends, sequences
+
+
+ONE_AT_A_TIME = Setting(4, 8, 1, 64, True, False)
+
+
+def test_lower_priority_numbers_come_first_and_equal_ones_in_order_of_arrival() -> None:
+    requests = [request(str(i), 5, priority=p) for i, p in enumerate([1, 0, 2, 0, -5, 1])]
+    assert run_to_end(ONE_AT_A_TIME, requests)[0] == ["4", "1", "3", "0", "5", "2"]
+
+
+def test_the_last_arrived_of_the_lowest_priority_is_preempted_first() -> None:
+    """Three requests that fit at first and outgrow the pool together."""
+    setting = Setting(4, 14, 3, 64, False, False)
+    for priorities, expected in (((0, 0, 0), "2"), ((0, 1, 0), "1"), ((3, 0, 1), "0")):
+        requests = [request(str(i), 12, max_tokens=16, priority=p) for i, p in enumerate(priorities)]
+        ends, sequences = run_to_end(setting, requests)
+        preempted = [name for name, s in sequences.items() if s.stats.num_preemptions]
+        assert preempted == [expected]
+        assert ends[-1] == expected
+        assert all(len(s.output_token_ids) == 16 for s in sequences.values())
+
+
+def test_admission_asks_for_the_prompts_pages_not_for_the_longest_output() -> None:
+    scheduler = make_scheduler(Setting(4, 10, 4, 64, True, False))
+    for i in range(3):
+        scheduler.add(make_sequence(request(str(i), 7, max_tokens=30)))
+    assert len(scheduler.schedule()) == 3
+    assert [len(s.page_table) for s in scheduler.running] == [2, 2, 2]
+
+
+def test_a_long_prompt_stalls_nobody() -> None:
+    setting = Setting(16, 64, 4, 40, True, False)
+    scheduler, memory = make_scheduler(setting), Memory(16)
+    requests = {r.name: r for r in [request("1", 3, 30, k=3), request("2", 4, 30), request("3", 400, 2)]}
+    short, long = [make_sequence(requests[name]) for name in "12"], make_sequence(requests["3"])
+    for sequence in short:
+        scheduler.add(sequence)
+    memory.run(scheduler.schedule(), requests)
+    scheduler.add(long)
+    while long.num_output_tokens == 0:
+        before = [s.num_output_tokens for s in short]
+        memory.run(scheduler.schedule(), requests)
+        assert all(s.finished or s.num_output_tokens > b for s, b in zip(short, before)), "a request was stalled"
+        scheduler.remove_finished()
+    assert long.num_computed_tokens == 400
+
+
+def test_a_finished_requests_pages_serve_its_continuation() -> None:
+    """The next turn of a conversation computes what is new; pages past the last full one are nobody's."""
+    for k in (0, 2):
+        scheduler, memory = make_scheduler(Setting(4, 30, 4, 64, True, False)), Memory(4)
+        first = Request("1", list(range(10)), 11, k, 0, 0, None, [7] * 40, [True] * 40)
+        second = replace(first, name="2", prompt=[*range(10), *[7] * 11, 5])
+        requests = {r.name: r for r in (first, second)}
+        for name in "12":
+            sequence = make_sequence(requests[name])
+            scheduler.add(sequence)
+            while not scheduler.idle:
+                memory.run(scheduler.schedule(), requests)
+                scheduler.remove_finished()
+            scheduler.check_integrity()
+        assert sequence.stats.num_cached_tokens == (20 if k == 0 else 16)
+
+
+def test_pages_without_mtp_rows_serve_the_target_alone() -> None:
+    hits = {}
+    for first_k, second_k in ((0, 0), (0, 3), (3, 0), (3, 3)):
+        scheduler, memory = make_scheduler(Setting(4, 30, 4, 64, True, False)), Memory(4)
+        requests = {n: replace(request("1", 18, k=k), name=n) for n, k in (("1", first_k), ("2", second_k))}
+        for name in "12":
+            sequence = make_sequence(requests[name])
+            scheduler.add(sequence)
+            while not scheduler.idle:
+                memory.run(scheduler.schedule(), requests)
+                scheduler.remove_finished()
+        hits[first_k, second_k] = sequence.stats.num_cached_tokens
+    assert hits == {(0, 0): 16, (0, 3): 0, (3, 0): 16, (3, 3): 16}
+
+
+def test_samples_share_their_prompts_pages() -> None:
+    for k in (0, 3):
+        scheduler, memory = make_scheduler(Setting(4, 40, 4, 64, True, False)), Memory(4)
+        first = request("1", 18, k=k)
+        requests = {first.name: first} | {f"1.{i}": replace(first, name=f"1.{i}") for i in (1, 2, 3)}
+        leader = make_sequence(first)
+        samples = [leader] + [make_sequence(r, leader) for r in list(requests.values())[1:]]
+        for sequence in samples:
+            scheduler.add(sequence)
+        while len(scheduler.running) < 4:
+            memory.run(scheduler.schedule(), requests)
+        assert len({tuple(s.page_table[:4]) for s in samples}) == 1
+        assert len({page for s in samples for page in s.page_table[4:]}) == sum(len(s.page_table) - 4 for s in samples)
+        assert [s.stats.num_cached_tokens for s in samples] == [0, 16, 16, 16]
+        while not scheduler.idle:
+            memory.run(scheduler.schedule(), requests)
             scheduler.remove_finished()
-    assert scheduler.idle
-    assert all(s.finished for s in expected)
-    order = [s for s in expected if s in admitted]
-    assert admitted == order, "admission is first come, first served"
-    pool.check_integrity([])
+            scheduler.check_integrity()
+
+
+def test_the_longest_idle_pages_are_evicted_first() -> None:
+    pool = PagePool(4, 1)
+    tables = {}
+    for first in (1, 2):
+        tables[first] = pool.allocate(2)
+        for at in range(2):
+            pool.publish(tables[first], at, [first, 5, 6], with_mtp=True)
+    pool.release(tables[2])
+    pool.release(tables[1])
+    assert pool.num_free == 4
+    assert pool.allocate(1) == [tables[2][1]], "of the pages given back first, the last"
+    assert pool.cached_prefix([1, 5, 6], 2, with_mtp=True) == tables[1]
+    assert pool.cached_prefix([2, 5, 6], 2, with_mtp=True) == tables[2][:1]
+    assert pool.cached_prefix([1, 5, 7], 2, with_mtp=True) == tables[1][:1], "the token after a page is in its key"
+    assert pool.cached_prefix([1, 6, 6], 2, with_mtp=True) == []
 
 
 def test_integrity_check_sees_lost_shared_and_double_pages() -> None:
     pool = PagePool(4, 16)
     pages = pool.allocate(2)
     pool.check_integrity([pages])
-    for tables in ([], [pages, pages], [[pages[0]]]):
+    for tables in ([], [pages, pages], [[pages[0]]], [[*pages, 3]]):
         with pytest.raises(AssertionError):
             pool.check_integrity(tables)
     pool.release(pages)
-    pool.release(pages[:1])
+    with pytest.raises(AssertionError, match="nobody holds it"):
+        pool.release(pages[:1])
+    pool._free.append(3)
     with pytest.raises(AssertionError):
         pool.check_integrity([])
+
+
+def test_integrity_check_sees_pages_shared_unpublished_and_keys_of_forgotten_pages() -> None:
+    pool = PagePool(4, 1)
+    pages = pool.allocate(2)
+    pool.hold(pages)
+    with pytest.raises(AssertionError, match="shared that nobody published"):
+        pool.check_integrity([pages, pages])
+    for at in range(2):
+        pool.publish(pages, at, [1, 2, 3], with_mtp=False)
+    pool.check_integrity([pages, pages])
+    pool.release(pages)
+    pool.release(pages)
+    pool._cache._idle = dict.fromkeys(pages)
+    with pytest.raises(AssertionError, match="outlive"):
+        pool.check_integrity([])
+    pool.allocate(3)
+    with pytest.raises(AssertionError):
+        pool.check_integrity([])
+
+
+def test_the_simulation_shares_no_page_object_by_chance() -> None:
+    """A guard of the guard: pages are compared by identity, states by their requests."""
+    assert Page() != Page()
+    assert END not in range(3)
