@@ -115,9 +115,14 @@ def measure(batch_size: int, num_steps: int, k: int, *, warm: bool) -> StepCost:
     scheduler.check_integrity()
     parts = np.array(times) * 1e6  # [steps, 2]
     whole = parts.sum(1)
-    medians = np.median(parts, 0)
+    schedule_us, commit_us = np.median(parts, 0).tolist()
     return StepCost(
-        batch_size, *medians.tolist(), float(np.median(whole)), float(whole.mean()), float(np.quantile(whole, 0.99))
+        batch_size=batch_size,
+        schedule_us=schedule_us,
+        commit_us=commit_us,
+        median_us=float(np.median(whole)),
+        mean_us=float(whole.mean()),
+        p99_us=float(np.quantile(whole, 0.99)),
     )
 
 

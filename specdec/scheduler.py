@@ -46,7 +46,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._num_arrivals = 0
-        self._refused: tuple[Sequence | None, int] = None, 0  # for lack of pages, and how many were free
+        self._refused: tuple[tuple[int, int] | None, int] = None, 0  # whose turn it was, and how many pages were free
 
     @property
     def idle(self) -> bool:
@@ -147,7 +147,7 @@ class Scheduler:
         if len(self.running) == self.max_num_seqs:
             return None
         sequence = next((s for s in self.waiting if not self._shares_soon(s)), None)
-        if sequence is None or (self._refused[0] is sequence and self.pool.num_free <= self._refused[1]):
+        if sequence is None or (self._refused[0] == sequence.order and self.pool.num_free <= self._refused[1]):
             return None
         most = sequence.num_prefill_tokens - 1
         cached = self.pool.cached_prefix(sequence.token_ids, most, with_mtp=sequence.speculates)
@@ -158,7 +158,7 @@ class Scheduler:
         missing = self.pool.pages_for(num_rows) - len(cached)
         if missing > self.pool.num_free:
             self.pool.release(cached)
-            self._refused = sequence, self.pool.num_free
+            self._refused = sequence.order, self.pool.num_free
             return None
         self._refused = None, 0
         self.waiting.remove(sequence)
