@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes beside `path`, then renames: whoever reads it, also after a kill, sees the old content or the new.
-
-    Text is UTF-8; halves of surrogate pairs, which JSON allows and UTF-8 does not, become "?".
-    """
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place at the end: whoever reads it, also after a kill, sees the
+    old content or the new. Where writing fails the old one stays."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content.encode("utf-8", errors="replace") if isinstance(content, str) else content)
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """The file's new content, all of it or nothing.
+
+    Text is UTF-8; halves of surrogate pairs, which JSON allows and UTF-8 does not, become "?".
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode("utf-8", errors="replace") if isinstance(content, str) else content)
 
 
 def finite(value: Any) -> Any:

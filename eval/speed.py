@@ -9,18 +9,18 @@ best is its bytes over the machine's read bandwidth; what it should take follows
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
 
 from specdec import Engine, GenerationOutput, SamplingParams, SpeculationParams
 from specdec.config import MAX_SPECULATIVE_TOKENS
+from specdec.eval.calls import timed_calls
 from specdec.eval.cost import CostTable, measure_costs
 from specdec.eval.machine import describe_machine
 from specdec.eval.peers import PEERS, Peer, PeerSpec, Settings
@@ -177,7 +177,7 @@ class Subject:
             return None
         totals = []
         for max_tokens in (1, self.options.max_tokens):
-            with kernels.timed() as native, _timed_calls(kernels, "draft_chain", "verify") as calls:
+            with kernels.timed() as native, timed_calls(kernels, "draft_chain", "verify") as calls:
                 seconds, _ = self.generate(group, max_tokens, num_draft_tokens)
             totals.append((seconds, native.seconds, sum(calls)))
         whole, native_s, called_s = np.diff(np.array(totals), axis=0)[0].tolist()
@@ -187,29 +187,6 @@ class Subject:
         """Tokens per second until the first token."""
         seconds, _ = self.generate([prompt], 1, 0)
         return len(prompt) / seconds
-
-
-@contextmanager
-def _timed_calls(owner: object, *names: str) -> Iterator[list[float]]:
-    """Seconds of every call of these methods."""
-    seconds: list[float] = []
-
-    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            result = method(*arguments)
-            seconds.append(time.perf_counter() - start)
-            return result
-
-        return call
-
-    for name in names:
-        setattr(owner, name, timed(getattr(owner, name)))
-    try:
-        yield seconds
-    finally:
-        for name in names:
-            delattr(owner, name)
 
 
 class PeerSubject:

@@ -24,8 +24,9 @@ from torch import Tensor
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.config import Verification as Rule
 from specdec.edits import RequestEdits
+from specdec.eval.calls import Method, timed_calls, wrapped
 from specdec.kernels import AttentionMetadata, Kernels, RoutingConfig
-from specdec.kernels.interface import DecoderShape, DecoderWeights, RowSampling, Verification, Verified
+from specdec.kernels.interface import DecoderShape, DecoderWeights, RowSampling, Verification
 from specdec.rng import Stream
 from specdec.verify import RULES as RULE_NUMBERS
 
@@ -56,26 +57,6 @@ class RowCost:
     rule: str
     parameters: str
     row_s: float
-
-
-class Stopwatch:
-    """Times every call of a function, in its place if it is an object's method."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.seconds: list[float] = []
-
-    @classmethod
-    def on(cls, owner: Any, name: str) -> Stopwatch:
-        watch = cls(getattr(owner, name))
-        setattr(owner, name, watch)
-        return watch
-
-    def __call__(self, *args: Any) -> Any:
-        start = time.perf_counter()
-        result = self.function(*args)
-        self.seconds.append(time.perf_counter() - start)
-        return result
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -121,25 +102,26 @@ def shares(model: str, batch_size: int, k: int) -> list[Share]:
     engine = Engine.from_pretrained(model, max_num_seqs=batch_size, prefix_caching=False)
     decoder, kernels = engine.runtime.model.target.decoder, engine.runtime.model.target.kernels
     prompts = [f"def f{i}(x):\n" for i in range(batch_size)]
-    step, verify = Stopwatch.on(engine.core, "step"), decoder.verify
     calls: list[Call] = []
 
-    def recording(head: Any, ids: list[int], metadata: AttentionMetadata, cache: Tensor, v: Verification) -> Verified:
-        calls.append(Call(kernels, decoder.prepared, head, ids, metadata, cache, v))
-        return verify(head, ids, metadata, cache, v)
+    def recorded(verify: Method) -> Method:
+        def call(*arguments: Any) -> Any:
+            calls.append(Call(kernels, decoder.prepared, *arguments))
+            return verify(*arguments)
 
-    setattr(decoder, "verify", recording)  # noqa: B010
+        return call
+
     found = []
     for rule in RULES:
         for name, fields in PARAMETERS.items():
             params = SamplingParams(temperature=0.8, max_tokens=MAX_TOKENS, ignore_eos=True, **fields)
             params = replace(params, speculation=SpeculationParams(k, rule))
             calls.clear()
-            step.seconds.clear()
-            engine.generate(prompts, [replace(params, seed=seed) for seed in range(batch_size)])
+            with wrapped(decoder, "verify", recorded), timed_calls(engine.core, "step") as steps:
+                engine.generate(prompts, [replace(params, seed=seed) for seed in range(batch_size)])
             full = [call for call in calls if len(call.verification.rules) == batch_size]
             decisions = [call.decision_s() for call in full[:: max(1, len(full) // NUM_STEPS)]]
-            found.append(Share(rule, name, statistics.median(step.seconds), statistics.median(decisions)))
+            found.append(Share(rule, name, statistics.median(steps), statistics.median(decisions)))
     return found
 
 

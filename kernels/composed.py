@@ -114,7 +114,7 @@ def _draw(
     if sampling is None:
         return [NOT_FINITE if token < 0 else token for token in kernels.head_argmax(normed, head).tolist()]
     step = len(drafts[0])
-    logits = _logits(kernels, normed, head)
+    logits = compute_logits(kernels, normed, head)
     kernels.edit_(logits, [sampling.edits[b] for b in sequences], drafts)
     rows = sampling.rows.select(sequences, [step] * len(sequences))
     kernels.truncate_(logits, rows)
@@ -150,7 +150,7 @@ def _decide(kernels: Kernels, head: Any, hidden: Tensor, v: Verification) -> Ver
     num_rows = [len(drafts) + 1 for drafts in v.drafts]
     of = [b for b, n in enumerate(num_rows) for _ in range(n)]  # the sequence of each row
     after = [i for n in num_rows for i in range(n)]  # how many drafts before it
-    logits = _logits(kernels, hidden[[v.first_rows[b] + i for b, i in zip(of, after)]], head)
+    logits = compute_logits(kernels, hidden[[v.first_rows[b] + i for b, i in zip(of, after)]], head)
     raw = logits.clone() if v.keep_logits else None
     kernels.edit_(logits, [v.edits[b] for b in of], [v.drafts[b][:i] for b, i in zip(of, after)])
     rows = v.rows.select(of, after)
@@ -182,7 +182,8 @@ def _decide(kernels: Kernels, head: Any, hidden: Tensor, v: Verification) -> Ver
     return Verified(hidden, token_ids, raw, logits if v.keep_logits else None)
 
 
-def _logits(kernels: Kernels, hidden: Tensor, head: Any) -> Tensor:
+def compute_logits(kernels: Kernels, hidden: Tensor, head: Any) -> Tensor:
+    """hidden [R, H], packed head [V, H] -> logits [R, V] in at least fp32."""
     logits = kernels.linear(hidden, head)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from specdec.kernels import AttentionMetadata, Kernels
+from specdec.kernels import AttentionMetadata, Kernels, composed
 from specdec.kernels.interface import DecoderShape, DecoderWeights, Verification, Verified
 from specdec.model.config import Glm4MoeConfig
 from specdec.model.layers import Decoder, DecoderLayer, Embedding, Linear, Matrices, RMSNorm, RotaryEmbedding
@@ -90,8 +89,7 @@ class Glm4MoeForCausalLM(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> logits [R, V] in at least fp32."""
-        logits = self.kernels.linear(hidden, self.head)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return composed.compute_logits(self.kernels, hidden, self.head)
 
     def verify(
         self, input_ids: list[int], metadata: AttentionMetadata, kv_cache: Tensor, verification: Verification

@@ -141,8 +141,7 @@ def _mean_of_group(chosen: list[Chosen], num_tokens: int, generator: random.Rand
 def _points(num_tokens: int, of_clusters: Floats, num_experts: int, per_token: int) -> list[Point]:
     """Of each layer, from the mean counts of clusters [clusters, layers]."""
     ones = np.ones_like(of_clusters)
-    most = (
-        None if num_tokens == 1 else ones * min(num_experts, num_tokens * per_token)
-    )  # of one token there is no other
+    # A token always chooses per_token: where there is only one, nothing is at a limit that it might not reach.
+    most = None if num_tokens == 1 else ones * min(num_experts, num_tokens * per_token)
     expected = num_experts * (1 - (1 - per_token / num_experts) ** num_tokens)
     return [Point(num_tokens, estimate, expected) for estimate in ratios(of_clusters, ones, most)]

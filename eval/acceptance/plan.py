@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 from specdec import SpeculationParams
 from specdec.config import MAX_SPECULATIVE_TOKENS, MIN_TEMPERATURE, DraftSampling, Recycling, Verification
@@ -16,27 +16,22 @@ LEAST_PROMPTS_PER_ROUND, BATCHES_PER_ROUND = 4, 2
 
 
 @dataclass(frozen=True)
-class AcceptanceOptions:
-    """What to measure. Every temperature, batch size, rule, way of drafting and K is one cell, beside plain decoding of
-    the same temperature and batch size; at temperature 0 rules and ways of drafting are all the same.
+class Settings:
+    """What both modes, generating and teacher-forced, are asked for.
 
     prompts: names of sets or JSONL files, see `specdec.eval.prompts`. num_prompts: that many of them, categories in
     turn (None: all). chat: apply the checkpoint's chat template. skip_bad: leave out bad lines, and prompts too long
-    for the context, instead of refusing them. max_tokens: of each output. repeats: of everything, with other seeds.
-    check_contexts: verifications of each cell whose exact laws are computed (0: none, no check). mtp_recycling:
-    "pre_norm" is an ablation, see `specdec.config.EngineConfig`.
+    for the context, instead of refusing them. mtp_recycling: "pre_norm" is an ablation, see
+    `specdec.config.EngineConfig`.
     """
 
     model: str = "bundled"
     prompts: tuple[str, ...] = ("stdlib",)
-    num_prompts: int | None = 36
+    num_prompts: int | None = None
     num_speculative_tokens: tuple[int, ...] = (1, 2, 3, 5)
     temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
     verification: tuple[Verification, ...] = ("coupled", "block", "token")
     draft_sampling: tuple[DraftSampling, ...] = ("sampled",)
-    batch_sizes: tuple[int, ...] = (1, 8)
-    max_tokens: int = 256
-    repeats: int = 1
     seed: int = 0
     kernels: str = "auto"
     dtype: str = "auto"
@@ -44,10 +39,42 @@ class AcceptanceOptions:
     mtp_recycling: Recycling = "post_norm"
     chat: bool = False
     skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is wrong with them."""
+        if not self.prompts:
+            raise ValueError("prompts must name at least one set or file")
+        if self.num_prompts is not None:
+            check_number("num_prompts", self.num_prompts, 1, 2**20)
+        check_number("seed", self.seed, 0, MAX_SEED - 1)
+        remedy = "; plain decoding is measured in any case"
+        _check_values("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS, remedy)
+        _check_list("temperatures", self.temperatures)
+        for value in self.temperatures:
+            if value != 0:
+                check_number("temperatures", value, MIN_TEMPERATURE, MAX_TEMPERATURE, ", or 0 for greedy decoding")
+        _check_choices("verification", self.verification, get_args(Verification))
+        _check_choices("draft_sampling", self.draft_sampling, get_args(DraftSampling))
+        _check_choices("mtp_recycling", (self.mtp_recycling,), get_args(Recycling))
+
+
+@dataclass(frozen=True)
+class AcceptanceOptions(Settings):
+    """What to measure. Every temperature, batch size, rule, way of drafting and K is one cell, beside plain decoding of
+    the same temperature and batch size; at temperature 0 rules and ways of drafting are all the same.
+
+    max_tokens: of each output. repeats: of everything, with other seeds. check_contexts: verifications of each cell
+    whose exact laws are computed (0: none, no check).
+    """
+
+    num_prompts: int | None = 36
+    batch_sizes: tuple[int, ...] = (1, 8)
+    max_tokens: int = 256
+    repeats: int = 1
     check_contexts: int = 800
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         _check_values("batch_sizes", self.batch_sizes, 1, MAX_BATCH_SIZE)
         for name, low, high in (
             ("max_tokens", 2, 2**20),
@@ -58,8 +85,7 @@ class AcceptanceOptions:
 
     def request_seed(self, prompt: int, turn: int, repeat: int) -> int:
         """The same in every cell, so that cells are compared on the same noise."""
-        digest = hashlib.sha256(f"{self.seed}/{prompt}/{turn}/{repeat}".encode()).digest()
-        return int.from_bytes(digest[:8], "little")
+        return derived_seed(self.seed, prompt, turn, repeat)
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -108,6 +134,11 @@ class Cell:
         return SpeculationParams(self.num_speculative_tokens, *settings)
 
 
+def derived_seed(*parts: int) -> int:
+    """64 bits that belong to a seed and what it is for."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
+
+
 def rounds(num_prompts: int, batch_size: int) -> list[range]:
     """Prompts that a cell completes before the next cell's turn comes: a slow moment of the machine meets all of them,
     and batches stay full for most of a round."""
@@ -115,48 +146,6 @@ def rounds(num_prompts: int, batch_size: int) -> list[range]:
     num_rounds = max(1, round(num_prompts / wanted))
     limits = [num_prompts * i // num_rounds for i in range(num_rounds + 1)]
     return [range(first, end) for first, end in pairwise(limits)]
-
-
-class Settings(Protocol):
-    """What the options of both modes share."""
-
-    @property
-    def prompts(self) -> tuple[str, ...]: ...
-    @property
-    def num_prompts(self) -> int | None: ...
-    @property
-    def num_speculative_tokens(self) -> tuple[int, ...]: ...
-    @property
-    def temperatures(self) -> tuple[float, ...]: ...
-    @property
-    def verification(self) -> tuple[Verification, ...]: ...
-    @property
-    def draft_sampling(self) -> tuple[DraftSampling, ...]: ...
-    @property
-    def seed(self) -> int: ...
-
-
-def check_settings(options: Settings) -> None:
-    """Raises ValueError for what is wrong with them."""
-    if not options.prompts:
-        raise ValueError("prompts must name at least one set or file")
-    if options.num_prompts is not None:
-        check_number("num_prompts", options.num_prompts, 1, 2**20)
-    check_number("seed", options.seed, 0, MAX_SEED - 1)
-    remedy = "; plain decoding is measured in any case"
-    _check_values("num_speculative_tokens", options.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS, remedy)
-    _check_list("temperatures", options.temperatures)
-    for value in options.temperatures:
-        if value != 0:
-            check_number("temperatures", value, MIN_TEMPERATURE, MAX_TEMPERATURE, ", or 0 for greedy decoding")
-    for name, values, choices in (
-        ("verification", options.verification, get_args(Verification)),
-        ("draft_sampling", options.draft_sampling, get_args(DraftSampling)),
-    ):
-        _check_list(name, values)
-        for choice in values:
-            if choice not in choices:
-                raise ValueError(f"{name}: {choice!r} is unknown: choose among {', '.join(choices)}")
 
 
 def check_number(name: str, value: float, low: float, high: float, remedy: str = "") -> None:
@@ -174,3 +163,10 @@ def _check_list(name: str, values: tuple[Any, ...]) -> None:
     if not values or len(set(values)) < len(values):
         given = ",".join(map(str, values))
         raise ValueError(f"{name} = {given!r} must hold at least one value, and none twice")
+
+
+def _check_choices(name: str, values: tuple[str, ...], choices: tuple[str, ...]) -> None:
+    _check_list(name, values)
+    for choice in values:
+        if choice not in choices:
+            raise ValueError(f"{name}: {choice!r} is unknown: choose among {', '.join(choices)}")

@@ -15,7 +15,6 @@ by a factor of at most exp(2^-11 gap), 1 % where it is e^-20 of the largest one.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from specdec.config import Verification
 from specdec.eval.acceptance.records import Ints
 from specdec.eval.acceptance.replay import LOGITS_ELEMENTS, Chains
 from specdec.eval.acceptance.tally import Proposal, Row, Tally
+from specdec.eval.files import replacing
 from specdec.kernels import select
 
 METADATA, VERSION = "specdec", 1
@@ -71,12 +71,8 @@ class Recording:
         self._tensors["texts"] = torch.from_numpy(texts).int()
         described = {"version": VERSION, "num_texts": num_texts, "proposals": [asdict(p) for p in self.proposals]}
         metadata = {METADATA: json.dumps(described | {"about": about})}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(path) as partial:
             save_file(self._tensors, partial, metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -80,12 +80,7 @@ def run_acceptance(
         "version": VERSION,
         "provenance": provenance(run.engine, command, run.store.started, sha256=run.sha256),
         "options": json.loads(json.dumps(asdict(options))),
-        "prompts": {
-            "name": run.prompts.name,
-            "num_prompts": len(run.prompts.prompts),
-            "num_skipped": run.prompts.num_skipped,
-            "categories": run.prompts.categories,
-        },
+        "prompts": run.prompts.as_dict(),
         "cells": [cell.as_dict() for cell in cells],
         "experts": experts,
     }
@@ -236,8 +231,7 @@ def _load(options: AcceptanceOptions) -> Engine:
 
 def _load_prompts(options: AcceptanceOptions, engine: Engine) -> PromptSet:
     """Those that are asked for and whose first turn fits the context with its output."""
-    prompts = load_prompts(options.prompts, skip_bad=options.skip_bad)
-    prompts = prompts.take(min(options.num_prompts or len(prompts.prompts), len(prompts.prompts)))
+    prompts = load_prompts(options.prompts, skip_bad=options.skip_bad).up_to(options.num_prompts)
     kept: list[Prompt] = []
     for prompt in prompts.prompts:
         token_ids = engine.checkpoint.encode(prompt_text(engine, options, prompt, []))

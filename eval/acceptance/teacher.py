@@ -7,7 +7,6 @@ An engine's own iterations start elsewhere, after rejections, and in text of its
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from specdec import Engine
-from specdec.config import DraftSampling, Recycling, Verification
-from specdec.eval.acceptance.plan import check_number, check_settings
+from specdec.config import DraftSampling
+from specdec.eval.acceptance.plan import Settings, check_number, derived_seed
 from specdec.eval.acceptance.recording import Recording
 from specdec.eval.acceptance.replay import Chains, Context, Reader
 from specdec.eval.acceptance.results import provenance, utc_now
@@ -31,32 +30,16 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class TeacherOptions:
+class TeacherOptions(Settings):
     """What to compute. Texts are the prompts' first turns, cut at the context's length. Their contexts are those of
-    every `stride`-th position; of them `max_contexts` at most, evenly spaced (None: all).
+    every `stride`-th position; of them `max_contexts` at most, evenly spaced (None: all)."""
 
-    The other fields: as of `specdec.eval.acceptance.plan.AcceptanceOptions`. num_prompts None: all.
-    """
-
-    model: str = "bundled"
-    prompts: tuple[str, ...] = ("stdlib",)
-    num_prompts: int | None = None
-    num_speculative_tokens: tuple[int, ...] = (1, 2, 3, 5)
-    temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
-    verification: tuple[Verification, ...] = ("coupled", "block", "token")
     draft_sampling: tuple[DraftSampling, ...] = ("sampled", "greedy")
     stride: int = 4
     max_contexts: int | None = None
-    seed: int = 0
-    kernels: str = "auto"
-    dtype: str = "auto"
-    num_threads: int | None = None
-    mtp_recycling: Recycling = "post_norm"
-    chat: bool = False
-    skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         check_number("stride", self.stride, 1, 2**20)
         if self.max_contexts is not None:
             check_number("max_contexts", self.max_contexts, 1, 2**40)
@@ -102,7 +85,7 @@ def teacher_forced(
     result = ForcedAcceptance(
         provenance=provenance(teacher.engine, command, started),
         options=json.loads(json.dumps(asdict(options))),
-        prompts=teacher.described(),
+        prompts=teacher.prompts.as_dict(),
         num_contexts=len(teacher.places),
         rows=tally.rows(options.num_speculative_tokens),
     )
@@ -133,8 +116,7 @@ class Teacher:
         )  # fmt: skip
         self.reader = Reader(self.engine, options.num_drafts)
         self.proposals = proposals(options.temperatures, options.draft_sampling)
-        found = load_prompts(options.prompts, skip_bad=options.skip_bad)
-        self.prompts = found.take(min(options.num_prompts or len(found.prompts), len(found.prompts)))
+        self.prompts = load_prompts(options.prompts, skip_bad=options.skip_bad).up_to(options.num_prompts)
         self.texts = [self._encode(prompt) for prompt in self.prompts.prompts]
         self.places = self._places()
 
@@ -150,27 +132,14 @@ class Teacher:
                 progress(start, len(self.places))
                 some = range(start, min(start + self.reader.max_contexts, end))
                 contexts = [Context(read[self.places[i].text], self.places[i].start) for i in some]
-                seeds = [self._seed(self.places[i].text) for i in some]
+                seeds = [derived_seed(self.options.seed, self.places[i].text) for i in some]
                 for proposal in self.proposals:
                     rows = proposal.drawing(max(proposal.temperatures)).rows(seeds, [c.start for c in contexts])
                     yield proposal, some, self.reader.chains(contexts, rows, self.options.num_drafts)
 
-    def described(self) -> dict[str, Any]:
-        prompts = self.prompts
-        return {
-            "name": prompts.name,
-            "num_prompts": len(prompts.prompts),
-            "num_skipped": prompts.num_skipped,
-            "categories": prompts.categories,
-        }
-
     def _encode(self, prompt: Prompt) -> list[int]:
         text = self.engine.tokenizer.apply_chat_template(prompt.messages()) if self.options.chat else prompt.prompt
         return self.engine.checkpoint.encode(text)[: self.engine.max_model_len]
-
-    def _seed(self, text: int) -> int:
-        digest = hashlib.sha256(f"{self.options.seed}/{text}".encode()).digest()
-        return int.from_bytes(digest[:8], "little")
 
     def _places(self) -> list[Place]:
         options, last = self.options, self.engine.max_model_len - self.options.num_drafts

@@ -89,3 +89,16 @@ class PromptSet:
             groups[prompt.category].append(prompt)
         interleaved = [prompt for one_of_each in zip_longest(*groups.values()) for prompt in one_of_each if prompt]
         return replace(self, prompts=tuple(interleaved[:num_prompts]))
+
+    def up_to(self, num_prompts: int | None) -> PromptSet:
+        """`take`, of fewer where the set has fewer; None: of all."""
+        size = len(self.prompts)
+        return self.take(size if num_prompts is None else min(num_prompts, size))
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "num_prompts": len(self.prompts),
+            "num_skipped": self.num_skipped,
+            "categories": self.categories,
+        }

@@ -22,6 +22,7 @@ from specdec.cli.common import (
     check_backend,
     check_folder_of,
     err,
+    option_errors,
     tables,
     user_errors,
 )
@@ -86,27 +87,23 @@ def acceptance(
 
         check_backend("auto", dtype, kernels, threads)
         check_folder_of("--output", output)
-        options = _options(
-            AcceptanceOptions,
-            model=model,
-            prompts=tuple(prompts or ("stdlib",)),
-            num_prompts=num_prompts,
-            num_speculative_tokens=as_numbers("-k", num_speculative_tokens, int),
-            temperatures=as_numbers("--temperature", temperature, float),
-            verification=as_words(verification),
-            draft_sampling=as_words(draft_sampling),
-            batch_sizes=as_numbers("--batch-size", batch_size, int),
-            max_tokens=max_tokens,
-            repeats=repeats,
-            seed=seed,
-            kernels=kernels,
-            dtype=dtype,
-            num_threads=threads,
-            mtp_recycling=mtp_recycling,
-            chat=chat,
-            skip_bad=skip_bad,
-            check_contexts=check_contexts,
-        )
+        with option_errors():
+            options = AcceptanceOptions(
+                model=model,
+                prompts=tuple(prompts or ("stdlib",)),
+                num_prompts=num_prompts,
+                **_grid(num_speculative_tokens, temperature, verification, draft_sampling, mtp_recycling),
+                batch_sizes=as_numbers("--batch-size", batch_size, int),
+                max_tokens=max_tokens,
+                repeats=repeats,
+                seed=seed,
+                kernels=kernels,
+                dtype=dtype,
+                num_threads=threads,
+                chat=chat,
+                skip_bad=skip_bad,
+                check_contexts=check_contexts,
+            )
         with LiveTable(err) as progress:
             document = run_acceptance(options, output, resume=resume, command=_command(), progress=progress)
         write_results(document, output)
@@ -158,25 +155,21 @@ def teacher_forced(
         for name, path in (("--record", record), ("--output", output)):
             if path is not None:
                 check_folder_of(name, path)
-        options = _options(
-            TeacherOptions,
-            model=model,
-            prompts=tuple(prompts or ("stdlib",)),
-            num_prompts=num_prompts,
-            num_speculative_tokens=as_numbers("-k", num_speculative_tokens, int),
-            temperatures=as_numbers("--temperature", temperature, float),
-            verification=as_words(verification),
-            draft_sampling=as_words(draft_sampling),
-            stride=stride,
-            max_contexts=max_contexts,
-            seed=seed,
-            kernels=kernels,
-            dtype=dtype,
-            num_threads=threads,
-            mtp_recycling=mtp_recycling,
-            chat=chat,
-            skip_bad=skip_bad,
-        )
+        with option_errors():
+            options = TeacherOptions(
+                model=model,
+                prompts=tuple(prompts or ("stdlib",)),
+                num_prompts=num_prompts,
+                **_grid(num_speculative_tokens, temperature, verification, draft_sampling, mtp_recycling),
+                stride=stride,
+                max_contexts=max_contexts,
+                seed=seed,
+                kernels=kernels,
+                dtype=dtype,
+                num_threads=threads,
+                chat=chat,
+                skip_bad=skip_bad,
+            )
         columns = TextColumn("contexts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         with Progress(*columns, console=err, transient=True) as bar:
             task = bar.add_task("contexts")
@@ -231,10 +224,8 @@ def compare(
         from specdec.eval.compare import check_tolerance, print_comparison
         from specdec.eval.compare import compare as compare_results
 
-        try:
+        with option_errors():
             check_tolerance(tolerance)
-        except ValueError as error:
-            raise InvalidOption(str(error)) from error
         comparison = compare_results(read_results(a), read_results(b), tolerance)
         if as_json:
             print(json.dumps(comparison.as_dict(), indent=2))
@@ -244,11 +235,17 @@ def compare(
             raise typer.Exit(1)
 
 
-def _options(cls: Any, **fields: Any) -> Any:
-    try:
-        return cls(**fields)
-    except ValueError as error:
-        raise InvalidOption(str(error)) from error
+def _grid(
+    num_speculative_tokens: str, temperature: str, verification: str, draft_sampling: str, mtp_recycling: str
+) -> dict[str, Any]:
+    """What both modes span their settings with, as the fields of their options."""
+    return {
+        "num_speculative_tokens": as_numbers("-k", num_speculative_tokens, int),
+        "temperatures": as_numbers("--temperature", temperature, float),
+        "verification": as_words(verification),
+        "draft_sampling": as_words(draft_sampling),
+        "mtp_recycling": mtp_recycling,
+    }
 
 
 def _command() -> str:

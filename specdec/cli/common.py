@@ -58,6 +58,15 @@ def user_errors() -> Iterator[None]:
         fail(error, 1)
 
 
+@contextmanager
+def option_errors() -> Iterator[None]:
+    """A ValueError in here is about the options' values."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidOption(str(error)) from error
+
+
 def fail(error: Exception, code: int) -> NoReturn:
     say(f"specdec: {error}", "red")
     raise typer.Exit(code)
@@ -79,15 +88,13 @@ def check_backend(device: str, dtype: str, kernels: str, threads: int | None) ->
     from specdec.kernels import check_name
     from specdec.loading import check_num_threads, resolve_device, resolve_dtype
 
-    try:
+    with option_errors():
         check_name(kernels)
         resolve_device(device)
         if dtype != "auto":
             resolve_dtype(dtype)
         if threads is not None:
             check_num_threads(threads)
-    except ValueError as error:
-        raise InvalidOption(str(error)) from error
 
 
 def check_folder_of(name: str, path: Path) -> None:

@@ -15,12 +15,12 @@ from specdec.cli.common import (
     JSON_HELP,
     KERNELS_HELP,
     MODEL_HELP,
-    InvalidOption,
     as_numbers,
     as_words,
     check_backend,
     check_folder_of,
     err,
+    option_errors,
     tables,
     user_errors,
 )
@@ -61,7 +61,7 @@ def speed(
         from specdec.eval.speed_report import as_json as report_as_json
         from specdec.eval.speed_report import print_report
 
-        try:
+        with option_errors():
             options = SpeedOptions(
                 model=model,
                 kernels=kernels,
@@ -78,8 +78,6 @@ def speed(
                 peers=tuple(parse_peer(text) for text in peer or ()),
                 peer_draft_lengths=as_numbers("--peer-draft-lengths", peer_draft_lengths, int),
             )
-        except ValueError as error:
-            raise InvalidOption(str(error)) from error
         with err.status("measuring") as status:
             report = measure_speed(options, progress=lambda text: status.update(escape(text)))
         if as_json:
@@ -118,7 +116,7 @@ def lossless(
         check_backend("auto", dtype, kernels, threads)
         if output is not None:
             check_folder_of("--output", output)
-        try:
+        with option_errors():
             options = LosslessOptions(
                 model=model,
                 kernels=kernels,
@@ -133,8 +131,6 @@ def lossless(
                 comparison_seeds=comparison_seeds,
                 comparison_tokens=comparison_tokens,
             )
-        except ValueError as error:
-            raise InvalidOption(str(error)) from error
         with progress_bar(err) as progress:
             certificate = certify(options, progress)
         if output is not None:

@@ -11,7 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec.cli.common import DTYPE_HELP, KERNELS_HELP, MODEL_HELP, InvalidOption, check_backend, say, user_errors
+from specdec.cli.common import (
+    DTYPE_HELP,
+    KERNELS_HELP,
+    MODEL_HELP,
+    InvalidOption,
+    check_backend,
+    option_errors,
+    say,
+    user_errors,
+)
 from specdec.config import MAX_SPECULATIVE_TOKENS, SamplingParams, SpeculationParams
 
 
@@ -141,11 +150,9 @@ def _biases(texts: list[str]) -> tuple[tuple[int, float], ...]:
 def _sampling_params(
     *, num_tokens: int, verification: Any, draft_sampling: Any, min_draft_confidence: float, **fields: Any
 ) -> SamplingParams:
-    try:
+    with option_errors():
         speculation = SpeculationParams(num_tokens, verification, draft_sampling, min_draft_confidence)
         return SamplingParams(**fields, speculation=speculation)
-    except ValueError as error:
-        raise InvalidOption(str(error)) from error
 
 
 def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from specdec.cli.common import JSON_HELP, InvalidOption, as_numbers, tables, user_errors
+from specdec.cli.common import JSON_HELP, as_numbers, option_errors, tables, user_errors
 
 
 def predict(
@@ -55,12 +55,10 @@ def predict(
         from specdec.eval.prediction.report import print_report
 
         batch_sizes = None if batch_size is None else as_numbers("--batch-size", batch_size, int)
-        try:
+        with option_errors():
             rates = parse_acceptance(acceptance, temperature, verification, draft_sampling)
             lengths = None if draft_lengths is None else parse_draft_lengths(draft_lengths)
             options = PredictOptions(config, gpu, num_gpus, dtype, rates, batch_sizes, lengths, context_length)
-        except ValueError as error:
-            raise InvalidOption(str(error)) from error
         prediction, validation = compute(options), validate()
         if as_json:
             print(json.dumps(prediction_as_json(prediction, validation), indent=2))

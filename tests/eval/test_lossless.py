@@ -8,7 +8,7 @@ import random
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,9 @@ from specdec.kernels import composed, rules
 from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.interface import LogitEdits, Residuals
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 pytest.importorskip("transformers")
 OPTIONS = LosslessOptions(samples=320, num_speculative_tokens=2, comparison_prompts=1, comparison_seeds=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The models are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ class ChainRun {
     const DraftSampling& s = *c_.sampling;
     const float scale = s.rows.scale(b);
     if (s.edits) s.edits[b].run(c_.drafts + b * c_.steps, step, logits);
-    if (s.rows.cuts(b)) truncation.run(logits, head_.out, scale, s.rows.top_k(b), s.rows.top_p(b), s.rows.min_p(b));
+    truncation.cut(logits, head_.out, s.rows, b);
     float* probs = s.prob_rows[b] >= 0 ? s.probs + (s.prob_rows[b] * s.prob_steps + step) * head_.out : nullptr;
     if (probs || s.min_confidence[b] > 0.0)
       if (softmax(logits, scale, head_.out, probs) < s.min_confidence[b]) return NOT_DRAFTED;

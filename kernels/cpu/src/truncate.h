@@ -16,6 +16,11 @@ struct Cut {
 
 class Truncation {
  public:
+  // What row r of the sampling cuts, if it cuts anything.
+  void cut(float* x, int64_t size, const Sampling& s, int64_t r) {
+    if (s.cuts(r)) run(x, size, s.scale(r), s.top_k(r), s.top_p(r), s.min_p(r));
+  }
+
   // In place; all NaN where a logit is NaN or infinite, or none is finite.
   void run(float* x, int64_t size, float scale, int64_t top_k, double top_p, double min_p) {
     const float top = survey(x, size, tops_);

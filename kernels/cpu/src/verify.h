@@ -1,5 +1,5 @@
-// The target's forward over new tokens and drafts, then the tokens that each sequence emits, as one call. The rules are those of
-// specdec.kernels.rules; only the rows that a rule comes to see are edited, cut and normalised.
+// The target's forward over new tokens and drafts, then the tokens that each sequence emits, as one call. The rules are
+// those of specdec.kernels.rules; only the rows that a rule comes to see are edited, cut and normalised.
 #pragma once
 
 #include "draft.h"
@@ -8,7 +8,7 @@
 namespace specdec {
 
 enum Rule : int64_t { EXACT_MATCH = 0, TOKEN_REJECTION = 1, BLOCK_VERIFICATION = 2 };  // as in specdec.kernels.interface
-enum Stream : uint32_t { ACCEPT = 2, RESIDUAL = 3 };                      // as in specdec.kernels.philox
+enum Stream : uint32_t { ACCEPT = 2, RESIDUAL = 3 };  // as in specdec.kernels.philox
 
 // Mirrored by specdec.kernels.cpu.native.Verification.
 struct Verification {
@@ -63,7 +63,7 @@ class Decision {
   // Row i after all that the request does to it.
   void transform(int64_t i, Scratch& s) const {
     if (v_.edits) v_.edits[b_].run(drafts_, i, row(i));
-    if (v_.rows.cuts(b_)) s.truncation.run(row(i), size_, v_.rows.scale(b_), v_.rows.top_k(b_), v_.rows.top_p(b_), v_.rows.min_p(b_));
+    s.truncation.cut(row(i), size_, v_.rows, b_);
     if (v_.processed) std::copy(row(i), row(i) + size_, v_.processed + (v_.first(b_) + i) * size_);
   }
 

@@ -3,14 +3,13 @@ MTP path."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from enumeration import Enumerator, RandomModel, RandomPath
 
 import specdec.commit
@@ -27,16 +26,9 @@ from specdec.eval.acceptance.run import with_exact_drafts
 from specdec.eval.prompts import load_stdlib
 from specdec.kernels.interface import HiddenRows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB_SIZE, PROMPT, K = 5, [1, 3], 3
 EXACT = 1e-12
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -123,6 +123,11 @@ def test_predict_prints_assumptions_and_validation(results: Path) -> None:
         (["acceptance", "-k", "x"], 2, "-k x: give integers"),
         (["acceptance", "--temperature", "hot"], 2, "--temperature hot: give numbers"),
         (["acceptance", "--verification", "magic"], 2, "verification: 'magic' is unknown"),
+        (
+            ["acceptance", "--mtp-recycling", "raw"],
+            2,
+            "mtp_recycling: 'raw' is unknown: choose among post_norm, pre_norm",
+        ),
         (["acceptance", "--prompts", "none.jsonl"], 1, "none.jsonl"),
         (["acceptance", "--output", "/none/at/all"], 2, "there is no folder /none/at"),
         (["teacher-forced", "--stride", "0"], 2, "stride = 0"),

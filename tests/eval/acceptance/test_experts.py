@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fakes import write_planted_checkpoint
 from specdec import Engine
@@ -19,15 +17,8 @@ from specdec.eval.acceptance.generate import Request, Round, run_turn
 from specdec.eval.acceptance.plan import AcceptanceOptions, Cell
 from specdec.eval.acceptance.replay import Reader
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 K = 3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_counts_are_those_of_the_engines_own_verifications(tmp_path: Path) -> None:

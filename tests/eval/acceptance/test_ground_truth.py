@@ -7,7 +7,6 @@ starts. So the expectation of every count is a finite sum.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -29,17 +28,10 @@ from specdec.eval.acceptance.plan import AcceptanceOptions, Cell
 from specdec.eval.acceptance.replay import Context, Reader
 from specdec.eval.lossless.small import write_small_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 V, K, MAX_TOKENS, PROMPT, END = 4, 2, 6, (1, 3), 0
 NUM_REQUESTS = 3000
 LENGTH = len(PROMPT) + MAX_TOKENS
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Model:

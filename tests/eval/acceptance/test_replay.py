@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from specdec.kernels import composed
 from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.rules import Proposal, verify_by_rejection
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 K = 4
 PROMPTS = [
     "def f(x):",
@@ -29,14 +29,6 @@ PROMPTS = [
     "a",
     "import os\n\n\nfor name in os.listdir('.'):\n    print(name)",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,16 +32,9 @@ from specdec.eval.acceptance.store import Store, as_document, as_record
 from specdec.eval.prompts import Prompt
 from specdec.model.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["def f(x):", "import os", "class A:\n    pass", "x = [1, 2]", "while True:\n", "return self._name"]
 TIMES = {"ttft_s", "tokens_per_s", "tokens_per_s_per_request", "speedup", "started", "finished", "command"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,8 @@ from specdec.eval.acceptance.recording import replay as replay_file
 from specdec.eval.acceptance.tally import Proposal, Row, Setting, proposals
 from specdec.eval.acceptance.teacher import Teacher, TeacherOptions, teacher_forced
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["def f(x):\n    return x", "import os, sys", "class A:\n    pass\n" * 3, "ab", "q"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
