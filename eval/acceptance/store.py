@@ -75,7 +75,7 @@ class Store:
 
 def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({**before, **now}):
+        for key in {**before, **now}:
             yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif before != now:
         yield f"{path} = {json.dumps(before)} instead of {json.dumps(now)}"

@@ -169,7 +169,7 @@ def test_results_of_something_else_are_not_continued(folder: Path, undisturbed: 
     for fields, difference in (
         ({"max_tokens": 13}, "max_tokens = 12 instead of 13"),
         ({"temperatures": (0.0,)}, r"temperatures = \[0.0, 0.8\] instead of \[0.0\]"),
-        ({"seed": 1, "repeats": 1}, r"repeats = 2 instead of 1 \(and 1 differences more\)"),
+        ({"seed": 1, "repeats": 1}, r"seed = 0 instead of 1 \(and 1 differences more\)"),
         ({"num_prompts": 2}, "differences more"),
     ):
         with pytest.raises(ValueError, match=f"another run, with .*{difference}"):
