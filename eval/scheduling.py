@@ -1,4 +1,5 @@
-"""What a step costs beside the model: scheduling, pages, prefix cache and commit, by the number of requests that run.
+"""What a step costs beside the model: scheduling, pages, prefix cache, commit and statistics, by the number of requests
+that run.
 
     python -m specdec.eval.scheduling [--batch-sizes 1,2,4,8,16,32,64] [--steps 600] [-k 3] [--warm]
 
@@ -22,6 +23,9 @@ import torch
 
 from specdec.commit import commit
 from specdec.config import EngineConfig, SamplingParams, SpeculationParams
+from specdec.cost import CostTable
+from specdec.draft_length import AutoDraftLength, DraftLength
+from specdec.engine_stats import EngineStats
 from specdec.kernels.interface import HiddenRows
 from specdec.kv_cache import PagePool
 from specdec.scheduler import ScheduledSequence, Scheduler
@@ -41,7 +45,8 @@ class StepCost:
     batch_size: int
     schedule_us: float  # medians
     commit_us: float
-    median_us: float  # of both
+    statistics_us: float
+    median_us: float  # of all
     mean_us: float
     p99_us: float
 
@@ -67,6 +72,8 @@ class _Load:
         config = EngineConfig(max_num_seqs=batch_size)
         pages = batch_size * -(-(PROMPT_TOKENS + MAX_TOKENS) // config.page_size)
         self.scheduler = Scheduler(PagePool(pages, config.page_size), batch_size, config.token_budget)
+        self.draft_length: DraftLength = AutoDraftLength(_nothing_to_measure)
+        self.stats = EngineStats(pages)
 
     def refill(self) -> None:
         while len(self.scheduler.running) + len(self.scheduler.waiting) < self.batch_size:
@@ -93,10 +100,14 @@ class _Load:
         return self.rng.choices(range(VOCAB_SIZE), k=count)
 
 
+def _nothing_to_measure(wrong: CostTable | None) -> CostTable:
+    raise AssertionError("no request asks for it")
+
+
 def measure(batch_size: int, num_steps: int, k: int, *, warm: bool) -> StepCost:
     """num_steps steps after as many tokens as a request has."""
     load = _Load(batch_size, k)
-    scheduler = load.scheduler
+    scheduler, draft_length, stats = load.scheduler, load.draft_length, load.stats
     cache = np.zeros(CACHE_BYTES, np.uint8)
     times = []
     for step in range(num_steps + MAX_TOKENS):
@@ -104,22 +115,28 @@ def measure(batch_size: int, num_steps: int, k: int, *, warm: bool) -> StepCost:
         if not warm:
             cache += 1
         start = time.perf_counter()
-        scheduled = scheduler.schedule()
+        scheduled = draft_length.choose(scheduler.schedule())
         planned = time.perf_counter()
         result = load.result(scheduled)
+        drafts = [[0] * s.num_draft_tokens for s in scheduled]
         decided = time.perf_counter()
         commit(scheduled, result)
+        draft_length.record(scheduled, drafts, result.output_token_ids)
         scheduler.remove_finished()
+        committed = time.perf_counter()
+        stats.record_step(scheduled, start, committed, draft_length)
+        stats.record_state(scheduler)
         if step >= MAX_TOKENS:
-            times.append((planned - start, time.perf_counter() - decided))
+            times.append((planned - start, committed - decided, time.perf_counter() - committed))
     scheduler.check_integrity()
-    parts = np.array(times) * 1e6  # [steps, 2]
+    parts = np.array(times) * 1e6  # [steps, 3]
     whole = parts.sum(1)
-    schedule_us, commit_us = np.median(parts, 0).tolist()
+    schedule_us, commit_us, statistics_us = np.median(parts, 0).tolist()
     return StepCost(
         batch_size=batch_size,
         schedule_us=schedule_us,
         commit_us=commit_us,
+        statistics_us=statistics_us,
         median_us=float(np.median(whole)),
         mean_us=float(whole.mean()),
         p99_us=float(np.quantile(whole, 0.99)),
@@ -133,14 +150,15 @@ def main() -> None:
     parser.add_argument("-k", "--num-speculative-tokens", type=int, default=3)
     parser.add_argument("--warm", action="store_true", help="leave the processor's caches as they are")
     args = parser.parse_args()
-    print("| requests | schedule, us | commit, us | both: median | mean | 99 % |\n|---|---|---|---|---|---|")
+    print("| requests | schedule, us | commit, us | statistics, us | all: median | mean | 99 % |")
+    print("|---|---|---|---|---|---|---|")
     costs = []
     for batch_size in map(int, args.batch_sizes.split(",")):
         c = measure(batch_size, args.steps, args.num_speculative_tokens, warm=args.warm)
         costs.append(c)
         print(
-            f"| {c.batch_size} | {c.schedule_us:.0f} | {c.commit_us:.0f} | {c.median_us:.0f} | {c.mean_us:.0f} "
-            f"| {c.p99_us:.0f} |",
+            f"| {c.batch_size} | {c.schedule_us:.0f} | {c.commit_us:.0f} | {c.statistics_us:.0f} | {c.median_us:.0f} "
+            f"| {c.mean_us:.0f} | {c.p99_us:.0f} |",
             flush=True,
         )
     print(json.dumps({"steps": args.steps, "warm": args.warm, "costs": [asdict(c) for c in costs]}))

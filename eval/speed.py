@@ -20,8 +20,9 @@ import torch
 
 from specdec import Engine, GenerationOutput, SamplingParams, SpeculationParams
 from specdec.config import MAX_SPECULATIVE_TOKENS
+from specdec.cost import CostTable
 from specdec.eval.calls import timed_calls
-from specdec.eval.cost import CostTable, measure_costs
+from specdec.eval.cost import measure_speed_costs
 from specdec.eval.machine import describe_machine
 from specdec.eval.peers import PEERS, Peer, PeerSpec, Settings
 from specdec.eval.planted import RECIPE_NAME, planted_prompts
@@ -237,7 +238,7 @@ def measure_speed(options: SpeedOptions, progress: Callable[[str], None] = lambd
         _measure_decoding(report, ours, peers, prompts, progress)
         _measure_prefill(report, ours, peers, engine, progress)
     progress("forwards by number of rows")
-    report.costs = measure_costs(engine, prompts, options.batch_sizes, options.draft_lengths)
+    report.costs = measure_speed_costs(engine, options.batch_sizes, options.draft_lengths)
     for cell in report.decoding:
         if cell.engine == ours.name:
             ours.inspect(_groups(prompts, cell.batch_size, options.num_prompts), cell)

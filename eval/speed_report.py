@@ -86,7 +86,7 @@ def _cost_table(report: SpeedReport) -> Table:
     assert report.costs is not None
     table = _table("One forward", "rows", "target, ms", "MTP, ms")
     for rows, seconds in report.costs.target.items():
-        mtp = report.costs.mtp.get(rows)
+        mtp = report.costs.mtp_extend.get(rows)
         table.add_row(str(rows), f"{seconds * 1e3:.3f}", _number(None if mtp is None else mtp * 1e3, ".3f"))
     return table
 

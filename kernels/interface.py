@@ -250,9 +250,9 @@ class DraftSampling:
 class DraftChain:
     """What the MTP layer runs in one step of B sequences: their pending pairs, then drafts from the last ones.
 
-    input_ids [T] and previous, T rows [B]: the pairs, at `metadata`'s positions. kv_cache [1, pages, 2, page_size, Hkv,
-    D], appended to. counts [B] >= 0: the most drafts of each sequence. recycle_unnormed: feed back the output before
-    the final norm. sampling: None where every draft is an argmax.
+    input_ids [T] and previous, T rows in any number of pieces: the pairs, at `metadata`'s positions. kv_cache [1,
+    pages, 2, page_size, Hkv, D], appended to. counts [B] >= 0: the most drafts of each sequence. recycle_unnormed:
+    feed back the output before the final norm. sampling: None where every draft is an argmax.
     """
 
     input_ids: list[int]

@@ -4,19 +4,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specdec.async_engine import AsyncEngine, AsyncTokenStream
     from specdec.config import EngineConfig, SamplingParams, SpeculationParams
     from specdec.engine import Engine
-    from specdec.errors import CacheFullError, ModelError, SpecdecWarning
+    from specdec.engine_stats import EngineStats
+    from specdec.errors import CacheFullError, ModelError, QueueFullError, SpecdecWarning
     from specdec.model.errors import CheckpointError
     from specdec.outputs import GenerationOutput, StreamChunk, TokenStream
 
 __all__ = [
+    "AsyncEngine",
+    "AsyncTokenStream",
     "CacheFullError",
     "CheckpointError",
     "Engine",
     "EngineConfig",
+    "EngineStats",
     "GenerationOutput",
     "ModelError",
+    "QueueFullError",
     "SamplingParams",
     "SpecdecWarning",
     "SpeculationParams",
@@ -25,9 +31,11 @@ __all__ = [
 ]
 
 _MODULES = {
+    "specdec.async_engine": ("AsyncEngine", "AsyncTokenStream"),
     "specdec.config": ("EngineConfig", "SamplingParams", "SpeculationParams"),
     "specdec.engine": ("Engine",),
-    "specdec.errors": ("CacheFullError", "ModelError", "SpecdecWarning"),
+    "specdec.engine_stats": ("EngineStats",),
+    "specdec.errors": ("CacheFullError", "ModelError", "QueueFullError", "SpecdecWarning"),
     "specdec.model.errors": ("CheckpointError",),
     "specdec.outputs": ("GenerationOutput", "StreamChunk", "TokenStream"),
 }

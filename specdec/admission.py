@@ -26,21 +26,27 @@ class Admission:
         self.default = self._resolve_speculation(speculation)
         self._request_numbers = itertools.count()
 
-    def sequence(self, prompt: str | list[int], params: SamplingParams, priority: int = 0) -> Sequence:
-        """Of a request of one sample. Raises ValueError for what this model cannot do."""
+    def sequence(
+        self, prompt: str | list[int], params: SamplingParams, *, request_id: str | None = None, priority: int = 0
+    ) -> Sequence:
+        """Of a request of one sample; otherwise as `sequences`."""
         if params.n > 1:
-            raise ValueError(f"n = {params.n}: one sample can be streamed; pass n = 1, or use generate()")
-        return self.sequences(prompt, params, priority)[0]
+            raise ValueError(f"n = {params.n}: one sample can be streamed; pass n = 1, or use Engine.generate()")
+        return self.sequences(prompt, params, request_id=request_id, priority=priority)[0]
 
-    def sequences(self, prompt: str | list[int], params: SamplingParams, priority: int = 0) -> list[Sequence]:
-        """One per sample; they are to be queued in this order. Raises ValueError for what this model cannot do."""
+    def sequences(
+        self, prompt: str | list[int], params: SamplingParams, *, request_id: str | None = None, priority: int = 0
+    ) -> list[Sequence]:
+        """One per sample; they are to be queued in this order. request_id: None counts them. Raises ValueError for what
+        this model cannot do. Any thread may call it."""
         token_ids = self._prompt_token_ids(prompt)
         end_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_token_ids |= self.checkpoint.eos_token_ids
         bad_words = self._bad_words(params)
         self._check_token_ids(params, end_token_ids, bad_words)
-        request_id = f"request-{next(self._request_numbers)}"
+        if request_id is None:
+            request_id = f"request-{next(self._request_numbers)}"
         seed = draw_seed() if params.seed is None else params.seed
         sequences: list[Sequence] = []
         for sample in range(params.n):
@@ -113,7 +119,7 @@ class Admission:
         """What was asked for; without an MTP layer plain decoding, and an error where drafts were asked for."""
         if self.has_mtp:
             return asked or default or SpeculationParams()
-        if asked is not None and asked.num_speculative_tokens > 0:
+        if asked is not None and asked.max_draft_tokens > 0:
             raise ValueError(
                 f"num_speculative_tokens = {asked.num_speculative_tokens}: the checkpoint {self.checkpoint.folder} "
                 "has no MTP layer, so speculation is unavailable; pass 0"

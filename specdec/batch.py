@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from specdec.kernels import AttentionMetadata
 
 
-@dataclass(frozen=True, slots=True)
-class Extend:
+class Extend(NamedTuple):
     """One sequence's part of a forward: tokens at positions `start`, `start` + 1, ..."""
 
     token_ids: list[int]
@@ -17,8 +16,7 @@ class Extend:
     page_table: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardBatch:
+class ForwardBatch(NamedTuple):
     """T packed tokens of all extends, in order. `row_starts` [B]: each extend's first row."""
 
     input_ids: list[int]  # [T]

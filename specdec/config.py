@@ -10,10 +10,14 @@ from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args
 
+from specdec.cost import CostTable
+
 Verification = Literal["coupled", "block", "token"]
 DraftSampling = Literal["sampled", "greedy"]
 Recycling = Literal["post_norm", "pre_norm"]
+NumSpeculativeTokens = int | Literal["auto"]
 
+AUTO: Literal["auto"] = "auto"
 MAX_SPECULATIVE_TOKENS = 8
 MIN_TEMPERATURE = 1e-5  # below it fp32 logits overflow, and the result is greedy anyway
 SEED_LIMIT = 2**64
@@ -91,7 +95,9 @@ def _require_speculation(value: Any) -> None:
 class SpeculationParams:
     """How the MTP head drafts and how drafts are verified; the engine's default, or one request's own.
 
-    num_speculative_tokens: K, draft tokens per step; 0 switches speculation off (no MTP work at all).
+    num_speculative_tokens: K, draft tokens per step; 0 switches speculation off (no MTP work at all). "auto" chooses
+        K for every step, 0 included, from the measured cost of forwards and the acceptance so far; under "token" and
+        "block" a seed then no longer reproduces its tokens (their law stays exact), see docs/draft_length.md.
     verification: the rule at temperature > 0; each keeps the target's distribution, see `specdec.kernels.rules`.
         "coupled", drafter-invariant coupling (Daliri et al. 2024): a request's tokens are a function of model,
         prompt, parameters and seed alone, whatever K and batch are. "block", block verification (Sun et al. 2024):
@@ -103,18 +109,31 @@ class SpeculationParams:
         (after the request's transform; at temperature 0, of the softmax). 0 never stops early.
     """
 
-    num_speculative_tokens: int = 3
+    num_speculative_tokens: NumSpeculativeTokens = 3
     verification: Verification = "coupled"
     draft_sampling: DraftSampling = "sampled"
     min_draft_confidence: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_int(
-            "num_speculative_tokens", self.num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS, "; 0 switches it off"
-        )
+        if not self.automatic:
+            _require_int(
+                "num_speculative_tokens", self.num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS,
+                "; 0 switches it off, 'auto' chooses for every step",
+            )  # fmt: skip
         _require_choice("verification", self.verification, get_args(Verification))
         _require_choice("draft_sampling", self.draft_sampling, get_args(DraftSampling))
         _require_number("min_draft_confidence", self.min_draft_confidence, 0.0, 1.0)
+
+    @cached_property
+    def automatic(self) -> bool:
+        """The draft length is chosen for every step."""
+        return isinstance(self.num_speculative_tokens, str) and self.num_speculative_tokens == AUTO
+
+    @cached_property
+    def max_draft_tokens(self) -> int:
+        """The most drafts of one step; 0 where speculation is off."""
+        asked = self.num_speculative_tokens
+        return MAX_SPECULATIVE_TOKENS if isinstance(asked, str) else asked
 
 
 @dataclass(frozen=True)
@@ -230,6 +249,8 @@ class EngineConfig:
         for max_num_seqs requests of max_model_len, at most 2 GiB).
     max_model_len: prompt plus output, at most the checkpoint's positions (None).
     prefix_caching: requests take over the full pages that others have computed of the same beginning; changes no token.
+    cost_table: what forwards cost, for draft length "auto", whose choices then depend on no clock; None measures it
+        once per process, when it is needed, and corrects it by the times that steps take.
     mtp_recycling: what draft steps after the first take in place of the target's hidden state;
         "pre_norm" is an ablation.
     """
@@ -242,6 +263,7 @@ class EngineConfig:
     page_size: int = 16
     max_model_len: int | None = None
     prefix_caching: bool = True
+    cost_table: CostTable | None = None
     mtp_recycling: Recycling = "post_norm"
 
     def __post_init__(self) -> None:
@@ -263,6 +285,10 @@ class EngineConfig:
             _require_int("max_model_len", self.max_model_len, 2)
         _require(
             isinstance(self.prefix_caching, bool), f"prefix_caching = {self.prefix_caching!r} must be True or False"
+        )
+        _require(
+            self.cost_table is None or isinstance(self.cost_table, CostTable),
+            f"cost_table = {self.cost_table!r} must be a CostTable or None",
         )
         _require_choice("mtp_recycling", self.mtp_recycling, get_args(Recycling))
 

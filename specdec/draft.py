@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.batch import Extend, build_batch
 from specdec.config import Recycling
-from specdec.errors import ModelError
+from specdec.errors import ModelError, RowsError
 from specdec.kernels.interface import GREEDY, NOT_FINITE, DraftChain, DraftSampling
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.mtp import MTPLayer
@@ -73,29 +73,30 @@ class MTPDrafter:
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
         result = DraftResult.nothing(scheduled)
-        extended = [b for b, s in enumerate(scheduled) if s.sequence.pending_hidden is not None]
+        extended = [b for b, s in enumerate(scheduled) if s.extends_mtp]
         if not extended:
             return result
         chain = self._chain([scheduled[b] for b in extended])
         sampling = chain.sampling
+        broken = []
         for i, (b, token_ids) in enumerate(zip(extended, self.mtp.decoder.draft_chain(self.target.head, chain))):
             if NOT_FINITE in token_ids:
-                raise ModelError(
-                    "the MTP layer's logits are not finite: its weights are broken, or its dtype overflows"
-                )
+                broken.append(b)
             result.draft_token_ids[b] = token_ids
             result.prob_rows[b] = -1 if sampling is None else sampling.prob_rows[i]
+        if broken:
+            message = "the MTP layer's logits are not finite: its weights are broken, or its dtype overflows"
+            raise RowsError(broken, ModelError(message))
         return result if sampling is None else replace(result, draft_probs=sampling.probs)
 
     def _chain(self, scheduled: list[ScheduledSequence]) -> DraftChain:
         """The pending pairs, with true hidden states, and how many drafts follow the last one of each sequence."""
         extends, pending = [], []
         for s in scheduled:
-            sequence, hidden, first = s.sequence, s.sequence.pending_hidden, s.sequence.num_mtp_tokens
-            assert hidden is not None
-            tokens = sequence.token_ids[first + 1 : first + 1 + hidden.num_rows]
+            sequence, first = s.sequence, s.sequence.num_mtp_tokens
+            tokens = sequence.token_ids[first + 1 : sequence.num_computed_tokens + 1]
             extends.append(Extend(tokens, first, sequence.page_table))
-            pending.append(hidden)
+            pending += sequence.pending_hidden
         batch = build_batch(extends, self.page_size)
         return DraftChain(
             input_ids=batch.input_ids,

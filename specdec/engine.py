@@ -12,6 +12,7 @@ import torch
 
 from specdec.config import EngineConfig, SamplingParams, SpeculationParams
 from specdec.core import EngineCore
+from specdec.engine_stats import EngineStats
 from specdec.errors import SpecdecWarning
 from specdec.loading import (
     Checkpoint,
@@ -22,7 +23,7 @@ from specdec.loading import (
     resolve_backend,
 )
 from specdec.model.hub import resolve_model
-from specdec.outputs import GenerationOutput, StreamChunk, TokenStream
+from specdec.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
 from specdec.prompts import Prompt, as_batch, as_prompt, params_per_prompt
 from specdec.scheduler import Scheduler
 from specdec.sequence import Sequence
@@ -93,21 +94,24 @@ class Engine:
         per_prompt = params_per_prompt(self.default_sampling_params() if params is None else params, len(batch))
         samples = [self.core.admission.sequences(p, q) for p, q in zip(batch, per_prompt)]
         sequences = [s for of_one_prompt in samples for s in of_one_prompt]
+        own: set[Sequence] = set()
         try:
             for sequence in sequences:
-                self.scheduler.add(sequence)
+                own.add(sequence)
+                self.core.add(sequence)
             while not all(s.finished for s in sequences):
-                self.core.step()
+                _raise_errors(s for s in self.core.step() if s in own)
         finally:
-            for sequence in sequences:
+            for sequence in own:
                 self.core.abort(sequence)
         return [GenerationOutput.of(first, others) for first, *others in samples]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
-        """Completes one prompt chunk by chunk; closing the stream aborts the request."""
+        """Completes one prompt chunk by chunk; closing the stream aborts the request. A step serves all open streams:
+        where one's request fails, that one raises the error."""
         (one,) = params_per_prompt(self.default_sampling_params() if params is None else params, 1)
         sequence = self.core.admission.sequence(as_prompt(prompt), one)
-        self.scheduler.add(sequence)
+        self.core.add(sequence)
         return TokenStream(sequence, self._chunks(sequence), self.core.abort, self.core.abandon)
 
     def chat(
@@ -122,6 +126,11 @@ class Engine:
         prompt = self.tokenizer.apply_chat_template(messages, tools=tools, enable_thinking=enable_thinking)
         return self.generate([prompt], params)[0]
 
+    def measure_costs(self) -> None:
+        """Measures what forwards cost on this machine (tenths of a second, once in a process), as the first request of
+        draft length "auto" does. `stats()` then says what speculation saves."""
+        self.core.draft_length.prepare()
+
     def default_sampling_params(self) -> SamplingParams:
         """SamplingParams with what the checkpoint's generation_config.json recommends; `do_sample: false` is
         temperature 0. A recommendation that is not supported gives a warning."""
@@ -133,15 +142,24 @@ class Engine:
             )
         return self.checkpoint.default_params
 
+    def stats(self) -> EngineStats:
+        """What the engine did since it was made: a snapshot."""
+        return self.core.stats()
+
     def _chunks(self, sequence: Sequence) -> Generator[StreamChunk]:
-        num_sent = 0
-        while not sequence.finished or num_sent < len(sequence.output_token_ids):
-            if num_sent == len(sequence.output_token_ids):
+        cutter = ChunkCutter(sequence)
+        while True:
+            _raise_errors([sequence])
+            chunk = cutter.take()
+            if chunk is not None:
+                yield chunk
+            elif sequence.finished:
+                return
+            else:
                 self.core.step()
-            tokens = sequence.output_token_ids[num_sent:]
-            num_sent += len(tokens)
-            if tokens:
-                text = sequence.output.take(finished=sequence.finished)
-                logprobs = sequence.logprobs[num_sent - len(tokens) : num_sent]
-                asked = sequence.params.logprobs is not None
-                yield StreamChunk(text, tokens, sequence.finish_reason, logprobs if asked else None)
+
+
+def _raise_errors(sequences: Iterable[Sequence]) -> None:
+    for sequence in sequences:
+        if sequence.error is not None:
+            raise sequence.error

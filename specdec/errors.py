@@ -1,8 +1,18 @@
 """Errors of the engine that are not plain ValueErrors, and its warning."""
 
+from collections.abc import Sequence as Seq
+
 from specdec.kernels.errors import KernelsUnavailableError, SpecdecWarning
 
-__all__ = ["CacheFullError", "KernelsUnavailableError", "ModelError", "NotEnoughMemoryError", "SpecdecWarning"]
+__all__ = [
+    "CacheFullError",
+    "KernelsUnavailableError",
+    "ModelError",
+    "NotEnoughMemoryError",
+    "QueueFullError",
+    "RowsError",
+    "SpecdecWarning",
+]
 
 
 class CacheFullError(RuntimeError):
@@ -15,3 +25,16 @@ class NotEnoughMemoryError(ValueError):
 
 class ModelError(RuntimeError):
     """The model computed something that cannot be used."""
+
+
+class QueueFullError(RuntimeError):
+    """A request that was refused because too many wait already."""
+
+
+class RowsError(Exception):
+    """A stage failed with `error` for some of its scheduled sequences, by their places in the step, and only for them:
+    the others are as they were before the stage, or complete."""
+
+    def __init__(self, rows: Seq[int], error: Exception) -> None:
+        super().__init__(str(error))
+        self.rows, self.error = rows, error

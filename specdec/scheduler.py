@@ -17,24 +17,45 @@ from specdec.errors import CacheFullError
 from specdec.kv_cache import PagePool
 from specdec.sequence import Sequence
 
+MAX_PENDING_PAIRS = 1024  # of one sequence: bounds their memory, and the step that resumes drafting
+
 _order = attrgetter("order")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ScheduledSequence:
     """A sequence's share of one step: `num_new_tokens` committed tokens to compute, then drafts.
 
     num_new_tokens is a prefill chunk, or 1 in decoding. The sequence samples when nothing of it stays
-    uncomputed; only then it may draft.
+    uncomputed; only then it may draft. The scheduler gives the most drafts, `specdec.draft_length` may lower them.
+    flushes: the MTP layer runs over the pending pairs though nothing is drafted.
     """
 
     sequence: Sequence
     num_new_tokens: int
     num_draft_tokens: int
+    flushes: bool = False
 
     @property
     def samples(self) -> bool:
         return self.num_new_tokens == self.sequence.num_uncomputed_tokens
+
+    def drafting(self, num_draft_tokens: int, *, flushes: bool = False) -> ScheduledSequence:
+        """The same with so many drafts."""
+        return ScheduledSequence(self.sequence, self.num_new_tokens, num_draft_tokens, flushes)
+
+    @property
+    def extends_mtp(self) -> bool:
+        """The MTP layer runs over the pending pairs in this step. Where the draft length is automatic those of the
+        output wait until drafts need them; those of a prompt never do, so that others may take over its pages."""
+        sequence = self.sequence
+        return bool(sequence.pending_hidden) and (
+            self.num_draft_tokens > 0
+            or not sequence.speculation.automatic
+            or self.flushes
+            or sequence.num_mtp_tokens < sequence.num_prompt_tokens - 1
+            or sequence.num_pending_pairs >= MAX_PENDING_PAIRS
+        )
 
 
 class Scheduler:
@@ -67,8 +88,10 @@ class Scheduler:
 
     def schedule(self) -> list[ScheduledSequence]:
         """The next step: all that decode, then chunks of those that do not yet."""
+        page_size = self.pool.page_size
         for sequence in self.running:
-            self._publish(sequence)
+            if sequence.num_final_rows >= (sequence.num_published_pages + 1) * page_size:
+                self._publish(sequence)
         scheduled = self._decoding()
         budget = self.max_num_batched_tokens - sum(s.num_new_tokens + s.num_draft_tokens for s in scheduled)
         if budget > 0:
@@ -82,7 +105,7 @@ class Scheduler:
 
     def remove_finished(self) -> None:
         """Takes the finished out of those that run and gives their pages back."""
-        finished = [s for s in self.running if s.finished]
+        finished = [s for s in self.running if s.finish_reason is not None]
         if finished:
             self.running = [s for s in self.running if not s.finished]
             for sequence in finished:
@@ -112,11 +135,13 @@ class Scheduler:
     def _decoding(self) -> list[ScheduledSequence]:
         """Those with one token to compute, with their drafts and pages for both. K is never cut for lack of pages, so
         that tokens do not depend on it: the last in order, which may be the one that lacks them, is preempted."""
-        scheduled = []
+        scheduled, page_size = [], self.pool.page_size
         for sequence in self.running:  # which preemption shortens from its end
-            if sequence.num_uncomputed_tokens == 1:
-                num_draft = self._num_draft_tokens(sequence)
-                if self._grow(sequence, sequence.num_computed_tokens + 1 + num_draft):
+            num_tokens = len(sequence.token_ids)
+            if sequence.num_computed_tokens == num_tokens - 1:
+                num_draft = self._num_draft_tokens(sequence, num_tokens)
+                num_rows = num_tokens + num_draft
+                if num_rows <= len(sequence.page_table) * page_size or self._grow(sequence, num_rows):
                     scheduled.append(ScheduledSequence(sequence, 1, num_draft))
         return scheduled
 
@@ -138,7 +163,7 @@ class Scheduler:
 
     def _prefilling(self) -> Iterator[Sequence]:
         """Those that run and have more than one token to compute, then new ones for as long as they are asked for."""
-        yield from [s for s in self.running if s.num_uncomputed_tokens > 1]
+        yield from [s for s in self.running if s.num_computed_tokens < len(s.token_ids) - 1]
         while (sequence := self._admit()) is not None:
             yield sequence
 
@@ -152,9 +177,7 @@ class Scheduler:
         most = sequence.num_prefill_tokens - 1
         cached = self.pool.cached_prefix(sequence.token_ids, most, with_mtp=sequence.speculates)
         self.pool.hold(cached)
-        num_rows = min(
-            len(sequence.token_ids) + 1 + sequence.speculation.num_speculative_tokens, sequence.max_total_tokens
-        )
+        num_rows = min(len(sequence.token_ids) + 1 + sequence.speculation.max_draft_tokens, sequence.max_total_tokens)
         missing = self.pool.pages_for(num_rows) - len(cached)
         if missing > self.pool.num_free:
             self.pool.release(cached)
@@ -182,10 +205,9 @@ class Scheduler:
             sequence.num_published_pages += 1
 
     @staticmethod
-    def _num_draft_tokens(sequence: Sequence) -> int:
+    def _num_draft_tokens(sequence: Sequence, num_tokens: int) -> int:
         """K, clipped so that drafts and the token after them still fit. The first token is decided without drafts, so
         that where iterations start depends neither on chunks nor on what was cached."""
-        if sequence.num_output_tokens == 0:
+        if num_tokens == sequence.num_prompt_tokens:
             return 0
-        allowed = sequence.max_total_tokens - len(sequence.token_ids)
-        return min(sequence.speculation.num_speculative_tokens, allowed - 1)
+        return min(sequence.speculation.max_draft_tokens, sequence.max_total_tokens - num_tokens - 1)

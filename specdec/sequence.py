@@ -16,7 +16,7 @@ from specdec.logprobs import TokenLogprobs
 from specdec.stats import SequenceStats
 from specdec.text import OutputText
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 Rule = Literal["greedy", "coupled", "block", "token"]
 
 
@@ -26,12 +26,15 @@ class Sequence:
 
     token_ids: prompt and output. num_computed_tokens: tokens whose target KV rows are valid; always
     below len(token_ids) while it runs. num_mtp_tokens: committed pairs in the MTP layer's cache.
-    pending_hidden, n rows: the target's hidden states of the computed tokens that have no MTP row yet,
-    so num_mtp_tokens + n == num_computed_tokens while speculation is on; None while it is off.
+    pending_hidden: the target's hidden states of the computed tokens that have no MTP row yet, in order, in any
+    number of pieces; num_mtp_tokens and their rows sum to num_computed_tokens while speculation is on. Empty while it
+    is off.
     max_total_tokens: prompt and output together never exceed it. bad_words: as token ids. edits: what the parameters
-    do to the next token's logits. logprobs: of the output's tokens.
-    priority: lower numbers come first. arrival: set by the scheduler. leader: another sample of the same prompt, whose
-    pages this one will share. num_published_pages: of page_table, the first ones that the prefix cache knows.
+    do to the next token's logits. logprobs: of the output's tokens. priority: lower ones first, equal ones in order of
+    arrival, which the scheduler sets. leader: another sample of the same prompt, whose pages this one will share.
+    num_published_pages: of page_table, the first ones that the prefix cache knows. error: what ended it, where
+    finish_reason is "error". rule: temperature 0 is greedy whatever was asked for. speculates: whether the MTP layer
+    works for it; never for a request of one token, which is decided without drafts.
     """
 
     request_id: str
@@ -46,25 +49,27 @@ class Sequence:
     priority: int = 0
     leader: Sequence | None = None
     arrival: int = 0
+    rule: Rule = field(init=False)
+    speculates: bool = field(init=False)
+    num_prompt_tokens: int = field(init=False)
     token_ids: list[int] = field(init=False)
     page_table: list[int] = field(default_factory=list)
     num_published_pages: int = 0
     num_computed_tokens: int = 0
     num_mtp_tokens: int = 0
-    pending_hidden: HiddenRows | None = None
+    pending_hidden: list[HiddenRows] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: Exception | None = None
     edits: RequestEdits | None = field(init=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stats: SequenceStats = field(default_factory=SequenceStats)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_token_ids)
+        self.rule = "greedy" if self.params.greedy else self.speculation.verification
+        self.token_ids, self.num_prompt_tokens = list(self.prompt_token_ids), len(self.prompt_token_ids)
+        limit = self.max_total_tokens - self.num_prompt_tokens
+        self.speculates = limit > 1 and self.speculation.max_draft_tokens > 0
         self.edits = RequestEdits.of(self.params, self.bad_words, self.end_token_ids, self.prompt_token_ids)
-
-    @property
-    def rule(self) -> Rule:
-        """Temperature 0 is greedy whatever the request's rule."""
-        return "greedy" if self.params.greedy else self.speculation.verification
 
     def admit(self, pages: list[int], num_cached_pages: int, page_size: int) -> None:
         """It runs from now on. The first pages are the prefix cache's: their rows are computed, the MTP layer's too."""
@@ -77,7 +82,7 @@ class Sequence:
     def preempt(self) -> list[int]:
         """It waits again; tokens, text and statistics stay. -> its pages."""
         self.num_computed_tokens = self.num_mtp_tokens = 0
-        self.pending_hidden = None
+        self.pending_hidden = []
         self.stats.num_preemptions += 1
         return self.give_up_pages()
 
@@ -92,10 +97,9 @@ class Sequence:
         return self.priority, self.arrival
 
     @property
-    def speculates(self) -> bool:
-        """Whether the MTP layer works for it; never for a request of one token, which is decided without drafts."""
-        limit = self.max_total_tokens - len(self.prompt_token_ids)
-        return limit > 1 and self.speculation.num_speculative_tokens > 0
+    def num_pending_pairs(self) -> int:
+        """Rows of `pending_hidden`."""
+        return self.num_computed_tokens - self.num_mtp_tokens if self.pending_hidden else 0
 
     @property
     def samples_drafts(self) -> bool:
@@ -109,11 +113,11 @@ class Sequence:
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[len(self.prompt_token_ids) :]
+        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:

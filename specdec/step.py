@@ -6,20 +6,27 @@ from typing import NamedTuple
 
 from specdec.commit import commit
 from specdec.draft import Drafter, DraftResult
+from specdec.draft_length import DraftLength
+from specdec.errors import RowsError
 from specdec.scheduler import ScheduledSequence, Scheduler
+from specdec.sequence import Sequence
 from specdec.verify import TargetResult, TargetVerifier
 
 
-def step(scheduler: Scheduler, drafter: Drafter, verifier: TargetVerifier) -> StepResult:
+def step(scheduler: Scheduler, draft_length: DraftLength, drafter: Drafter, verifier: TargetVerifier) -> StepResult:
     """Advances every scheduled sequence by a prefill chunk or a verification.
 
     A sequence contributes a chunk of its prompt, or its last token plus up to K drafts, to one ragged
-    target forward; each of those that decode ends the step with 1 to K+1 new tokens.
+    target forward; each of those that decode ends the step with 1 to K+1 new tokens. Raises StepError.
     """
-    scheduled = scheduler.schedule()
-    drafts = drafter.draft(scheduled)
-    result = verifier.verify(scheduled, drafts)
-    commit(scheduled, result)
+    scheduled = draft_length.choose(scheduler.schedule())
+    try:
+        drafts = drafter.draft(scheduled)
+        result = verifier.verify(scheduled, drafts)
+        commit(scheduled, result)
+        draft_length.record(scheduled, drafts.draft_token_ids, result.output_token_ids)
+    except Exception as error:
+        raise StepError(scheduled, error) from error
     scheduler.remove_finished()
     return StepResult(scheduled, drafts, result)
 
@@ -48,3 +55,18 @@ class StepResult(NamedTuple):
             for s, drafts, output in rows
             if output
         ]
+
+
+class StepError(Exception):
+    """A stage failed with `error`. failed: the sequences that it failed for, all of them where the stage does not know.
+
+    Only commit changes a sequence, and it knows for which one it failed. So the others are as they were before the
+    step, or have committed it: drafts and the rows written for them are made again in their next step.
+    """
+
+    def __init__(self, scheduled: list[ScheduledSequence], error: Exception) -> None:
+        super().__init__(str(error))
+        self.scheduled = scheduled
+        rows = error.rows if isinstance(error, RowsError) else range(len(scheduled))
+        self.failed: list[Sequence] = [scheduled[b].sequence for b in rows]
+        self.error = error.error if isinstance(error, RowsError) else error

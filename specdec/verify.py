@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.batch import Extend, ForwardBatch, build_batch
 from specdec.draft import DraftResult
-from specdec.errors import ModelError
+from specdec.errors import ModelError, RowsError
 from specdec.kernels.interface import (
     BLOCK_VERIFICATION,
     EXACT_MATCH,
@@ -70,9 +70,11 @@ class TargetVerifier:
         verified = self.target.verify(batch.input_ids, batch.metadata, self.kv_cache, verification)
         output_token_ids: list[list[int]] = [[] for _ in scheduled]
         for b, token_ids in zip(deciding, verified.token_ids):
-            if token_ids[-1] < 0:
-                raise ModelError("the target's logits are not finite: its weights are broken, or its dtype overflows")
             output_token_ids[b] = token_ids
+        broken = [b for b in deciding if output_token_ids[b][-1] < 0]
+        if broken:
+            message = "the target's logits are not finite: its weights are broken, or its dtype overflows"
+            raise RowsError(broken, ModelError(message))
         logprobs: list[list[TokenLogprobs]] = [[] for _ in scheduled]
         if verification.keep_logits:
             for b, found in zip(deciding, _logprobs(sequences, verification, verified)):

@@ -155,6 +155,8 @@ def test_chat_wraps_the_prompt(planted: str, tmp_path: Path) -> None:
         (["--max-tokens", "0"], "max_tokens = 0"),
         (["-k", "2", "--no-speculation"], "--no-speculation and -k 2 contradict each other"),
         (["-k", "-1"], "num_speculative_tokens = -1"),
+        (["-k", "many"], "-k many: give a number from 0 to 8, or auto"),
+        (["-k", "auto", "--no-speculation"], "--no-speculation and -k auto contradict each other"),
         (["-k", "9"], "num_speculative_tokens = 9 must be an integer, from 0 to 8"),
         (["--verification", "hope"], "verification = 'hope' is unknown"),
         (["--logit-bias", "a=1"], "--logit-bias a=1: give a token id and a number, as in 42=-3.5"),

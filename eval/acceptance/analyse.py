@@ -88,7 +88,7 @@ def analyse(
     reader: Reader, completions: Seq[Completion], temperature: float, speculation: SpeculationParams
 ) -> list[Analysis]:
     """One Analysis per completion, with K = num_speculative_tokens columns."""
-    drawing, num_drafts = Drawing(temperature, speculation), speculation.num_speculative_tokens
+    drawing, num_drafts = Drawing(temperature, speculation), speculation.max_draft_tokens
     tables = [_Table(len(c.starts), num_drafts) for c in completions]
     texts = [c.token_ids[: max(c.starts, default=0)] for c in completions]
     wanted = [number for number, text in enumerate(texts) if text]

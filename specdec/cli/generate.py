@@ -21,7 +21,7 @@ from specdec.cli.common import (
     say,
     user_errors,
 )
-from specdec.config import MAX_SPECULATIVE_TOKENS, SamplingParams, SpeculationParams
+from specdec.config import AUTO, MAX_SPECULATIVE_TOKENS, NumSpeculativeTokens, SamplingParams, SpeculationParams
 
 
 def generate(
@@ -54,11 +54,11 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Reproduces a run; drawn if absent.", show_default=False)] = None,
     num_speculative_tokens: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "--num-speculative-tokens",
             "-k",
-            help=f"Draft tokens per step, 0 to {MAX_SPECULATIVE_TOKENS}.",
+            help=f"Draft tokens per step, 0 to {MAX_SPECULATIVE_TOKENS}, or auto.",
             show_default=f"{SpeculationParams.num_speculative_tokens}; 0 without an MTP layer",
         ),
     ] = None,
@@ -130,10 +130,17 @@ def generate(
         _run(engine, text, params, as_json)
 
 
-def _num_tokens(asked: int | None, no_speculation: bool) -> int:
-    if no_speculation and asked:
+def _num_tokens(asked: str | None, no_speculation: bool) -> NumSpeculativeTokens:
+    if no_speculation and asked not in (None, "0"):
         raise InvalidOption(f"--no-speculation and -k {asked} contradict each other: give one")
-    return 0 if no_speculation else SpeculationParams.num_speculative_tokens if asked is None else asked
+    if no_speculation:
+        return 0
+    if asked is None or asked == AUTO:
+        return AUTO if asked else SpeculationParams.num_speculative_tokens
+    try:
+        return int(asked)
+    except ValueError:
+        raise InvalidOption(f"-k {asked}: give a number from 0 to {MAX_SPECULATIVE_TOKENS}, or auto") from None
 
 
 def _biases(texts: list[str]) -> tuple[tuple[int, float], ...]:
@@ -148,7 +155,12 @@ def _biases(texts: list[str]) -> tuple[tuple[int, float], ...]:
 
 
 def _sampling_params(
-    *, num_tokens: int, verification: Any, draft_sampling: Any, min_draft_confidence: float, **fields: Any
+    *,
+    num_tokens: NumSpeculativeTokens,
+    verification: Any,
+    draft_sampling: Any,
+    min_draft_confidence: float,
+    **fields: Any,
 ) -> SamplingParams:
     with option_errors():
         speculation = SpeculationParams(num_tokens, verification, draft_sampling, min_draft_confidence)

@@ -573,7 +573,7 @@ def test_prompts_may_be_tuples_arrays_and_tensors(engine: Engine) -> None:
 def test_finished_requests_keep_no_hidden_states(engine: Engine) -> None:
     stream = engine.stream("hello world", greedy(3, max_tokens=5))
     list(stream)
-    assert stream._sequence.pending_hidden is None
+    assert not stream._sequence.pending_hidden
 
 
 def test_a_stream_dropped_in_the_middle_of_a_step_ends_after_it(

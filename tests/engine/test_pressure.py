@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from draft_simulation import GPU
 from safetensors.torch import save_file
 
 from fakes import NEEDS_COMPILER, planted_tensors, tiny_config, write_files
@@ -18,6 +19,7 @@ from specdec import prefix_cache as prefix_cache_module
 from specdec.config import EngineConfig
 from specdec.core import EngineCore
 from specdec.loading import Runtime
+from specdec.model.layers import Decoder
 from specdec.prefix_cache import PageKey
 from specdec.rng import sample_seed
 from specdec.scheduler import ScheduledSequence
@@ -48,7 +50,7 @@ def make_core(
     """The same model with another cache, of NaN: what is read before it is written shows."""
     old = engine.runtime.kv_cache
     cache = torch.full((old.shape[0], num_pages, 2, page_size, *old.shape[4:]), float("nan"), dtype=old.dtype)
-    config = EngineConfig(max_num_seqs=slots, page_size=page_size, prefix_caching=caching)
+    config = EngineConfig(max_num_seqs=slots, page_size=page_size, prefix_caching=caching, cost_table=GPU)
     core = EngineCore(engine.checkpoint, Runtime(engine.runtime.model, cache, engine.max_model_len), config)
     if budget is not None:
         core.scheduler.max_num_batched_tokens = budget
@@ -59,7 +61,7 @@ def run(core: EngineCore, requests: list[tuple[list[int], SamplingParams]]) -> t
     """All at once to their ends; -> sequences and what each step decided about them: start, drafts, output."""
     sequences = [core.admission.sequence(prompt, params) for prompt, params in requests]
     for sequence in sequences:
-        core.scheduler.add(sequence)
+        core.add(sequence)
     with core.traced() as trace:
         while not core.scheduler.idle:
             core.step()
@@ -129,7 +131,8 @@ class Schedule:
         self.arrivals: dict[int, list[Sequence]] = defaultdict(list)
         self.aborts: dict[int, list[Sequence]] = defaultdict(list)
         for prompt, params, alone in rng.sample(cases, rng.randint(2, 7)):
-            speculation = SpeculationParams(rng.choice([0, 1, 3, 8]), "coupled", rng.choice(["sampled", "greedy"]))
+            k, draft_sampling = rng.choice([0, 1, 3, 8, "auto"]), rng.choice(["sampled", "greedy"])
+            speculation = SpeculationParams(k, "coupled", draft_sampling)
             step = rng.choice([0, 0, 1, 5, 20])
             samples = self.core.admission.sequences(
                 prompt, replace(params, speculation=speculation), priority=rng.choice([0, 0, 1])
@@ -143,7 +146,7 @@ class Schedule:
         """-> what went wrong."""
         for step in itertools.count():
             for sequence in self.arrivals.get(step, ()):
-                self.core.scheduler.add(sequence)
+                self.core.add(sequence)
             for sequence in self.aborts.get(step, ()):
                 self.core.abort(sequence)
             if self.core.scheduler.idle and step > 30:
@@ -340,6 +343,15 @@ def test_samples_are_those_of_their_seeds_alone(engine: Engine, caching: bool) -
         cached = [s.stats.num_cached_tokens for s in (outputs[0], *outputs[0].outputs)]
         assert cached[1:] == [32 * caching] * 3
         own.scheduler.check_integrity()
+
+
+def test_samples_of_one_token_share_their_prompt_without_the_mtp_layer(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Engine.from_pretrained(engine.checkpoint.folder, page_size=4, num_pages=40)
+    monkeypatch.setattr(Decoder, "draft_chain", lambda *_: pytest.fail("the MTP layer ran"))
+    first = own.generate(STEM, SamplingParams(n=3, max_tokens=1, seed=1, speculation=SpeculationParams(3)))[0]
+    assert [o.stats.num_cached_tokens for o in (first, *first.outputs)] == [0, 32, 32]
 
 
 def test_the_seeds_of_samples_are_distinct_and_the_first_is_the_requests_own() -> None:

@@ -1,4 +1,4 @@
-"""Scheduler, page pool and prefix cache against a brute-force simulation, and against what no schedule may change."""
+"""Scheduler, page pool and prefix cache against a brute-force simulation and what no schedule may change; mutants."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from dataclasses import replace
 
 import pytest
 from scheduling import (
-    END,
     Memory,
-    Page,
     Request,
     Setting,
-    Simulation,
-    State,
     make_scheduler,
     make_sequence,
     random_requests,
     random_setting,
+    simple_request,
 )
+from simulation import Simulation, State
 
 from specdec import CacheFullError
 from specdec import prefix_cache as prefix_cache_module
@@ -296,9 +294,9 @@ def test_mutant_preempted_request_whose_mtp_rows_are_never_computed(monkeypatch:
 def test_mutant_that_drafts_less_for_lack_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     num_draft_tokens = Scheduler._num_draft_tokens
 
-    def fitting(self: Scheduler, sequence: Sequence) -> int:
+    def fitting(self: Scheduler, sequence: Sequence, num_tokens: int) -> int:
         room = (len(sequence.page_table) + self.pool.num_free) * self.pool.page_size - len(sequence.token_ids)
-        return min(num_draft_tokens(sequence), room)
+        return min(num_draft_tokens(sequence, num_tokens), room)
 
     monkeypatch.setattr(Scheduler, "_num_draft_tokens", fitting)
     assert some_schedule_fails()
@@ -313,11 +311,6 @@ def test_mutant_that_preempts_the_first_in_order(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Scheduler, "_preempt_last", first)
     assert some_schedule_fails()
-
-
-def request(name: str, num_prompt: int, max_tokens: int = 8, priority: int = 0, k: int = 0) -> Request:
-    outcome, agrees = [1] * 60, [False] * 60
-    return Request(name, [int(name)] * num_prompt, max_tokens, k, priority, 0, None, outcome, agrees)
 
 
 def run_to_end(setting: Setting, requests: list[Request]) -> tuple[list[str], dict[str, Sequence]]:
@@ -339,7 +332,7 @@ ONE_AT_A_TIME = Setting(4, 8, 1, 64, True, False)
 
 
 def test_lower_priority_numbers_come_first_and_equal_ones_in_order_of_arrival() -> None:
-    requests = [request(str(i), 5, priority=p) for i, p in enumerate([1, 0, 2, 0, -5, 1])]
+    requests = [simple_request(str(i), 5, priority=p) for i, p in enumerate([1, 0, 2, 0, -5, 1])]
     assert run_to_end(ONE_AT_A_TIME, requests)[0] == ["4", "1", "3", "0", "5", "2"]
 
 
@@ -347,7 +340,7 @@ def test_the_last_arrived_of_the_lowest_priority_is_preempted_first() -> None:
     """Three requests that fit at first and outgrow the pool together."""
     setting = Setting(4, 14, 3, 64, False, False)
     for priorities, expected in (((0, 0, 0), "2"), ((0, 1, 0), "1"), ((3, 0, 1), "0")):
-        requests = [request(str(i), 12, max_tokens=16, priority=p) for i, p in enumerate(priorities)]
+        requests = [simple_request(str(i), 12, max_tokens=16, priority=p) for i, p in enumerate(priorities)]
         ends, sequences = run_to_end(setting, requests)
         preempted = [name for name, s in sequences.items() if s.stats.num_preemptions]
         assert preempted == [expected]
@@ -358,7 +351,7 @@ def test_the_last_arrived_of_the_lowest_priority_is_preempted_first() -> None:
 def test_admission_asks_for_the_prompts_pages_not_for_the_longest_output() -> None:
     scheduler = make_scheduler(Setting(4, 10, 4, 64, True, False))
     for i in range(3):
-        scheduler.add(make_sequence(request(str(i), 7, max_tokens=30)))
+        scheduler.add(make_sequence(simple_request(str(i), 7, max_tokens=30)))
     assert len(scheduler.schedule()) == 3
     assert [len(s.page_table) for s in scheduler.running] == [2, 2, 2]
 
@@ -366,7 +359,9 @@ def test_admission_asks_for_the_prompts_pages_not_for_the_longest_output() -> No
 def test_a_long_prompt_stalls_nobody() -> None:
     setting = Setting(16, 64, 4, 40, True, False)
     scheduler, memory = make_scheduler(setting), Memory(16)
-    requests = {r.name: r for r in [request("1", 3, 30, k=3), request("2", 4, 30), request("3", 400, 2)]}
+    requests = {
+        r.name: r for r in [simple_request("1", 3, 30, k=3), simple_request("2", 4, 30), simple_request("3", 400, 2)]
+    }
     short, long = [make_sequence(requests[name]) for name in "12"], make_sequence(requests["3"])
     for sequence in short:
         scheduler.add(sequence)
@@ -378,112 +373,3 @@ def test_a_long_prompt_stalls_nobody() -> None:
         assert all(s.finished or s.num_output_tokens > b for s, b in zip(short, before)), "a request was stalled"
         scheduler.remove_finished()
     assert long.num_computed_tokens == 400
-
-
-def test_a_finished_requests_pages_serve_its_continuation() -> None:
-    """The next turn of a conversation computes what is new; pages past the last full one are nobody's."""
-    for k in (0, 2):
-        scheduler, memory = make_scheduler(Setting(4, 30, 4, 64, True, False)), Memory(4)
-        first = Request("1", list(range(10)), 11, k, 0, 0, None, [7] * 40, [True] * 40)
-        second = replace(first, name="2", prompt=[*range(10), *[7] * 11, 5])
-        requests = {r.name: r for r in (first, second)}
-        for name in "12":
-            sequence = make_sequence(requests[name])
-            scheduler.add(sequence)
-            while not scheduler.idle:
-                memory.run(scheduler.schedule(), requests)
-                scheduler.remove_finished()
-            scheduler.check_integrity()
-        assert sequence.stats.num_cached_tokens == (20 if k == 0 else 16)
-
-
-def test_pages_without_mtp_rows_serve_the_target_alone() -> None:
-    hits = {}
-    for first_k, second_k in ((0, 0), (0, 3), (3, 0), (3, 3)):
-        scheduler, memory = make_scheduler(Setting(4, 30, 4, 64, True, False)), Memory(4)
-        requests = {n: replace(request("1", 18, k=k), name=n) for n, k in (("1", first_k), ("2", second_k))}
-        for name in "12":
-            sequence = make_sequence(requests[name])
-            scheduler.add(sequence)
-            while not scheduler.idle:
-                memory.run(scheduler.schedule(), requests)
-                scheduler.remove_finished()
-        hits[first_k, second_k] = sequence.stats.num_cached_tokens
-    assert hits == {(0, 0): 16, (0, 3): 0, (3, 0): 16, (3, 3): 16}
-
-
-def test_samples_share_their_prompts_pages() -> None:
-    for k in (0, 3):
-        scheduler, memory = make_scheduler(Setting(4, 40, 4, 64, True, False)), Memory(4)
-        first = request("1", 18, k=k)
-        requests = {first.name: first} | {f"1.{i}": replace(first, name=f"1.{i}") for i in (1, 2, 3)}
-        leader = make_sequence(first)
-        samples = [leader] + [make_sequence(r, leader) for r in list(requests.values())[1:]]
-        for sequence in samples:
-            scheduler.add(sequence)
-        while len(scheduler.running) < 4:
-            memory.run(scheduler.schedule(), requests)
-        assert len({tuple(s.page_table[:4]) for s in samples}) == 1
-        assert len({page for s in samples for page in s.page_table[4:]}) == sum(len(s.page_table) - 4 for s in samples)
-        assert [s.stats.num_cached_tokens for s in samples] == [0, 16, 16, 16]
-        while not scheduler.idle:
-            memory.run(scheduler.schedule(), requests)
-            scheduler.remove_finished()
-            scheduler.check_integrity()
-
-
-def test_the_longest_idle_pages_are_evicted_first() -> None:
-    pool = PagePool(4, 1)
-    tables = {}
-    for first in (1, 2):
-        tables[first] = pool.allocate(2)
-        for at in range(2):
-            pool.publish(tables[first], at, [first, 5, 6], with_mtp=True)
-    pool.release(tables[2])
-    pool.release(tables[1])
-    assert pool.num_free == 4
-    assert pool.allocate(1) == [tables[2][1]], "of the pages given back first, the last"
-    assert pool.cached_prefix([1, 5, 6], 2, with_mtp=True) == tables[1]
-    assert pool.cached_prefix([2, 5, 6], 2, with_mtp=True) == tables[2][:1]
-    assert pool.cached_prefix([1, 5, 7], 2, with_mtp=True) == tables[1][:1], "the token after a page is in its key"
-    assert pool.cached_prefix([1, 6, 6], 2, with_mtp=True) == []
-
-
-def test_integrity_check_sees_lost_shared_and_double_pages() -> None:
-    pool = PagePool(4, 16)
-    pages = pool.allocate(2)
-    pool.check_integrity([pages])
-    for tables in ([], [pages, pages], [[pages[0]]], [[*pages, 3]]):
-        with pytest.raises(AssertionError):
-            pool.check_integrity(tables)
-    pool.release(pages)
-    with pytest.raises(AssertionError, match="nobody holds it"):
-        pool.release(pages[:1])
-    pool._free.append(3)
-    with pytest.raises(AssertionError):
-        pool.check_integrity([])
-
-
-def test_integrity_check_sees_pages_shared_unpublished_and_keys_of_forgotten_pages() -> None:
-    pool = PagePool(4, 1)
-    pages = pool.allocate(2)
-    pool.hold(pages)
-    with pytest.raises(AssertionError, match="shared that nobody published"):
-        pool.check_integrity([pages, pages])
-    for at in range(2):
-        pool.publish(pages, at, [1, 2, 3], with_mtp=False)
-    pool.check_integrity([pages, pages])
-    pool.release(pages)
-    pool.release(pages)
-    pool._cache._idle = dict.fromkeys(pages)
-    with pytest.raises(AssertionError, match="outlive"):
-        pool.check_integrity([])
-    pool.allocate(3)
-    with pytest.raises(AssertionError):
-        pool.check_integrity([])
-
-
-def test_the_simulation_shares_no_page_object_by_chance() -> None:
-    """A guard of the guard: pages are compared by identity, states by their requests."""
-    assert Page() != Page()
-    assert END not in range(3)

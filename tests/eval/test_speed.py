@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.cli import app
-from specdec.eval.cost import CostTable, interpolate, measure_costs
+from specdec.cost import CostTable, Curve
+from specdec.eval.cost import measure_speed_costs
 from specdec.eval.peers import PeerSpec
 from specdec.eval.planted import PlantedShape, write_planted_checkpoint
 from specdec.eval.roofline import read_bandwidth, traced
@@ -125,9 +126,10 @@ def test_a_traced_run_generates_the_same(planted: Path) -> None:
 
 def test_costs_are_interpolated_and_predict_speed() -> None:
     table = {1: 1.0, 2: 1.5, 4: 2.5}
-    assert [interpolate(table, n) for n in (1, 2, 3, 4, 8)] == [1.0, 1.5, 2.0, 2.5, 5.0]
-    assert interpolate(table, 0.5) == 1.0
-    costs = CostTable(target=table, mtp={1: 0.25, 2: 0.5, 4: 1.0})
+    curve = Curve(table)
+    assert [curve(n) for n in (0, 1, 2, 3, 4, 8, 1000)] == [0.0, 1.0, 1.5, 2.0, 2.5, 5.0, 625.0]
+    assert curve.interpolate(0.5) == 1.0
+    costs = CostTable(table, mtp_extend={1: 0.25, 2: 0.5, 4: 1.0}, mtp_step={1: 0.25, 2: 0.5})
     assert costs.predict(1, 0, 1.0) == 1.0
     assert costs.predict(1, 3, 2.5) == pytest.approx(2.5 / (2.5 + 0.625 + 2 * 0.25))
     assert costs.predict(2, 1, 2.0) == pytest.approx(4 / (2.5 + 1.0))
@@ -135,8 +137,9 @@ def test_costs_are_interpolated_and_predict_speed() -> None:
 
 def test_costs_are_measured_for_every_number_of_rows(planted: Path) -> None:
     engine = Engine.from_pretrained(planted, max_num_seqs=3)
-    costs = measure_costs(engine, [[5] * 9, [6] * 9, [7] * 9], (1, 3), (0, 1, 4))
-    assert list(costs.target) == list(costs.mtp) == [1, 2, 3, 5, 6, 15]
+    costs = measure_speed_costs(engine, (1, 3), (0, 1, 4))
+    assert list(costs.target) == list(costs.mtp_extend) == [1, 2, 3, 5, 6, 15]
+    assert list(costs.mtp_step) == [1, 3]
     assert all(seconds > 0 for seconds in costs.target.values())
 
 

@@ -121,9 +121,10 @@ struct AttentionTask {
 
   void find_keys(int64_t start, int64_t count, const C** key) const {
     int64_t page = start / cache.page_size, slot = start % cache.page_size;
-    for (int64_t j = 0; j < count; ++j) {
-      key[j] = static_cast<const C*>(cache.data) + cache.offset(pages[page], 0, slot, kv_head);
-      if (++slot == cache.page_size) slot = 0, ++page;
+    for (int64_t j = 0; j < count; ++page, slot = 0) {
+      const C* first = static_cast<const C*>(cache.data) + cache.offset(pages[page], 0, slot, kv_head);
+      const int64_t end = std::min(count, j + cache.page_size - slot), stride = cache.kv_heads * cache.head_dim;
+      for (; j < end; ++j, first += stride) key[j] = first;
     }
   }
 
@@ -155,8 +156,9 @@ struct AttentionTask {
   void update_softmax(int64_t m, int64_t keys_seen) {
     if (keys_seen <= 0) return;
     float* scores = &s.scores[m * KEY_TILE];
-    float best = s.best[m];
-    for (int64_t j = 0; j < keys_seen; ++j) best = scores[j] > best ? scores[j] : best;
+    V most = set1(s.best[m]);
+    for_vectors(keys_seen, [&](int64_t j, int n) { most = max(load_n(scores + j, n, -INFINITY), most); });  // NaN never wins
+    const float best = reduce_max(most);
     const V shift = set1(best);
     V sum = set1(0.0f);
     for_vectors(keys_seen, [&](int64_t j, int n) {
@@ -182,29 +184,38 @@ struct AttentionTask {
   }
 };
 
-// One thread's share of the tasks (sequence, block of query rows, KV head).
+// One thread's share of the tasks (sequence, block of query rows, KV head): neighbours, whose keys lie side by side, of
+// equally many tiles.
 inline void attend(const Cache& cache, const Batch& b, int64_t heads, const float* q, int64_t q_stride, float* out,
                    int64_t out_stride, const Team& team) {
   static thread_local AttentionScratch scratch;
-  int64_t task = 0;
-  for (int64_t s = 0; s < b.num_sequences; ++s) {
-    const int64_t first = b.query_starts[s], query_len = b.query_starts[s + 1] - first;
-    for (int64_t row = 0; row < query_len; row += QUERY_ROWS)
-      for (int64_t head = 0; head < cache.kv_heads; ++head, ++task) {
-        if (task % team.size != team.thread) continue;
-        auto run = [&](auto type) {
-          AttentionTask<decltype(type)>{cache, b.pages + b.page_starts[s], row, std::min(query_len, row + QUERY_ROWS),
-                                        b.kv_lens[s] - query_len, head, heads / cache.kv_heads, q + first * q_stride, q_stride,
-                                        out + first * out_stride, out_stride, scratch}
-              .run();
-        };
-        if (cache.dtype == BF16) {
-          run(bf16{});
-        } else {
-          run(float{});
-        }
+  auto each_task = [&](auto run) {
+    for (int64_t s = 0; s < b.num_sequences; ++s) {
+      const int64_t query_len = b.query_starts[s + 1] - b.query_starts[s], position = b.kv_lens[s] - query_len;
+      for (int64_t row = 0; row < query_len; row += QUERY_ROWS) {
+        const int64_t end = std::min(query_len, row + QUERY_ROWS), tiles = (position + end + KEY_TILE - 1) / KEY_TILE;
+        for (int64_t head = 0; head < cache.kv_heads; ++head) run(s, row, end, position, head, tiles);
       }
-  }
+    }
+  };
+  int64_t total = 0, before = 0;
+  each_task([&](int64_t, int64_t, int64_t, int64_t, int64_t, int64_t tiles) { total += tiles; });
+  each_task([&](int64_t s, int64_t row, int64_t end, int64_t position, int64_t head, int64_t tiles) {
+    const int64_t owner = (2 * before + tiles) * team.size / (2 * total);
+    before += tiles;
+    if (owner != team.thread) return;
+    const int64_t first = b.query_starts[s];
+    auto run = [&](auto type) {
+      AttentionTask<decltype(type)>{cache, b.pages + b.page_starts[s], row, end, position, head, heads / cache.kv_heads,
+                                    q + first * q_stride, q_stride, out + first * out_stride, out_stride, scratch}
+          .run();
+    };
+    if (cache.dtype == BF16) {
+      run(bf16{});
+    } else {
+      run(float{});
+    }
+  });
 }
 
 }  // namespace specdec

@@ -154,10 +154,10 @@ def stale_rows(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     chain = MTPDrafter._chain
 
     def shortened(s: Any) -> Any:
-        hidden, first, num_rows = s.pending_hidden
+        ((hidden, first, num_rows),) = s.pending_hidden
         skipped = num_rows - 1 if s.num_mtp_tokens > 0 else 0
         rows = HiddenRows(hidden, first + skipped, num_rows - skipped)
-        return replace_fields(s, num_mtp_tokens=s.num_mtp_tokens + skipped, pending_hidden=rows)
+        return replace_fields(s, num_mtp_tokens=s.num_mtp_tokens + skipped, pending_hidden=[rows])
 
     def wrong(self: MTPDrafter, scheduled: Any) -> Any:
         return chain(self, [replace(s, sequence=shortened(s.sequence)) for s in scheduled])

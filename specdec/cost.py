@@ -1,0 +1,163 @@
+"""What a step costs: seconds of its parts by number of rows. No torch here.
+
+`specdec.measure` measures a table on the running machine; `specdec.draft_length` chooses draft lengths by it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+NUM_DENSE = 512  # rows whose seconds are looked up, not computed
+CORRECTION_STEPS = 64  # steps over which the correction follows a drift
+MAX_ERROR = 0.25
+MIN_STEPS = 4  # of either kind, before they are compared
+NUM_RECENT_STEPS = 512
+
+
+class Curve:
+    """Seconds by number of rows, from some measured entries; 0 for no rows, and where there are no entries.
+
+    Linear between the two nearest entries, the least entry below them, in proportion to the rows beyond the last.
+    """
+
+    def __init__(self, entries: Mapping[int, float]) -> None:
+        self._rows = sorted(entries)
+        self._seconds = [entries[rows] for rows in self._rows]
+        self._dense = [0.0, *(self.interpolate(rows) for rows in range(1, NUM_DENSE))]
+
+    def __call__(self, rows: int) -> float:
+        return self._dense[rows] if rows < NUM_DENSE else self.interpolate(rows)
+
+    def interpolate(self, rows: float) -> float:
+        known, seconds = self._rows, self._seconds
+        if not known:
+            return 0.0
+        if rows >= known[-1]:
+            return seconds[-1] * rows / known[-1]
+        high = bisect_left(known, rows)
+        if high == 0 or known[high] == rows:
+            return seconds[high]
+        share = (rows - known[high - 1]) / (known[high] - known[high - 1])
+        return seconds[high - 1] + share * (seconds[high] - seconds[high - 1])
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Seconds by number of rows, where every token is an argmax.
+
+    target: a target forward with the choice of tokens. mtp_extend: the MTP layer over pending pairs, with one draft of
+    each sequence. mtp_step: each further draft, one row per sequence. Both are empty without an MTP layer. sequence_s:
+    what every sequence adds to a step beyond its rows. sampled_s: what a row of logits costs more at a temperature
+    above 0.
+    """
+
+    target: dict[int, float]
+    mtp_extend: dict[int, float]
+    mtp_step: dict[int, float]
+    sequence_s: float = 0.0
+    sampled_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, entries in (("target", self.target), ("mtp_extend", self.mtp_extend), ("mtp_step", self.mtp_step)):
+            wrong = not entries and name == "target"
+            if wrong or any(rows < 1 or seconds <= 0 for rows, seconds in entries.items()):
+                raise ValueError(f"{name} = {entries} must map numbers of rows, at least 1, to seconds above 0")
+        for name, seconds in (("sequence_s", self.sequence_s), ("sampled_s", self.sampled_s)):
+            if seconds < 0:
+                raise ValueError(f"{name} = {seconds} must be at least 0")
+
+    @cached_property
+    def target_s(self) -> Curve:
+        return Curve(self.target)
+
+    @cached_property
+    def extend_s(self) -> Curve:
+        return Curve(self.mtp_extend)
+
+    @cached_property
+    def step_s(self) -> Curve:
+        return Curve(self.mtp_step)
+
+    @cached_property
+    def pair_s(self) -> float:
+        """Of one pair among many."""
+        return self.extend_s(NUM_DENSE) / NUM_DENSE
+
+    def seconds(
+        self, num_sequences: int, num_rows: int, num_pairs: int, drafting: list[int], num_sampled: int = 0
+    ) -> float:
+        """Of a step. num_rows: of the target. num_pairs: that the MTP layer extends its cache by. drafting[d]: the
+        sequences with more than d drafts. num_sampled: rows of logits, the MTP layer's included, that are sampled."""
+        chain = sum(self.step_s(count) for count in drafting[1:])
+        small = self.sequence_s * num_sequences + self.sampled_s * num_sampled
+        return small + self.target_s(num_rows) + self.extend_s(num_pairs) + chain
+
+    def predict(self, batch_size: int, num_draft_tokens: int, mean_acceptance_length: float) -> float:
+        """Tokens per second of `batch_size` sequences that each draft `num_draft_tokens`."""
+        step_s = self.sequence_s * batch_size + self.target_s(batch_size * (num_draft_tokens + 1))
+        if num_draft_tokens:
+            step_s += self.extend_s.interpolate(batch_size * mean_acceptance_length)
+            step_s += (num_draft_tokens - 1) * self.step_s(batch_size)
+        return batch_size * mean_acceptance_length / step_s
+
+
+class StepTimes:
+    """Predicted against measured seconds of steps. A prediction is the table's, times a factor that follows the machine
+    slowly; plain steps and steps that draft have one each."""
+
+    def __init__(self) -> None:
+        self.forget()
+        self.predicted_s = 0.0
+        self.measured_s = 0.0
+        self._errors: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
+
+    def forget(self) -> None:
+        """For another table."""
+        self.plain, self.drafting = Correction(), Correction()
+
+    @property
+    def drafting_factor(self) -> float:
+        """How much longer steps that draft take than the table says, relative to plain ones."""
+        if min(self.plain.num_steps, self.drafting.num_steps) < MIN_STEPS:
+            return 1.0
+        return self.drafting.factor / self.plain.factor
+
+    @property
+    def num_steps(self) -> int:
+        return self.plain.num_steps + self.drafting.num_steps
+
+    def record(self, table_s: float, measured_s: float, *, drafts: bool) -> None:
+        """One step: by the table, and by the clock."""
+        correction = self.drafting if drafts else self.plain
+        predicted = correction.factor * table_s
+        if correction.num_steps > 0 and measured_s > 0:  # the first one only sets the level
+            self._errors.append(abs(predicted - measured_s) / measured_s)
+        self.predicted_s += predicted
+        self.measured_s += measured_s
+        correction.follow(measured_s / table_s)
+
+    @property
+    def median_relative_error(self) -> float | None:
+        """Of the last steps, each predicted before it was measured."""
+        return statistics.median(self._errors) if self._errors else None
+
+
+@dataclass
+class Correction:
+    """A factor that follows ratios; one that is far off, of an interrupted step, counts no more than MAX_ERROR."""
+
+    factor: float = 1.0
+    num_steps: int = 0
+
+    def follow(self, ratio: float) -> None:
+        self.num_steps += 1
+        if self.num_steps == 1:
+            self.factor = ratio
+        else:
+            error = min(MAX_ERROR, max(-MAX_ERROR, ratio / self.factor - 1))
+            self.factor *= 1 + error / min(self.num_steps, CORRECTION_STEPS)

@@ -1,0 +1,336 @@
+"""How many tokens each sequence drafts in a step. No torch here; docs/draft_length.md has the definitions.
+
+A controller is asked before any draft of the step exists and learns the outcome after its commit, so a decision is a
+function of the past: that is what keeps the rejection rules exact (algorithms: non-anticipation).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from specdec.acceptance import EngineAcceptance, RequestAcceptance
+from specdec.config import MAX_SPECULATIVE_TOKENS
+from specdec.cost import CostTable, StepTimes
+from specdec.draft_plan import NO_DRAFTS, Request, StepPlan, best_lengths
+from specdec.scheduler import MAX_PENDING_PAIRS, ScheduledSequence
+
+PROBE_SHARE = 0.006  # of the time, for drafts that are not expected to pay
+FLUSH_SHARE = 0.004  # of the time, for pairs that wait though nothing is drafted
+SAVING_STEPS = 256  # of which both may save up their shares
+DEBT_STEPS = 3.0  # plain steps that may be borrowed to follow up an accepted probe: it pays at some depth alone
+BETWEEN_DECISIONS = 16.0  # over which the time between steps is averaged
+KEPT_STEPS, KEPT_PLAIN_STEPS = 8, 16  # for which a decision stands, with drafts and without
+MIN_TIMED_STEPS, MIN_FACTOR, MAX_TABLES = 16, 0.7, 3  # when a table is measured again
+RESUME_STEPS = 64  # over which drafting must earn what catching up with waiting pairs costs
+PROBE_INTERVAL = 64  # steps between two probes of a sequence, unless the last one was accepted
+FLUSH_PAIRS = 64  # that wait before they are worth a call
+
+
+class DraftLength(Protocol):
+    """Chooses every sequence's number of drafts, at most what the scheduler allows. stats: None where nothing is
+    chosen."""
+
+    @property
+    def stats(self) -> DraftLengthStats | None: ...
+
+    def prepare(self) -> None:
+        """Measures what choosing needs and is not known, or has proved wrong: tenths of a second. Called between two
+        steps, when an "auto" request arrives."""
+        ...
+
+    def choose(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        """The same sequences in the same order, `num_draft_tokens` lowered and `flushes` set as it decides. Called
+        before anything is drafted in this step."""
+        ...
+
+    def record(self, scheduled: Seq[ScheduledSequence], drafts: Seq[Seq[int]], output_token_ids: Seq[Seq[int]]) -> None:
+        """What became of the step, after its commit: the drafts verified of each sequence, and what it emitted."""
+        ...
+
+    def plain_step_s(self, rows: int) -> float | None:
+        """Seconds of a step of so many sequences that decode without drafts; None where costs are not known."""
+        ...
+
+
+class FixedDraftLength:
+    """As many as the scheduler allows."""
+
+    stats = None
+
+    def prepare(self) -> None:
+        pass
+
+    def choose(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        return scheduled
+
+    def record(self, scheduled: Seq[ScheduledSequence], drafts: Seq[Seq[int]], output_token_ids: Seq[Seq[int]]) -> None:
+        pass
+
+    def plain_step_s(self, rows: int) -> float | None:
+        return None
+
+
+@dataclass
+class DraftLengthStats:
+    """What an `AutoDraftLength` decided, in steps with at least one "auto" request. Times are of a sample of
+    steps, without prompts.
+
+    chosen[k]: sequences that were to draft k tokens in a step. num_probes: those that drafted more than was expected
+    to pay; num_flushes: those whose waiting pairs the MTP layer ran without drafting. between_s: from the end of a step
+    to the next one's drafts, lately.
+    """
+
+    chosen: list[int] = field(default_factory=lambda: [0] * (MAX_SPECULATIVE_TOKENS + 1))
+    num_probes: int = 0
+    num_flushes: int = 0
+    between_s: float = 0.0
+    times: StepTimes = field(default_factory=StepTimes)
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "chosen": list(self.chosen),
+            "num_probes": self.num_probes,
+            "num_flushes": self.num_flushes,
+            "between_s": self.between_s,
+            "predicted_s": self.times.predicted_s,
+            "measured_s": self.times.measured_s,
+            "median_relative_error": self.times.median_relative_error,
+        }
+
+
+class AutoDraftLength:
+    """Draft lengths of "auto" requests by cost and acceptance; those of others stay as they are.
+
+    measure: gives a table, before the first decision; and again, given the table that has proved wrong. clock:
+    seconds. follow_clock: steps that draft are weighed against plain ones as they were measured lately; otherwise what
+    is decided is a function of the table and of past acceptances alone, and the clock serves the statistics.
+
+    Deciding takes longer than a small model's plain step can bear, so a decision stands for some steps, in which the
+    same requests decode.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[CostTable | None], CostTable],
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        follow_clock: bool = True,
+    ) -> None:
+        self.stats = DraftLengthStats()
+        self._measure, self._clock, self._follow_clock = measure, clock, follow_clock
+        self._table: CostTable | None = None
+        self._num_tables = 0
+        self._engine = EngineAcceptance()
+        self._requests: dict[int, Request] = {}  # by arrival, as below
+        self._step = self._decided_at = self._changed_at = self._wake_at = 0
+        self._scheduled: list[int] = []  # for whom the decision stands
+        self._lengths: list[int | None] = []  # of them; None: as scheduled
+        self._probe_s = self._flush_s = 0.0  # saved up
+        self._plan: StepPlan | None = None
+        self._started_s: float | None = None  # of a step that is timed
+        self._ended_s: float | None = None  # of the last step
+
+    def prepare(self) -> None:
+        """A table is wrong where steps have turned out much faster than it says: it was measured on a busy machine."""
+        plain = self.stats.times.plain
+        wrong = plain.num_steps >= MIN_TIMED_STEPS and plain.factor < MIN_FACTOR and self._num_tables < MAX_TABLES
+        if self._table is None or (wrong and self._follow_clock):
+            self._table = self._measure(self._table)
+            self._num_tables += 1
+            self._scheduled = []
+            self.stats.times.forget()
+
+    @property
+    def table(self) -> CostTable:
+        assert self._table is not None, "an automatic request came unannounced"
+        return self._table
+
+    def plain_step_s(self, rows: int) -> float | None:
+        table = self._table
+        return None if table is None else self.stats.times.plain.factor * table.seconds(rows, rows, 0, NO_DRAFTS)
+
+    def choose(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        if self._table is None:  # nobody asks for it
+            return scheduled
+        arrivals = [s.sequence.arrival for s in scheduled]
+        self._step, self._started_s = self._step + 1, None
+        if arrivals == self._scheduled and sum(s.num_new_tokens for s in scheduled) == len(scheduled):
+            if self._plan is None:
+                return scheduled
+            if self._step < self._wake_at:
+                if self._step == self._decided_at + 1:  # a deciding step is slower than others
+                    self._time(scheduled, self._plan)
+                return self._chosen(scheduled, self._lengths)
+            self._record_between()
+        else:
+            self._scheduled, self._changed_at = arrivals, self._step
+        return self._decide(scheduled)
+
+    def record(self, scheduled: Seq[ScheduledSequence], drafts: Seq[Seq[int]], output_token_ids: Seq[Seq[int]]) -> None:
+        plan = self._plan
+        if plan is None:
+            return
+        self._ended_s = self._clock()
+        if self._started_s is not None:
+            self.stats.times.record(
+                plan.seconds(self.table), self._ended_s - self._started_s, drafts=plan.num_pairs > 0
+            )
+        if not plan.num_pairs:
+            return
+        for b, request in zip(plan.members, plan.requests):
+            num_drafted, num_accepted = len(drafts[b]), len(output_token_ids[b]) - 1
+            if num_drafted:
+                self._engine.counts.record(num_drafted, num_accepted)
+                request.acceptance.counts.record(num_drafted, num_accepted)
+        if plan.extra:
+            self._record_probes(plan, output_token_ids)
+
+    def _time(self, scheduled: list[ScheduledSequence], plan: StepPlan) -> None:
+        """This step is a sample for the statistics: all its sequences decode, and none is probed or flushed."""
+        lengths = [min(k, scheduled[b].num_draft_tokens) for b, k in zip(plan.members, plan.lengths)]
+        self._plan = self._planned(scheduled, plan.members, lengths)
+        self._started_s = self._clock()
+
+    def _record_between(self) -> None:
+        """Scheduling and what the front door does; a wait for a slow reader counts as one step at most."""
+        if self._ended_s is None or self._plan is None:  # the step before failed
+            return
+        between_s = min(self._clock() - self._ended_s, self._plan.plain_s)
+        self.stats.between_s += (between_s - self.stats.between_s) / BETWEEN_DECISIONS
+
+    def _record_probes(self, plan: StepPlan, output_token_ids: Seq[Seq[int]]) -> None:
+        """What they gained is saved up for more of them."""
+        token_s = plan.seconds(self.table) / sum(map(len, output_token_ids))
+        for b, request, k in zip(plan.members, plan.requests, plan.lengths):
+            if b in plan.extra:
+                gained = max(0, len(output_token_ids[b]) - 1 - k)
+                request.hot = gained == plan.extra[b]
+                request.probe_length = 2 * plan.extra[b] if request.hot else 1
+                self._probe_s += gained * token_s
+        plan.extra.clear()  # the plan may stand for further steps, without them
+
+    def _decide(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        members = [b for b, s in enumerate(scheduled) if s.sequence.speculation.automatic and s.samples]
+        if not members:
+            self._plan = None
+            return scheduled
+        table = self.table
+        plan = self._plan = self._planned(scheduled, members, self._best(scheduled, members))
+        self._save(plan.seconds(table))
+        self._probe(scheduled, plan)
+        self._flush(scheduled, plan)
+        self._lengths = [None] * len(scheduled)
+        for b, k in zip(members, plan.lengths):
+            self._lengths[b] = k
+        most = 1 if plan.extra else KEPT_STEPS if any(plan.lengths) else KEPT_PLAIN_STEPS
+        self._decided_at = self._step
+        self._wake_at = self._step + min(most, 1 + (self._step - self._changed_at) // 2)
+        lengths = list(self._lengths)
+        for b, extra in plan.extra.items():
+            lengths[b] = (lengths[b] or 0) + extra
+        chosen = self._chosen(scheduled, lengths)
+        for b in plan.flushed:
+            chosen[b] = scheduled[b].drafting(0, flushes=True)
+        return chosen
+
+    def _chosen(self, scheduled: list[ScheduledSequence], lengths: list[int | None]) -> list[ScheduledSequence]:
+        chosen, counts = list(scheduled), self.stats.chosen
+        for b, k in enumerate(lengths):
+            if k is None:
+                continue
+            s = scheduled[b]
+            if k < s.num_draft_tokens:
+                chosen[b] = s.drafting(k)
+            counts[min(k, s.num_draft_tokens)] += 1
+        return chosen
+
+    def _best(self, scheduled: list[ScheduledSequence], members: list[int]) -> list[int]:
+        """The draft lengths with which a step is expected to be the fastest."""
+        known, sequences = self._requests, [scheduled[b].sequence for b in members]
+        self._requests = {
+            s.arrival: known.get(s.arrival) or Request(RequestAcceptance(self._step), self._step - PROBE_INTERVAL)
+            for s in sequences
+        }
+        requests = list(self._requests.values())
+        rates, weight = self._engine.rates(), self._engine.prior_weight(r.acceptance for r in requests)
+        return best_lengths(
+            self.table,
+            [
+                request.acceptance.survivals(rates, weight, self._step)[: scheduled[b].num_draft_tokens]
+                for b, request in zip(members, requests)
+            ],
+            num_sequences=len(scheduled),
+            num_rows=sum(s.num_new_tokens for s in scheduled),
+            others=[s.num_draft_tokens for s in scheduled if s.samples and not s.sequence.speculation.automatic],
+            catch_up_s=[scheduled[b].sequence.num_pending_pairs * self.table.pair_s / RESUME_STEPS for b in members],
+            sampled=[not scheduled[b].sequence.params.greedy for b in members],
+            drafting_factor=self.stats.times.drafting_factor if self._follow_clock else 1.0,
+            between_s=self.stats.between_s if self._follow_clock else 0.0,
+        )
+
+    def _planned(self, scheduled: list[ScheduledSequence], members: list[int], lengths: list[int]) -> StepPlan:
+        num_rows = sum(s.num_new_tokens for s in scheduled)
+        num_sampled = sum(s.samples and not s.sequence.params.greedy for s in scheduled)
+        requests = list(self._requests.values())
+        plan = StepPlan(members, requests, lengths, len(scheduled), num_rows, 0, num_sampled, list(NO_DRAFTS))
+        plan.plain_s = plan.seconds(self.table)
+        of_members = dict(zip(members, lengths))
+        for b, s in enumerate(scheduled):
+            k = of_members.get(b, s.num_draft_tokens)
+            if s.drafting(k).extends_mtp:
+                plan.add(k, s.sequence.num_pending_pairs, not s.sequence.params.greedy)
+        return plan
+
+    def _save(self, step_s: float) -> None:
+        """Shares of the time since the last decision."""
+        most = PROBE_SHARE * step_s * SAVING_STEPS
+        share = PROBE_SHARE * step_s * (self._step - self._decided_at)
+        self._probe_s = min(most, self._probe_s + share) if self._decided_at else most
+        most = FLUSH_SHARE * step_s * SAVING_STEPS
+        self._flush_s = min(most, self._flush_s + FLUSH_SHARE * step_s * (self._step - self._decided_at))
+
+    def _probe(self, scheduled: list[ScheduledSequence], plan: StepPlan) -> None:
+        """Drafts beyond those that pay, of the sequences whose last probe is long ago or was accepted. What is accepted
+        earns what tokens are worth, so probing goes on, and deeper, for as long as it pays."""
+        long_ago = self._step - PROBE_INTERVAL
+        due = [
+            (0 if k else scheduled[b].sequence.num_pending_pairs, b, k, request)
+            for b, request, k in zip(plan.members, plan.requests, plan.lengths)
+            if (request.hot or request.probed_at <= long_ago) and k < scheduled[b].num_draft_tokens
+        ]
+        if not due:
+            return
+        plan_s = plan.seconds(self.table)
+        for num_pairs, b, k, request in sorted(due, key=lambda entry: entry[0]):
+            s, extra = scheduled[b], min(request.probe_length, scheduled[b].num_draft_tokens - k)
+            probed = replace(plan, drafting=list(plan.drafting))
+            probed.add(extra, num_pairs, not s.sequence.params.greedy, k)
+            probed_s = probed.seconds(self.table)
+            if probed_s - plan_s > self._probe_s + request.hot * DEBT_STEPS * plan.plain_s:
+                return
+            self._probe_s -= probed_s - plan_s
+            plan_s = probed_s
+            plan.num_rows, plan.num_pairs, plan.num_sampled = probed.num_rows, probed.num_pairs, probed.num_sampled
+            plan.drafting, plan.extra[b] = probed.drafting, extra
+            request.probed_at, request.hot = self._step, False
+            self.stats.num_probes += 1
+
+    def _flush(self, scheduled: list[ScheduledSequence], plan: StepPlan) -> None:
+        """Waiting pairs, in batches, where the MTP layer can catch up for next to nothing."""
+        extend_s, before = self.table.extend_s, plan.num_pairs
+        if extend_s(before + FLUSH_PAIRS) - extend_s(before) > self._flush_s:
+            return
+        for b, k in zip(plan.members, plan.lengths):
+            num_pairs = scheduled[b].sequence.num_pending_pairs
+            if k or b in plan.extra or not FLUSH_PAIRS <= num_pairs < MAX_PENDING_PAIRS:
+                continue
+            cost = extend_s(plan.num_pairs + num_pairs) - extend_s(plan.num_pairs)
+            if cost <= self._flush_s:
+                self._flush_s -= cost
+                plan.num_pairs += num_pairs
+                plan.flushed.append(b)
+                self.stats.num_flushes += 1

@@ -1,0 +1,290 @@
+"""A failed step ends the requests it failed for, with its error, and nobody else; statistics stay consistent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes import write_planted_checkpoint
+from specdec import AsyncEngine, Engine, ModelError, SamplingParams, SpeculationParams
+from specdec.core import EngineCore
+from specdec.engine_stats import EngineStats
+from specdec.eval.faults import Fault, FaultPlan, InjectedError
+from specdec.eval.soak import SoakOptions, make_cases, soak
+from specdec.kernels.interface import NOT_FINITE
+
+PROMPTS = ["a", "hello world", "x" * 70, "The quick brown fox", "\n\n", "0123456789" * 5, "zz top"]
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_planted_checkpoint(tmp_path_factory.mktemp("planted"))
+
+
+def params(number: int) -> SamplingParams:
+    speculation = SpeculationParams(number % 5, "coupled")
+    return SamplingParams(
+        max_tokens=10 + number, temperature=0.8 * (number % 2), seed=number, ignore_eos=True, speculation=speculation
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(planted: Path) -> list[list[int]]:
+    engine = Engine.from_pretrained(planted)
+    return [engine.generate(PROMPTS[i % len(PROMPTS)], params(i))[0].token_ids for i in range(20)]
+
+
+async def outcome(engine: AsyncEngine, number: int) -> list[int] | BaseException:
+    """A request's tokens, or its error."""
+    tokens: list[int] = []
+    try:
+        async for chunk in engine.generate(PROMPTS[number % len(PROMPTS)], params(number), request_id=f"r{number}"):
+            tokens += chunk.token_ids
+    except Exception as error:
+        return error
+    return tokens
+
+
+@pytest.mark.parametrize("fault", list(Fault))
+def test_a_fault_ends_those_it_strikes(planted: Path, expected: list[list[int]], fault: Fault) -> None:
+    async def work() -> None:
+        rng = random.Random(fault.value)
+        for _ in range(4):
+            engine = AsyncEngine.from_pretrained(planted, max_num_seqs=6, max_num_batched_tokens=60)
+            faults = FaultPlan(engine._core)
+            for number in rng.sample(range(20), 3):
+                faults.plan(f"r{number}", fault, rng.randint(1, 6))
+            outcomes = await asyncio.gather(*(outcome(engine, i) for i in range(20)))
+            await engine.shutdown()
+            failed = {f"r{i}" for i, result in enumerate(outcomes) if isinstance(result, InjectedError)}
+            assert failed == faults.failed
+            assert 0 < len(failed) < 20
+            assert all(result == expected[i] for i, result in enumerate(outcomes) if f"r{i}" not in failed)
+            if fault in (Fault.ROW, Fault.COMMIT):
+                assert len(failed) <= 3, "only the request itself"
+            stats = engine.stats()
+            assert (stats.finished["error"], stats.finished["length"]) == (len(failed), 20 - len(failed))
+            assert 1 <= stats.num_failed_steps <= 3
+            assert stats.num_used_pages == 0
+            engine._core.scheduler.pool.check_integrity([])
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+
+
+def test_the_error_says_where_it_came_from(planted: Path) -> None:
+    async def work() -> None:
+        engine = AsyncEngine.from_pretrained(planted)
+        FaultPlan(engine._core).plan("r1", Fault.BEFORE_DRAFT, 2)
+        errors = await asyncio.gather(*(outcome(engine, i) for i in range(3)))
+        assert all(isinstance(error, InjectedError) for error in errors)
+        traceback, names = errors[1].__traceback__, []  # type: ignore[union-attr]
+        while traceback is not None:
+            names.append(traceback.tb_frame.f_code.co_name)
+            traceback = traceback.tb_next
+        assert names[-1] == "_strike"
+        await engine.shutdown()
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+
+
+def test_sync_requests_of_others_go_on_too(planted: Path, expected: list[list[int]]) -> None:
+    engine = Engine.from_pretrained(planted)
+    faults = FaultPlan(engine.core)
+    streams = [engine.stream(PROMPTS[i], params(i)) for i in range(4)]
+    sequence = streams[2]._sequence
+    faults.plan(sequence.request_id, Fault.ROW, 2)
+    assert [t for chunk in streams[0] for t in chunk.token_ids] == expected[0]
+    with pytest.raises(InjectedError):
+        list(streams[2])
+    assert streams[2].output.finish_reason == "error"
+    assert [t for chunk in streams[3] for t in chunk.token_ids] == expected[3]
+    faults.plan("request-5", Fault.COMMIT, 1)
+    with pytest.raises(InjectedError):
+        engine.generate(PROMPTS[:3], [params(i) for i in range(3)])
+    assert [t for chunk in streams[1] for t in chunk.token_ids] == expected[1]
+    assert engine.scheduler.idle
+    engine.scheduler.pool.check_integrity([])
+
+
+@pytest.mark.parametrize("stage", ["draft", "verify"])
+def test_logits_that_are_not_finite_end_their_own_request(
+    planted: Path, expected: list[list[int]], stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of every third request come out broken, once."""
+    engine = Engine.from_pretrained(planted)
+    core, model = engine.core, engine.runtime.model
+    assert model.mtp is not None
+    broken: set[str] = set()
+    scheduled: list[Any] = []
+    schedule, verify, chain = core.scheduler.schedule, model.target.verify, model.mtp.decoder.draft_chain
+
+    def recording() -> list[Any]:
+        scheduled[:] = schedule()
+        return list(scheduled)
+
+    def breaks(s: Any, rows: list[int]) -> list[int]:
+        if int(s.sequence.request_id.split("-")[1]) % 3 or not rows or s.sequence.num_output_tokens < 3:
+            return rows
+        broken.add(s.sequence.request_id)
+        return [NOT_FINITE]
+
+    def broken_verify(*args: Any) -> Any:
+        verified = verify(*args)
+        deciding = [s for s in scheduled if s.samples]
+        return verified._replace(token_ids=[breaks(s, rows) for s, rows in zip(deciding, verified.token_ids)])
+
+    def broken_chain(*args: Any) -> Any:
+        extended = [s for s in scheduled if s.sequence.pending_hidden]
+        return [breaks(s, rows) for s, rows in zip(extended, chain(*args))]
+
+    monkeypatch.setattr(core.scheduler, "schedule", recording)
+    if stage == "verify":
+        monkeypatch.setattr(model.target, "verify", broken_verify)
+    else:
+        monkeypatch.setattr(model.mtp.decoder, "draft_chain", broken_chain)
+    sequences = [core.admission.sequence(PROMPTS[i % len(PROMPTS)], params(i)) for i in range(12)]
+    for sequence in sequences:
+        core.add(sequence)
+    while not all(s.finished for s in sequences):
+        core.step()
+    assert len(broken) >= 3
+    for i, sequence in enumerate(sequences):
+        if sequence.request_id in broken:
+            assert isinstance(sequence.error, ModelError)
+            assert "logits are not finite" in str(sequence.error)
+        else:
+            assert (sequence.output_token_ids, sequence.error) == (expected[i], None)
+
+
+def test_a_scheduler_that_fails_hangs_nobody(planted: Path, expected: list[list[int]]) -> None:
+    async def work() -> None:
+        for num_before in (0, 3):  # with none running, those that wait cannot be told apart either
+            engine = AsyncEngine.from_pretrained(planted)
+            schedule, count = engine._core.scheduler.schedule, 0
+
+            def failing(schedule: Any = schedule, num_before: int = num_before) -> Any:
+                nonlocal count
+                count += 1
+                if count == num_before + 1:
+                    raise InjectedError("schedule")
+                return schedule()
+
+            engine._core.scheduler.schedule = failing  # type: ignore[method-assign]
+            outcomes = await asyncio.gather(*(outcome(engine, i) for i in range(5)))
+            assert any(isinstance(result, InjectedError) for result in outcomes)
+            assert await outcome(engine, 6) == expected[6]
+            await engine.shutdown()
+            assert engine.stats().num_used_pages == 0
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+
+
+def test_text_that_cannot_be_decoded_fails_its_own_request(
+    planted: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        engine = AsyncEngine.from_pretrained(planted)
+        admit = engine._core.admission.sequences
+
+        def admitting(*args: Any, **kwargs: Any) -> Any:
+            (sequence,) = admit(*args, **kwargs)
+            if kwargs["request_id"] == "r2":
+                monkeypatch.setattr(sequence.output, "take", lambda **_: (_ for _ in ()).throw(InjectedError("text")))
+            return [sequence]
+
+        monkeypatch.setattr(engine._core.admission, "sequences", admitting)
+        outcomes = await asyncio.gather(*(outcome(engine, i) for i in range(5)))
+        assert isinstance(outcomes[2], InjectedError)
+        assert [outcomes[i] for i in (0, 1, 3, 4)] == [expected[i] for i in (0, 1, 3, 4)]
+        await engine.shutdown()
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+
+
+def test_a_thread_that_ends_leaves_nobody_waiting(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        engine = AsyncEngine.from_pretrained(planted)
+        monkeypatch.setattr(EngineCore, "step", lambda _: (_ for _ in ()).throw(SystemExit("gone")))
+        streams = [engine.generate("abc", params(3)) for _ in range(3)]
+        for stream in streams:
+            with pytest.raises(SystemExit, match="gone"):
+                await anext(stream)
+        with pytest.raises(RuntimeError, match=r"the engine has failed: SystemExit\('gone'\)"):
+            engine.generate("abc", params(3))
+        await engine.shutdown()
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+
+
+def check(stats: EngineStats) -> None:
+    """What holds of every snapshot."""
+    drafts = stats.drafts
+    assert stats.num_requests == stats.num_running + stats.num_waiting + sum(stats.finished.values())
+    assert 0 <= stats.num_used_pages <= stats.num_pages
+    assert sum(drafts.drafted_per_position) == drafts.num_draft_tokens
+    assert sum(drafts.accepted_per_position) == drafts.num_accepted_tokens
+    completed = stats.finished["stop"] + stats.finished["length"]
+    for histogram in (stats.queue, stats.prefill, stats.decode, stats.latency):
+        assert histogram.count == completed
+    assert completed <= stats.first_token.count <= stats.num_requests
+    assert drafts.num_target_forwards == stats.first_token.count + stats.inter_token.count
+    assert stats.step_tokens.count == stats.num_steps
+    assert drafts.num_target_forwards <= stats.num_output_tokens
+    assert stats.num_output_tokens <= drafts.num_target_forwards + drafts.num_accepted_tokens
+    json.dumps(stats.as_dict())
+
+
+def test_snapshots_are_consistent_at_any_time(planted: Path) -> None:
+    async def work() -> None:
+        engine = AsyncEngine.from_pretrained(planted, max_num_seqs=4)
+        faults = FaultPlan(engine._core)
+        for number, fault in enumerate(Fault):
+            faults.plan(f"r{3 * number}", fault, 3)
+        tasks = [asyncio.ensure_future(outcome(engine, i)) for i in range(20)]
+        tasks[7].cancel()
+        num_snapshots = 0
+        while not all(task.done() for task in tasks):
+            check(engine.stats())
+            num_snapshots += 1
+            await asyncio.sleep(0)
+        assert num_snapshots > 10
+        await engine.shutdown()
+        stats = engine.stats()
+        check(stats)
+        received = [task.result() for task in tasks if not task.cancelled()]
+        complete = [tokens for tokens in received if isinstance(tokens, list)]
+        assert stats.finished["length"] == len(complete)
+        assert stats.num_output_tokens >= sum(map(len, complete))
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+
+
+def test_engine_counts_are_the_sums_of_its_requests(planted: Path) -> None:
+    engine = Engine.from_pretrained(planted)
+    outputs = engine.generate([PROMPTS[i % len(PROMPTS)] for i in range(20)], [params(i) for i in range(20)])
+    stats, requests = engine.stats(), [output.stats for output in outputs]
+    check(stats)
+    for name in ("num_target_forwards", "num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        assert getattr(stats.drafts, name) == sum(getattr(request, name) for request in requests)
+    assert stats.num_output_tokens == sum(len(output.token_ids) for output in outputs)
+    assert stats.num_prompt_tokens == sum(len(output.prompt_token_ids) for output in outputs)
+    assert stats.latency.sum >= stats.decode.sum > 0
+    sums = stats.queue.sum + stats.prefill.sum + stats.decode.sum
+    assert sums == pytest.approx(stats.latency.sum), "queue, prefill and decode are all of a request's time"
+    assert stats.first_token.sum == pytest.approx(stats.queue.sum + stats.prefill.sum)
+
+
+def test_a_small_soak(planted: Path) -> None:
+    options = SoakOptions(num_requests=300, num_clients=24, abort_share=0.1, fault_share=0.03, seed=1)
+    report = asyncio.run(asyncio.wait_for(soak(planted, options, make_cases(planted, 1)), PATIENCE_S))
+    assert report.problems == []
+    assert report.outcomes["failed"] > 5
+    assert sum(report.outcomes[reason] for reason in ("abort", "left", "cancelled", "deadline")) > 5
+    assert report.outcomes["length"] + report.outcomes["stop"] > 150
+    assert report.num_failed_steps > 3
