@@ -14,8 +14,8 @@ from specdec.scheduler import ScheduledSequence
 from specdec.sequence import FinishReason, Sequence
 from specdec.verify import TargetResult
 
-MAX_PIECES = 64  # of pending hidden states, before they are copied into one tensor
-MAX_SHARED_ROWS = 256
+MAX_PIECES = 256  # of pending hidden states, before they are copied into one tensor
+MAX_SHARED_ROWS = 64
 
 
 def commit(scheduled: Seq[ScheduledSequence], result: TargetResult) -> None:

@@ -6,6 +6,8 @@ function of the past: that is what keeps the rejection rules exact (algorithms: 
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -24,6 +26,8 @@ SAVING_STEPS = 256  # of which both may save up their shares
 DEBT_STEPS = 3.0  # plain steps that may be borrowed to follow up an accepted probe: it pays at some depth alone
 BETWEEN_DECISIONS = 16.0  # over which the time between steps is averaged
 KEPT_STEPS, KEPT_PLAIN_STEPS = 8, 16  # for which a decision stands, with drafts and without
+DECISION_SHARE = 0.01  # of the time, for deciding
+TIMED_STEPS = 16  # one of so many is timed, while a decision stands
 MIN_TIMED_STEPS, MIN_FACTOR, MAX_TABLES = 16, 0.7, 3  # when a table is measured again
 RESUME_STEPS = 64  # over which drafting must earn what catching up with waiting pairs costs
 PROBE_INTERVAL = 64  # steps between two probes of a sequence, unless the last one was accepted
@@ -109,8 +113,8 @@ class AutoDraftLength:
     seconds. follow_clock: steps that draft are weighed against plain ones as they were measured lately; otherwise what
     is decided is a function of the table and of past acceptances alone, and the clock serves the statistics.
 
-    Deciding takes longer than a small model's plain step can bear, so a decision stands for some steps, in which the
-    same requests decode.
+    Deciding takes longer than a small model's plain step can bear. So a decision stands for some steps in which the
+    same requests decode, and for so long that it is a small share of the time even if others come.
     """
 
     def __init__(
@@ -129,8 +133,10 @@ class AutoDraftLength:
         self._step = self._decided_at = self._changed_at = self._wake_at = 0
         self._scheduled: list[int] = []  # for whom the decision stands
         self._lengths: list[int | None] = []  # of them; None: as scheduled
+        self._usual_length = 0
         self._probe_s = self._flush_s = 0.0  # saved up
         self._plan: StepPlan | None = None
+        self._rests_until_s = -math.inf
         self._started_s: float | None = None  # of a step that is timed
         self._ended_s: float | None = None  # of the last step
 
@@ -161,14 +167,19 @@ class AutoDraftLength:
         if arrivals == self._scheduled and sum(s.num_new_tokens for s in scheduled) == len(scheduled):
             if self._plan is None:
                 return scheduled
-            if self._step < self._wake_at:
-                if self._step == self._decided_at + 1:  # a deciding step is slower than others
+            if self._step < self._wake_at or self._rests:
+                if (self._step - self._decided_at) % TIMED_STEPS == 1:  # a deciding step is slower than others
                     self._time(scheduled, self._plan)
                 return self._chosen(scheduled, self._lengths)
             self._record_between()
         else:
             self._scheduled, self._changed_at = arrivals, self._step
-        return self._decide(scheduled)
+            if self._rests:
+                return self._carry_over(scheduled)
+        started_s = self._clock()
+        chosen = self._decide(scheduled)
+        self._rests_until_s = started_s + (self._clock() - started_s) / DECISION_SHARE
+        return chosen
 
     def record(self, scheduled: Seq[ScheduledSequence], drafts: Seq[Seq[int]], output_token_ids: Seq[Seq[int]]) -> None:
         plan = self._plan
@@ -188,6 +199,42 @@ class AutoDraftLength:
                 request.acceptance.counts.record(num_drafted, num_accepted)
         if plan.extra:
             self._record_probes(plan, output_token_ids)
+
+    @property
+    def _rests(self) -> bool:
+        """The last decision has cost so much that it stands yet, whoever comes or goes."""
+        return self._follow_clock and self._clock() < self._rests_until_s
+
+    def _carry_over(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        """The last decision for other sequences: those that it did not know draft as most of the others do."""
+        members = _members(scheduled)
+        if not members:
+            self._plan = None
+            return scheduled
+        requests = self._known(scheduled, members)
+        lengths = [self._usual_length if request.length is None else request.length for request in requests]
+        self._plan = self._planned(scheduled, members, lengths)
+        self._keep(scheduled, members, lengths)
+        return self._chosen(scheduled, self._lengths)
+
+    def _keep(self, scheduled: list[ScheduledSequence], members: list[int], lengths: list[int]) -> None:
+        self._lengths = [None] * len(scheduled)
+        for b, k, request in zip(members, lengths, self._requests.values()):
+            self._lengths[b] = k
+            if scheduled[b].num_draft_tokens > 0:  # a choice there was
+                request.length = k
+        known = [request.length for request in self._requests.values() if request.length is not None]
+        if known:
+            self._usual_length = statistics.mode(known)
+
+    def _known(self, scheduled: list[ScheduledSequence], members: list[int]) -> list[Request]:
+        """Of these sequences; the others are forgotten."""
+        before, arrivals = self._requests, [scheduled[b].sequence.arrival for b in members]
+        self._requests = {
+            arrival: before.get(arrival) or Request(RequestAcceptance(self._step), self._step - PROBE_INTERVAL)
+            for arrival in arrivals
+        }
+        return list(self._requests.values())
 
     def _time(self, scheduled: list[ScheduledSequence], plan: StepPlan) -> None:
         """This step is a sample for the statistics: all its sequences decode, and none is probed or flushed."""
@@ -214,7 +261,7 @@ class AutoDraftLength:
         plan.extra.clear()  # the plan may stand for further steps, without them
 
     def _decide(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
-        members = [b for b, s in enumerate(scheduled) if s.sequence.speculation.automatic and s.samples]
+        members = _members(scheduled)
         if not members:
             self._plan = None
             return scheduled
@@ -223,39 +270,28 @@ class AutoDraftLength:
         self._save(plan.seconds(table))
         self._probe(scheduled, plan)
         self._flush(scheduled, plan)
-        self._lengths = [None] * len(scheduled)
-        for b, k in zip(members, plan.lengths):
-            self._lengths[b] = k
+        self._keep(scheduled, members, plan.lengths)
         most = 1 if plan.extra else KEPT_STEPS if any(plan.lengths) else KEPT_PLAIN_STEPS
         self._decided_at = self._step
         self._wake_at = self._step + min(most, 1 + (self._step - self._changed_at) // 2)
         lengths = list(self._lengths)
         for b, extra in plan.extra.items():
             lengths[b] = (lengths[b] or 0) + extra
-        chosen = self._chosen(scheduled, lengths)
         for b in plan.flushed:
-            chosen[b] = scheduled[b].drafting(0, flushes=True)
-        return chosen
+            scheduled[b].flushes = True
+        return self._chosen(scheduled, lengths)
 
     def _chosen(self, scheduled: list[ScheduledSequence], lengths: list[int | None]) -> list[ScheduledSequence]:
-        chosen, counts = list(scheduled), self.stats.chosen
-        for b, k in enumerate(lengths):
-            if k is None:
-                continue
-            s = scheduled[b]
-            if k < s.num_draft_tokens:
-                chosen[b] = s.drafting(k)
-            counts[min(k, s.num_draft_tokens)] += 1
-        return chosen
+        counts = self.stats.chosen
+        for s, k in zip(scheduled, lengths):
+            if k is not None:
+                s.num_draft_tokens = min(k, s.num_draft_tokens)
+                counts[s.num_draft_tokens] += 1
+        return scheduled
 
     def _best(self, scheduled: list[ScheduledSequence], members: list[int]) -> list[int]:
         """The draft lengths with which a step is expected to be the fastest."""
-        known, sequences = self._requests, [scheduled[b].sequence for b in members]
-        self._requests = {
-            s.arrival: known.get(s.arrival) or Request(RequestAcceptance(self._step), self._step - PROBE_INTERVAL)
-            for s in sequences
-        }
-        requests = list(self._requests.values())
+        requests = self._known(scheduled, members)
         rates, weight = self._engine.rates(), self._engine.prior_weight(r.acceptance for r in requests)
         return best_lengths(
             self.table,
@@ -281,7 +317,7 @@ class AutoDraftLength:
         of_members = dict(zip(members, lengths))
         for b, s in enumerate(scheduled):
             k = of_members.get(b, s.num_draft_tokens)
-            if s.drafting(k).extends_mtp:
+            if s.extends_mtp_with(k):
                 plan.add(k, s.sequence.num_pending_pairs, not s.sequence.params.greedy)
         return plan
 
@@ -334,3 +370,8 @@ class AutoDraftLength:
                 plan.num_pairs += num_pairs
                 plan.flushed.append(b)
                 self.stats.num_flushes += 1
+
+
+def _members(scheduled: list[ScheduledSequence]) -> list[int]:
+    """Numbers b of those that sample in this step and leave their draft length to the controller."""
+    return [b for b, s in enumerate(scheduled) if s.sequence.speculation.automatic and s.samples]

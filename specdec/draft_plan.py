@@ -20,7 +20,7 @@ class Request:
 
     acceptance: RequestAcceptance
     probed_at: int
-    length: int = 0
+    length: int | None = None
     hot: bool = False
     probe_length: int = 1
 

@@ -40,17 +40,16 @@ class ScheduledSequence:
     def samples(self) -> bool:
         return self.num_new_tokens == self.sequence.num_uncomputed_tokens
 
-    def drafting(self, num_draft_tokens: int, *, flushes: bool = False) -> ScheduledSequence:
-        """The same with so many drafts."""
-        return ScheduledSequence(self.sequence, self.num_new_tokens, num_draft_tokens, flushes)
-
     @property
     def extends_mtp(self) -> bool:
         """The MTP layer runs over the pending pairs in this step. Where the draft length is automatic those of the
         output wait until drafts need them; those of a prompt never do, so that others may take over its pages."""
+        return self.extends_mtp_with(self.num_draft_tokens)
+
+    def extends_mtp_with(self, num_draft_tokens: int) -> bool:
         sequence = self.sequence
         return bool(sequence.pending_hidden) and (
-            self.num_draft_tokens > 0
+            num_draft_tokens > 0
             or not sequence.speculation.automatic
             or self.flushes
             or sequence.num_mtp_tokens < sequence.num_prompt_tokens - 1

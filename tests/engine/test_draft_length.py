@@ -339,3 +339,22 @@ def test_a_prompt_is_shared_though_nothing_is_drafted(tmp_path: Path) -> None:
     outputs = [engine.generate([list(range(3, 53))], given)[0] for _ in range(2)]
     assert [o.stats.num_draft_tokens for o in outputs] == [0, 0]
     assert [o.stats.num_cached_tokens for o in outputs] == [0, 48]
+
+
+def test_deciding_takes_a_small_share_of_the_time_though_requests_come_and_go() -> None:
+    """Requests of 8 tokens; a decision takes as long as a step."""
+
+    class Slow(AutoDraftLength):
+        num_decisions = 0
+
+        def _decide(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
+            self.num_decisions += 1
+            simulation.now_s += decision_s
+            return super()._decide(scheduled)
+
+    decision_s, simulation = MEDIUM.target[16], Simulation(MEDIUM, lambda *_: 0.9, 16, length=8)
+    controller = Slow(lambda _: MEDIUM, simulation.clock)
+    simulation.run(controller, 10000)
+    assert 3 <= controller.num_decisions <= 0.011 * simulation.now_s / decision_s + 2
+    plain = Simulation(MEDIUM, lambda *_: 0.9, 16, length=8)
+    assert simulation.now_s < 0.85 * 10000 / plain.run(FixedDraftLength(), 10000, 0), "and it pays all the same"
