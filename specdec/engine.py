@@ -74,7 +74,7 @@ class Engine:
             check_num_threads(num_threads)
             torch.set_num_threads(num_threads)
         checkpoint = open_checkpoint(resolve_model(model, revision))
-        backend = resolve_backend(device, dtype, kernels, checkpoint.config.dtype)
+        backend = resolve_backend(device, dtype, kernels, checkpoint.config)
         runtime = load_runtime(checkpoint, engine_config, backend, kv_dtype)
         return cls(checkpoint, runtime, engine_config)
 
