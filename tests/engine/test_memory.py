@@ -30,7 +30,7 @@ def config_of(name: str) -> Glm4MoeConfig:
     ("name", "target_billions", "with_copies_billions"), [(AIR, 106.85, 110.47), (LARGE, 352.80, 358.34)]
 )
 def test_parameter_counts_are_as_published(name: str, target_billions: float, with_copies_billions: float) -> None:
-    """106 B and 355 B (https://arxiv.org/abs/2508.06471), the latter within 0.7 %; the Hub counts 110 B and 358 B, which
+    """106 B and 355 B (https://arxiv.org/abs/2508.06471), the latter within 0.7 %; the Hub counts 110 B and 358 B, that
     is with the MTP layer and its copies of embeddings and head."""
     config = config_of(name)
     model = build_model(config, select(torch.device("meta"), torch.bfloat16, "reference"), with_mtp=True)

@@ -25,11 +25,13 @@ from fp8_checkpoints import (
     write_plain,
 )
 from specdec import Engine, SamplingParams
+from specdec.batch import Extend, build_batch
 from specdec.config import EngineConfig
 from specdec.errors import SpecdecWarning
 from specdec.kernels import Kernels, select
-from specdec.kernels.fp8 import E4M3, Fp8Kind, Fp8Matrix
+from specdec.kernels.fp8 import E4M3, Fp8Kind, Fp8Matrix, fp8_linear
 from specdec.kernels.reference import ReferenceKernels
+from specdec.kv_cache import allocate_kv_cache
 from specdec.loading import load_runtime, open_checkpoint, weight_bytes
 from specdec.model.config import parse_config
 from specdec.model.errors import CheckpointError
@@ -247,6 +249,36 @@ def test_a_backend_keeps_fp8_of_the_kinds_it_names(tmp_path: Path) -> None:
     experts = packed(load(folder, Fp8Kernels("linear", "experts")))["model.layers.1.mlp.experts.gate_up"]
     assert torch.equal(experts.values[3, 32:].float(), TENSORS[EXPERT].float())
     assert torch.equal(experts.scales[3, 32:], TENSORS[f"{EXPERT}_scale"].squeeze(1).float())
+
+
+class ComputingInFp8(Fp8Kernels):
+    """Products in FP8 as on a GPU, grouped ones expert by expert."""
+
+    def __init__(self) -> None:
+        super().__init__("linear", "experts")
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        return fp8_linear(x, weight, bias) if isinstance(weight, Fp8Matrix) else super().linear(x, weight, bias)
+
+    def moe(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Any, down: Any) -> Tensor:
+        def stack(experts: Fp8Matrix) -> list[Fp8Matrix]:
+            return [Fp8Matrix(values, scales) for values, scales in zip(experts.values, experts.scales)]
+
+        return super().moe(x, expert_ids, expert_weights, stack(gate_up), stack(down))  # type: ignore[arg-type]
+
+
+def test_a_model_computes_in_fp8(tmp_path: Path) -> None:
+    """Its logits differ from the dequantised ones by the rounding of activations, 2.5 % (rms) per product, eight in a row."""
+    folder = write(tmp_path, CONFIG, TENSORS)
+    batch = build_batch([Extend(list(range(3, 40)), 0, [0])], 64)
+    logits = []
+    for backend in (ComputingInFp8(), kernels()):
+        model = load(folder, backend)
+        cache = allocate_kv_cache(model.config, 3, 1, 64, torch.bfloat16, torch.device("cpu"))
+        with torch.inference_mode():
+            logits.append(model.target.compute_logits(model.target(batch.input_ids, batch.metadata, cache)))
+    error = ((logits[0] - logits[1]).norm() / logits[1].norm()).item()
+    assert 0.005 < error < 0.1
 
 
 def test_memory_is_counted_as_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
