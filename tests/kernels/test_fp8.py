@@ -29,6 +29,7 @@ def test_rows_are_quantised_each_to_its_own_largest_magnitude() -> None:
     rows = quantise_rows(x)
     assert (rows.values.dtype, rows.scales.shape) == (E4M3, (40,))
     assert (rows.values.float().abs().amax(1) == 448).all()
+    assert torch.equal(rows.scales, x.float().abs().amax(1) / 448)
     # e4m3 has three bits after the first one, and below 2^-6 steps of 2^-9; and a fp32 division before it
     bound = torch.maximum(x.abs() * 2.0**-4, rows.scales.unsqueeze(1) * 2.0**-10) * (1 + 1e-6)
     assert ((meant(rows) - x).abs() <= bound).all()
