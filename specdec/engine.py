@@ -65,8 +65,9 @@ class Engine:
 
         kernels: "cpu" (C++, compiled at first use) or "reference" (plain torch); "auto" is the former where
         there is a compiler. dtype: of the matrices, and with "reference" of the activations; "auto" is float32,
-        with "cpu" bfloat16 where the checkpoint is. kv_dtype: of the KV cache; "auto" is the activations'.
-        num_threads: torch's, for the whole process. `config`: the fields of EngineConfig.
+        with "cpu" bfloat16 where the checkpoint is, and bfloat16 for an FP8 checkpoint. kv_dtype: of the KV
+        cache; "auto" is the activations'. num_threads: torch's, for the whole process. `config`: the fields of
+        EngineConfig.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
         """
         engine_config = EngineConfig(**config)

@@ -183,10 +183,9 @@ def weight_bytes(
 
 def _weight_bytes_of(index: CheckpointIndex, kernels: Kernels) -> int:
     """With a SpecdecWarning where a GPU's memory pays for FP8 weights that its kernels cannot read as they are."""
-    scaled = index.scaled_modules()
-    loaded = weight_bytes(index.config, kernels, index.has_mtp_layer, scaled.__contains__, kernels.fp8)
-    stored = weight_bytes(index.config, kernels, index.has_mtp_layer, scaled.__contains__)
-    if kernels.device.type != "cpu" and loaded > stored:
+    config, has_mtp, is_fp8 = index.config, index.has_mtp_layer, index.scaled_modules().__contains__
+    loaded = weight_bytes(config, kernels, has_mtp, is_fp8, kernels.fp8)
+    if kernels.device.type != "cpu" and loaded > (stored := weight_bytes(config, kernels, has_mtp, is_fp8)):
         what = "experts" if "linear" in kernels.fp8 else "linear layers and experts"
         warnings.warn(
             f"kernels={kernels.name!r} have no FP8 {what} on this device: they are dequantised to {kernels.dtype} as "

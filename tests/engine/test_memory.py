@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,3 +103,13 @@ def test_every_gpu_is_told_by_its_own_capability() -> None:
     small = replace(config_of(AIR), num_hidden_layers=2)
     held = {f.gpu: f.weight_bytes for f in fits(small, False, PUBLISHED.covers) if f.checkpoint == "fp8"}
     assert len(set(held.values())) == len({fp8_kinds(gpu.capability) for gpu in GPUS})
+
+
+@pytest.mark.parametrize("name", [AIR, LARGE])
+def test_the_documentation_has_these_figures(name: str) -> None:
+    documented = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    found = fits(config_of(name), True, PUBLISHED.covers)
+    for row in (found[i : i + 4] for i in range(0, len(found), 4)):
+        tokens = ("-" if f.kv_tokens is None else f"{f.kv_tokens:,}" for f in row)
+        cells = (row[0].gpu, row[0].checkpoint, f"{row[0].weight_bytes / GIB:.1f}", *tokens)
+        assert f"| {' | '.join(cells)} |" in documented
