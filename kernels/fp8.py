@@ -87,7 +87,7 @@ def fp8_grouped_linear(x: Tensor, weight: Fp8Matrix, ends: Tensor) -> Tensor:
     """x [T, in] in groups, the rows of expert e before ends[e] ([E] int32), weight [E, out, in] -> [T, out] bf16.
 
     Nothing is copied to the host, so it can be captured in a CUDA graph. Compute capability 9.0 alone: torch's kernel
-    is written for it, and passes its own check on 10.0 only to fail there (pytorch/pytorch issue 187095).
+    is built for no other, whatever its own check lets pass (pytorch/pytorch pull request 188063).
     """
     rows = quantise_rows(x)
     return torch._scaled_grouped_mm(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from specdec.model.errors import CheckpointError
@@ -34,17 +35,30 @@ class Fp8Scheme:
 
     def covers(self, module: str) -> bool:
         """Whether a linear layer or an expert's projection of this name is in FP8."""
-        return _matches(module, self.targets) and not self.ignores(module)
+        return self._targets.match(module) and not self.ignores(module)
 
     def ignores(self, module: str) -> bool:
-        return _matches(module, self.ignore)
+        return self._ignored.match(module)
+
+    @cached_property
+    def _targets(self) -> _Patterns:
+        return _Patterns(self.targets)
+
+    @cached_property
+    def _ignored(self) -> _Patterns:
+        return _Patterns(self.ignore)
 
 
-def _matches(module: str, patterns: tuple[str, ...]) -> bool:
-    return any(
-        pattern in (module, "Linear") or (pattern.startswith("re:") and re.match(pattern[3:], module) is not None)
-        for pattern in patterns
-    )
+class _Patterns:
+    """Fast for the lists that spell out hundreds of names."""
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        self._names = frozenset(patterns)
+        self._expressions = [re.compile(pattern[3:]) for pattern in patterns if pattern.startswith("re:")]
+
+    def match(self, module: str) -> bool:
+        named = module in self._names or "Linear" in self._names
+        return named or any(expression.match(module) for expression in self._expressions)
 
 
 # What zai-org's FP8 checkpoints of GLM-4.5 and its successors leave in bf16 of the modules that could be in FP8; their

@@ -92,11 +92,11 @@ class TensorCounts:
 
 @dataclass(frozen=True)
 class CudaReport:
-    """missing: in one text, None where everything is there. paths: by GPU, the visible one last. reserve_bytes: of each
-    GPU, set aside in `fits`."""
+    """missing: in one text, empty where everything is there. paths: by GPU, the visible one last. reserve_bytes: set
+    aside of each GPU in `fits`."""
 
     requirements: list[Requirement]
-    missing: str | None
+    missing: str
     paths: dict[str, Paths]
     reserve_bytes: int
     fits: list[Fit]

@@ -50,6 +50,7 @@ NUM_GPUS = (1, 2, 4, 8)
 # Of each GPU, for what is neither weights nor cache. An estimate: CUDA's context 0.5 GiB, workspaces of attention and
 # experts 0.5, CUDA graphs 1, activations of 8,192 rows and logits of 256 rows in fp32, a few copies of each, 2.
 RESERVE_BYTES = 4 * GIB
+NOTHING: frozenset[Fp8Kind] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,6 @@ def fits(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bool]) ->
                 tokens = None if left < 0 else left // kv_bytes
                 found.append(Fit(gpu.name, gpu.memory_bytes, num_gpus, checkpoint, held(kinds), tokens))
     return found
-
-
-NOTHING: frozenset[Fp8Kind] = frozenset()
 
 
 def _weight_bytes(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ Capability = tuple[int, int]
 
 LEAST_CAPABILITY: Capability = (8, 0)
 LEAST_FLASHINFER = (0, 7, 2)
-HEADERS = ("cublasLt.h", "curand.h")
+HEADERS = {"cublasLt.h": "libcublas-dev", "curand.h": "libcurand-dev"}
 GIB = 2**30
 
 
@@ -38,13 +39,17 @@ class Requirement:
 def requirements(environ: Mapping[str, str] = os.environ) -> list[Requirement]:
     """In the order in which they are best met."""
     cuda_home = _cuda_home(environ)
-    return [_torch(), *_device(), _flashinfer(), _nvcc(cuda_home), *(_header(name, cuda_home) for name in HEADERS)]
+    flags = shlex.split(environ.get("FLASHINFER_EXTRA_CUDAFLAGS", ""))
+    includes = [cuda_home / "include", *(Path(flag[2:]) for flag in flags if flag.startswith("-I"))]
+    return [_torch(), *_device(), _flashinfer(), _nvcc(cuda_home), *(_header(name, includes) for name in HEADERS)]
 
 
-def missing(found: list[Requirement]) -> str | None:
-    """What a KernelsUnavailableError says; None where everything is there."""
-    lacking = [f"{r.name}: {r.found} ({r.remedy})" for r in found if not r.ok]
-    return f"the CUDA kernels cannot run here. {'; '.join(lacking)}" if lacking else None
+def missing(found: list[Requirement] | None = None) -> str:
+    """Of `requirements()`: what a KernelsUnavailableError says; empty where everything is there."""
+    lacking = [r for r in (requirements() if found is None else found) if not r.ok]
+    if not lacking:
+        return ""
+    return f"the CUDA kernels cannot run here. {'; '.join(f'{r.name}: {r.found} ({r.remedy})' for r in lacking)}"
 
 
 def visible_capability() -> Capability | None:
@@ -112,12 +117,10 @@ def _nvcc(cuda_home: Path) -> Requirement:
     return Requirement("nvcc", str(nvcc) if there else f"no {nvcc}", there, remedy)
 
 
-def _header(name: str, cuda_home: Path) -> Requirement:
-    path = cuda_home / "include" / name
-    there = path.is_file()
-    package = {"cublasLt.h": "libcublas-dev", "curand.h": "libcurand-dev"}[name]
-    remedy = f"install the CUDA toolkit's {package}, or copy the header there"
-    return Requirement(name, str(path) if there else f"no {path}", there, remedy)
+def _header(name: str, includes: list[Path]) -> Requirement:
+    there = [folder / name for folder in includes if (folder / name).is_file()]
+    remedy = f"install the CUDA toolkit's {HEADERS[name]}, or set FLASHINFER_EXTRA_CUDAFLAGS=-I... to where it is"
+    return Requirement(name, str(there[0]) if there else f"no {includes[0] / name}", bool(there), remedy)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_a_gpu_machine_lacks_nothing(machine: Machine) -> None:
     assert list(found) == [
         "torch with CUDA", "CUDA device", "device memory", "flashinfer-python", "nvcc", "cublasLt.h", "curand.h",
     ]  # fmt: skip
-    assert missing(list(found.values())) is None
+    assert missing(list(found.values())) == ""
     assert found["CUDA device"].found == "NVIDIA Test, compute capability 9.0"
     assert found["device memory"].found == "3.0 of 4.0 GiB free"
     assert "flashinfer" not in sys.modules
@@ -72,7 +72,6 @@ def test_this_machine_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = requirements({"CUDA_HOME": str(tmp_path)})
     text = missing(found)
-    assert text is not None
     for part in (
         "without CUDA (install a CUDA build",
         "none is visible (a GPU of compute",
@@ -93,6 +92,21 @@ def test_this_machine_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp
 def test_each_file_of_the_toolkit_is_looked_for(machine: Machine, name: str) -> None:
     (machine.cuda_home / name).unlink()
     assert lacking(machine.found()) == [name.split("/")[1]]
+
+
+def test_headers_may_be_where_flashinfer_is_told_to_look(machine: Machine, tmp_path: Path) -> None:
+    header = machine.cuda_home / "include" / "curand.h"
+    header.rename(tmp_path / "curand.h")
+    flags = f"-O3 -I/none -I{tmp_path}"
+    assert lacking(machine.found(CUDA_HOME=str(machine.cuda_home))) == ["curand.h"]
+    assert lacking(machine.found(CUDA_HOME=str(machine.cuda_home), FLASHINFER_EXTRA_CUDAFLAGS=flags)) == []
+
+
+def test_the_backend_asks_for_the_text_alone(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(machine.cuda_home))
+    assert missing() == ""
+    machine.flashinfer("0.7.1")
+    assert missing().startswith("the CUDA kernels cannot run here. flashinfer-python: 0.7.1 (0.7.2 or newer")
 
 
 def test_the_toolkit_is_found_by_either_variable_or_the_path(machine: Machine, tmp_path: Path) -> None:
