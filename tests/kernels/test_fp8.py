@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 
 from fakes import randn
+from fp8_products import assert_product, fp8, meant
 from specdec.kernels.fp8 import Fp8Matrix, dequantise, fp8_grouped_linear, fp8_linear, plain, quantise_rows
 
 E4M3 = torch.float8_e4m3fn
-
-
-def fp8(*shape: int, seed: int) -> Fp8Matrix:
-    """Random values over e4m3's range, scales that differ much."""
-    values = (randn(*shape, seed=seed) * 100).clamp(-448, 448).to(E4M3)
-    return Fp8Matrix(values, randn(*shape[:-1], seed=seed + 1).exp() / 100)
-
-
-def meant(matrix: Fp8Matrix) -> Tensor:
-    return matrix.values.double() * matrix.scales.double().unsqueeze(-1)
 
 
 def test_rows_are_quantised_each_to_its_own_largest_magnitude() -> None:
@@ -67,16 +58,6 @@ def test_linear_is_the_product_of_what_is_meant(rows: int, biased: bool) -> None
     y = fp8_linear(x, weight, bias)
     assert (y.dtype, y.shape) == (torch.bfloat16, (rows, 48))
     assert_product(y, meant(quantise_rows(x)), meant(weight), bias)
-
-
-def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Within a rounding to bf16, and one more before a bias is added, of x weight^T + bias accumulated in fp32."""
-    exact, size = x @ weight.T, x.abs() @ weight.abs().T
-    rounded = exact.abs()
-    if bias is not None:
-        exact = exact + bias.double()
-        rounded = rounded + exact.abs()
-    assert ((y.double() - exact).abs() <= 2.0**-8 * rounded + 1e-5 * size).all()
 
 
 class GroupedDouble:
