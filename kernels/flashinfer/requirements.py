@@ -45,11 +45,9 @@ def requirements(environ: Mapping[str, str] = os.environ) -> list[Requirement]:
 
 
 def missing(found: list[Requirement] | None = None) -> str:
-    """Of `requirements()`: what a KernelsUnavailableError says; empty where everything is there."""
+    """Of `requirements()`: why the backend cannot run, with the remedies; empty where it can."""
     lacking = [r for r in (requirements() if found is None else found) if not r.ok]
-    if not lacking:
-        return ""
-    return f"the CUDA kernels cannot run here. {'; '.join(f'{r.name}: {r.found} ({r.remedy})' for r in lacking)}"
+    return "; ".join(f"{r.name}: {r.found} ({r.remedy})" for r in lacking)
 
 
 def visible_capability() -> Capability | None:
