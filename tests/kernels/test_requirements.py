@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -64,7 +65,12 @@ def test_a_gpu_machine_lacks_nothing(machine: Machine) -> None:
     assert missing(list(found.values())) == ""
     assert found["CUDA device"].found == "NVIDIA Test, compute capability 9.0"
     assert found["device memory"].found == "3.0 of 4.0 GiB free"
-    assert "flashinfer" not in sys.modules
+
+
+def test_looking_does_not_import_flashinfer(tmp_path: Path) -> None:
+    module = "specdec.kernels.flashinfer.requirements"
+    script = f"import sys, {module} as r; r.requirements(); sys.exit('flashinfer' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path).returncode == 0
 
 
 def test_this_machine_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
