@@ -300,7 +300,7 @@ def test_memory_is_counted_as_it_is_loaded(tmp_path: Path, monkeypatch: pytest.M
         warnings.simplefilter("error")
         load_runtime(checkpoint, EngineConfig(num_pages=2), cpu)
     cuda.device = torch.device("meta")
-    monkeypatch.setattr("specdec.loading.load_model", lambda *args, **kwargs: pytest.skip.Exception("loaded"))
+    monkeypatch.setattr("specdec.loading.load_model", lambda *args, **kwargs: None)
     with pytest.warns(SpecdecWarning, match=r"have no FP8 experts on this device: .* torch.bfloat16 .* GiB of weights"):
         load_runtime(checkpoint, EngineConfig(num_pages=2), cuda)
 
