@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix
+
 
 @dataclass(eq=False, slots=True)
 class AttentionMetadata:
@@ -317,7 +319,8 @@ class Kernels(Protocol):
     """A backend: chosen once by `specdec.kernels.select`, then called without further questions.
 
     dtype: of the matrices as they are loaded. activation_dtype: of everything else that flows through the
-    model, biases and norm weights included. cache_dtypes: what a KV cache may be stored in.
+    model, biases and norm weights included. cache_dtypes: what a KV cache may be stored in. fp8: the kinds of matrices
+    of an FP8 checkpoint that stay in FP8; `pack` dequantises the others.
     """
 
     name: str
@@ -325,14 +328,15 @@ class Kernels(Protocol):
     dtype: torch.dtype
     activation_dtype: torch.dtype
     cache_dtypes: tuple[torch.dtype, ...]
+    fp8: frozenset[Fp8Kind]
 
-    def pack(self, weight: Tensor, *, full_precision: bool = False) -> Any:
-        """A matrix [out, in], or a stack [E, out, in], in the form that this backend reads.
+    def pack(self, weight: Tensor | Fp8Matrix, *, full_precision: bool = False) -> Any:
+        """A matrix [out, in], or a stack of experts [E, out, in], in the form that this backend reads.
 
-        full_precision: never quantised (the router)."""
+        full_precision: never quantised (the router), and never an Fp8Matrix."""
         ...
 
-    def pack_gate_up(self, weight: Tensor) -> Any:
+    def pack_gate_up(self, weight: Tensor | Fp8Matrix) -> Any:
         """The same for gate and up projections [2I, H], or [E, 2I, H], the gate rows first: for `mlp` and `moe`."""
         ...
 

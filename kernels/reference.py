@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels import composed
+from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, plain
 from specdec.kernels.interface import (
     GREEDY,
     AttentionMetadata,
@@ -41,15 +42,16 @@ class ReferenceKernels:
 
     name = "reference"
     cache_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    fp8: frozenset[Fp8Kind] = frozenset()
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.activation_dtype = device, dtype, dtype
 
-    def pack(self, weight: Tensor, *, full_precision: bool = False) -> Tensor:
-        return weight
+    def pack(self, weight: Tensor | Fp8Matrix, *, full_precision: bool = False) -> Tensor:
+        return plain(weight, self.dtype)
 
-    def pack_gate_up(self, weight: Tensor) -> Tensor:
-        return weight
+    def pack_gate_up(self, weight: Tensor | Fp8Matrix) -> Tensor:
+        return plain(weight, self.dtype)
 
     def num_bytes(self, packed: Tensor) -> int:
         return packed.nbytes

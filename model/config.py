@@ -18,6 +18,7 @@ import torch
 
 from specdec.kernels import RoutingConfig
 from specdec.model.errors import CheckpointError
+from specdec.model.quantization import Fp8Scheme, parse_quantization
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -53,6 +54,7 @@ class Glm4MoeConfig:
     tie_word_embeddings: bool
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
+    quantization: Fp8Scheme | None
 
     @property
     def rotary_dim(self) -> int:
@@ -151,11 +153,6 @@ def parse_config(raw: Mapping[str, Any]) -> Glm4MoeConfig:
             f"config.json: architectures = {raw.get('architectures')}, model_type = {raw.get('model_type')!r}; "
             f"only {ARCHITECTURE} (model_type 'glm4_moe') is supported"
         )
-    if raw.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"config.json: quantization_config = {raw['quantization_config']!r} is not supported yet; "
-            "use the unquantised checkpoint"
-        )
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"config.json: hidden_act = {raw['hidden_act']!r} is not supported, only 'silu'")
     keys = _Keys(raw)
@@ -187,6 +184,7 @@ def parse_config(raw: Mapping[str, Any]) -> Glm4MoeConfig:
         tie_word_embeddings=keys.boolean("tie_word_embeddings", default=False),
         dtype=_dtype(raw),
         eos_token_ids=parse_token_ids(raw.get("eos_token_id"), "config.json: eos_token_id"),
+        quantization=parse_quantization(raw.get("quantization_config")),
     )
 
 

@@ -1,9 +1,10 @@
 """Building blocks shared by the target model and the MTP layer.
 
-A module holds uninitialised weights and says through `slots` which tensors of a checkpoint fill
-them; `specdec.model.weights` fills every slot or raises, then calls `pack` once, which hands the
-matrices over to the backend. Projections that read the same input are stored as one matrix. The modules
-hold weights, by the checkpoint's names; `specdec.kernels.composed` says what is computed with them.
+A module is built without memory (torch's meta device) and says through `slots` which tensors of a
+checkpoint fill its weights; `specdec.model.weights` gives it memory, fills every slot or raises, then
+calls `pack` once, which hands the matrices over to the backend. Projections that read the same input
+are stored as one matrix. The modules hold weights, by the checkpoint's names;
+`specdec.kernels.composed` says what is computed with them.
 
 Shapes: T packed tokens, H hidden, I MLP width, E experts.
 """
@@ -13,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from specdec.kernels import AttentionMetadata, DecoderOutput, Kernels
+from specdec.kernels.fp8 import E4M3, Fp8Kind, Fp8Matrix
 from specdec.kernels.interface import (
     AttentionWeights,
     DecoderWeights,
@@ -40,40 +42,56 @@ class HasSlots(Protocol):
     def slots(self, name: str) -> dict[str, Tensor]: ...
 
 
-def iter_slots(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, view of the weight it fills) for everything below `module`."""
+def iter_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[HasSlots, dict[str, Tensor]]]:
+    """(module, checkpoint names -> views of the weights they fill) for everything below `module`."""
     for name, child in module.named_children():
         if isinstance(child, HasSlots):
-            for relative, view in child.slots(name).items():
-                yield prefix + relative, view
+            yield child, {prefix + relative: view for relative, view in child.slots(name).items()}
         else:
-            yield from iter_slots(child, f"{prefix}{name}.")
+            yield from iter_modules(child, f"{prefix}{name}.")
+
+
+def iter_slots(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, view of the weight it fills) for everything below `module`."""
+    for _, slots in iter_modules(module, prefix):
+        yield from slots.items()
 
 
 class Matrices(nn.Module):
     """A module that holds matrices, and from `pack` on their packed forms."""
+
+    fp8_kind: ClassVar[Fp8Kind | None] = None  # None: a checkpoint never has them in FP8
 
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
         self.packed: dict[str, Any] = {}
 
+    def store_fp8(self) -> None:
+        """Before there is memory: the matrices take FP8 weights, as they are stored, and have scales."""
+        for name, weight in list(self.named_parameters(recurse=False)):
+            if weight.dim() >= 2:
+                setattr(self, name, nn.Parameter(torch.empty_like(weight, dtype=E4M3), requires_grad=False))
+                setattr(self, f"{name}_scale", torch.empty(weight.shape[:-1], device=weight.device))
+
     def pack(self) -> None:
         """Gives the matrices to the backend and lets go of those that it has copied."""
         for name, weight in list(self.named_parameters(recurse=False)):
             if weight.dim() < 2:
                 continue
-            self.packed[name] = self.pack_matrix(name, weight)
+            scale = getattr(self, f"{name}_scale", None)
+            self.packed[name] = self.pack_matrix(name, weight if scale is None else Fp8Matrix(weight, scale))
             if self.packed[name] is not weight:
                 setattr(self, name, None)
+            if scale is not None:
+                setattr(self, f"{name}_scale", None)
 
-    def pack_matrix(self, name: str, weight: Tensor) -> Any:
+    def pack_matrix(self, name: str, weight: Tensor | Fp8Matrix) -> Any:
         return self.kernels.pack(weight)
 
 
 def _weight(kernels: Kernels, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-    data = torch.empty(*shape, device=kernels.device, dtype=dtype or kernels.dtype)
-    return nn.Parameter(data, requires_grad=False)
+    return nn.Parameter(torch.empty(*shape, device="meta", dtype=dtype or kernels.dtype), requires_grad=False)
 
 
 class RMSNorm(nn.Module):
@@ -88,19 +106,25 @@ class RMSNorm(nn.Module):
 class Linear(Matrices):
     """One or more projections of the same input, `parts` (name -> rows), stored as one matrix."""
 
+    fp8_kind = "linear"
+    weight_scale: Tensor | None
+
     def __init__(
         self, kernels: Kernels, size_in: int, size_out: int, *, bias: bool = False, parts: dict[str, int] | None = None
     ) -> None:
         super().__init__(kernels)
         self.parts = parts
         self.weight = _weight(kernels, size_out, size_in)
+        self.register_buffer("weight_scale", None)
         self.bias = _weight(kernels, size_out, dtype=kernels.activation_dtype) if bias else None
 
     def slots(self, name: str) -> dict[str, Tensor]:
         parts = self.parts or {name: self.weight.shape[0]}
-        slots = dict(zip((f"{part}.weight" for part in parts), self.weight.split(list(parts.values()))))
-        if self.bias is not None:
-            slots |= zip((f"{part}.bias" for part in parts), self.bias.split(list(parts.values())))
+        slots: dict[str, Tensor] = {}
+        for suffix in ("weight", "weight_scale", "bias"):
+            tensor = getattr(self, suffix)
+            if tensor is not None:
+                slots |= zip((f"{part}.{suffix}" for part in parts), tensor.split(list(parts.values())))
         return slots
 
 
@@ -110,7 +134,7 @@ class GateUp(Linear):
     def __init__(self, kernels: Kernels, hidden_size: int, width: int) -> None:
         super().__init__(kernels, hidden_size, 2 * width, parts={"gate_proj": width, "up_proj": width})
 
-    def pack_matrix(self, name: str, weight: Tensor) -> Any:
+    def pack_matrix(self, name: str, weight: Tensor | Fp8Matrix) -> Any:
         return self.kernels.pack_gate_up(weight)
 
 
@@ -186,12 +210,16 @@ class Router(Matrices):
             f"{name}.e_score_correction_bias": self.e_score_correction_bias,
         }
 
-    def pack_matrix(self, name: str, weight: Tensor) -> Any:
+    def pack_matrix(self, name: str, weight: Tensor | Fp8Matrix) -> Any:
         return self.kernels.pack(weight, full_precision=True)
 
 
 class Experts(Matrices):
     """All routed experts of a layer: gate_up [E, 2I, H] with the gate rows first, down [E, H, I]."""
+
+    fp8_kind = "experts"
+    gate_up_scale: Tensor | None
+    down_scale: Tensor | None
 
     def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
         super().__init__(kernels)
@@ -199,20 +227,30 @@ class Experts(Matrices):
         self.width = width
         self.gate_up = _weight(kernels, num_experts, 2 * width, hidden)
         self.down = _weight(kernels, num_experts, hidden, width)
+        self.register_buffer("gate_up_scale", None)
+        self.register_buffer("down_scale", None)
 
     def slots(self, name: str) -> dict[str, Tensor]:
+        slots = self._split(name, "weight", self.gate_up, self.down)
+        if self.gate_up_scale is not None and self.down_scale is not None:
+            slots |= self._split(name, "weight_scale", self.gate_up_scale, self.down_scale)
+        return slots
+
+    def _split(self, name: str, suffix: str, gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
         slots = {}
-        for e, (gate_up, down) in enumerate(zip(self.gate_up, self.down)):
-            slots[f"{name}.{e}.gate_proj.weight"] = gate_up[: self.width]
-            slots[f"{name}.{e}.up_proj.weight"] = gate_up[self.width :]
-            slots[f"{name}.{e}.down_proj.weight"] = down
+        for e, (gate_up_e, down_e) in enumerate(zip(gate_up, down)):
+            slots[f"{name}.{e}.gate_proj.{suffix}"] = gate_up_e[: self.width]
+            slots[f"{name}.{e}.up_proj.{suffix}"] = gate_up_e[self.width :]
+            slots[f"{name}.{e}.down_proj.{suffix}"] = down_e
         return slots
 
     def fused_slots(self, name: str) -> dict[str, Tensor]:
-        """The stacked layout that transformers 5 keeps in memory and may write."""
+        """The stacked layout that transformers 5 keeps in memory and may write, other than in FP8."""
+        if self.gate_up_scale is not None:
+            return {}
         return {f"{name}.gate_up_proj": self.gate_up, f"{name}.down_proj": self.down}
 
-    def pack_matrix(self, name: str, weight: Tensor) -> Any:
+    def pack_matrix(self, name: str, weight: Tensor | Fp8Matrix) -> Any:
         return self.kernels.pack_gate_up(weight) if name == "gate_up" else self.kernels.pack(weight)
 
     def weights(self) -> MLPWeights:

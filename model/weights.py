@@ -1,7 +1,8 @@
 """A checkpoint folder -> filled modules: every tensor is loaded, on a short list of ignored names, or an error.
 
-Each weight is allocated once in its final dtype and filled tensor by tensor from memory-mapped
-shards. A shard is mapped anew every `REMAP_BYTES`, so the resident peak is the weights plus that.
+Each weight is allocated once, in its final dtype or in FP8 as it is stored, and filled tensor by
+tensor from memory-mapped shards. A shard is mapped anew every `REMAP_BYTES`, so the resident peak is
+the weights plus that.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from specdec.kernels import Kernels
+from specdec.kernels.fp8 import E4M3
 from specdec.model.config import Glm4MoeConfig, load_config, read_json
 from specdec.model.errors import CheckpointError
+from specdec.model.fp8 import scaled_modules, store_fp8
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.layers import Experts, Matrices, RotaryEmbedding, iter_slots
 from specdec.model.mtp import MTPLayer
+from specdec.model.quantization import SCALE_SUFFIX, SUPPORTED
 
 REMAP_BYTES = 16 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-QUANTISED_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".input_scale")
+QUANTISED_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "_packed", "_zero_point", "_g_idx")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class CheckpointIndex:
         """Decided by the tensors alone: transformers drops them but keeps the number in config.json."""
         return any(name.startswith(mtp_prefix(self.config)) for name in self.tensors)
 
+    def scaled_modules(self) -> set[str]:
+        """Those in FP8, named without `.weight`."""
+        ignored = ignored_names(self.config)
+        return scaled_modules((name for name in self.tensors if not ignored.fullmatch(name)), self.config)
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -55,9 +64,14 @@ class LoadedModel:
     target: Glm4MoeForCausalLM
     mtp: MTPLayer | None
 
+    def parts(self) -> list[tuple[nn.Module, str]]:
+        """(module, prefix of its names in a checkpoint)"""
+        parts: list[tuple[nn.Module, str]] = [(self.target, "")]
+        return parts if self.mtp is None else [*parts, (self.mtp, mtp_prefix(self.config))]
+
 
 def build_model(config: Glm4MoeConfig, kernels: Kernels, *, with_mtp: bool) -> LoadedModel:
-    """Modules with uninitialised weights, on the kernels' device (the meta device costs nothing)."""
+    """Modules whose weights have no memory yet."""
     target = Glm4MoeForCausalLM(config, kernels)
     return LoadedModel(config, target, MTPLayer(config, kernels) if with_mtp else None)
 
@@ -65,9 +79,12 @@ def build_model(config: Glm4MoeConfig, kernels: Kernels, *, with_mtp: bool) -> L
 def load_model(index: CheckpointIndex, kernels: Kernels, *, max_model_len: int | None = None) -> LoadedModel:
     """Builds and fills a checkpoint's model. Raises CheckpointError naming the tensor or file at fault."""
     loaded = build_model(index.config, kernels, with_mtp=index.has_mtp_layer)
+    store_fp8(loaded.parts(), index.scaled_modules().__contains__)
+    for part, _ in loaded.parts():
+        part.to_empty(device=kernels.device)
     _fill(_Slots(loaded), index.tensors, ignored_names(index.config))
-    for part in (loaded.target, loaded.mtp):
-        for module in () if part is None else part.modules():
+    for part, _ in loaded.parts():
+        for module in part.modules():
             if isinstance(module, Matrices):
                 module.pack()
     max_positions = index.config.max_position_embeddings if max_model_len is None else max_model_len
@@ -85,14 +102,14 @@ def mtp_prefix(config: Glm4MoeConfig) -> str:
 def ignored_names(config: Glm4MoeConfig) -> re.Pattern[str]:
     """The MTP layer's copies of embeddings and head (the target's serve both), stored inverse
     frequencies, and a stored head where the embeddings are tied to it."""
-    prefix = re.escape(mtp_prefix(config))
+    prefix, weight = re.escape(mtp_prefix(config)), rf"\.weight({SCALE_SUFFIX})?"
     names = [
-        prefix + r"embed_tokens\.weight",
-        prefix + r"shared_head\.head\.weight",
+        prefix + "embed_tokens" + weight,
+        prefix + r"shared_head\.head" + weight,
         r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     ]
     if config.tie_word_embeddings:
-        names.append(r"lm_head\.weight")
+        names.append("lm_head" + weight)
     return re.compile("|".join(names))
 
 
@@ -165,12 +182,9 @@ class _Slots:
     """What must be filled, and what has been."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        parts: list[tuple[nn.Module, str]] = [(loaded.target, "")]
-        if loaded.mtp is not None:
-            parts.append((loaded.mtp, mtp_prefix(loaded.config)))
         self.views: dict[str, Tensor] = {}
         self.covers: dict[str, list[str]] = {}  # fused name -> the per-expert names it stands for
-        for root, prefix in parts:
+        for root, prefix in loaded.parts():
             self.views |= iter_slots(root, prefix)
             for path, module in root.named_modules():
                 if isinstance(module, Experts):
@@ -183,20 +197,32 @@ class _Slots:
 
     def fill(self, name: str, tensor: Tensor) -> None:
         view = self.views[name]
+        if name.endswith(SCALE_SUFFIX) and tensor.shape == (*view.shape, 1):
+            tensor = tensor.squeeze(-1)
         if tensor.shape != view.shape:
             raise CheckpointError(
                 f"tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(view.shape)}"
             )
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(
-                f"tensor {name} has dtype {tensor.dtype}: quantised or integer weights are not supported yet; "
-                "use the unquantised checkpoint"
-            )
+        _check_dtype(name, tensor, E4M3 if view.dtype == E4M3 else None)
+        if name.endswith(SCALE_SUFFIX) and not (tensor.isfinite() & (tensor >= 0)).all():
+            raise CheckpointError(f"tensor {name} holds a negative or infinite scale, or NaN")
         filled = self.covers.get(name, [name])
         if not self.missing.issuperset(filled):
             raise CheckpointError(f"tensor {name} repeats experts that are also stored one by one; keep one layout")
         view.copy_(tensor)
         self.missing.difference_update(filled)
+
+
+def _check_dtype(name: str, tensor: Tensor, needed: torch.dtype | None) -> None:
+    """needed: None for any plain one."""
+    if needed is not None and tensor.dtype != needed:
+        raise CheckpointError(
+            f"tensor {name} has dtype {tensor.dtype}, but as {name}{SCALE_SUFFIX} is there {needed} is needed"
+        )
+    if needed is None and tensor.dtype == E4M3:
+        raise CheckpointError(f"tensor {name} has dtype {E4M3}, and there is no {name}{SCALE_SUFFIX}: {SUPPORTED}")
+    if needed is None and tensor.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which is not supported: {SUPPORTED}")
 
 
 @torch.no_grad()
@@ -217,7 +243,7 @@ def _fill(slots: _Slots, tensors: dict[str, Path], ignored: re.Pattern[str]) -> 
 
 def _unexpected_message(names: list[str]) -> str:
     if any(name.endswith(QUANTISED_SUFFIXES) for name in names):
-        return f"quantised checkpoints are not supported yet: found {_listed(names)}; use the unquantised checkpoint"
+        return f"the checkpoint holds {_listed(names)}, which are not supported: {SUPPORTED}"
     return f"the checkpoint holds {_listed(names)}, unknown to this architecture and config.json"
 
 

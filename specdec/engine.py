@@ -66,8 +66,9 @@ class Engine:
 
         kernels: "cpu" (C++, compiled at first use) or "reference" (plain torch); "auto" is the former where
         there is a compiler. dtype: of the matrices, and with "reference" of the activations; "auto" is float32,
-        with "cpu" bfloat16 where the checkpoint is. kv_dtype: of the KV cache; "auto" is the activations'.
-        num_threads: torch's, for the whole process. `config`: the fields of EngineConfig.
+        with "cpu" bfloat16 where the checkpoint is, and bfloat16 for an FP8 checkpoint. kv_dtype: of the KV
+        cache; "auto" is the activations'. num_threads: torch's, for the whole process. `config`: the fields of
+        EngineConfig.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
         """
         engine_config = EngineConfig(**config)
@@ -75,7 +76,7 @@ class Engine:
             check_num_threads(num_threads)
             torch.set_num_threads(num_threads)
         checkpoint = open_checkpoint(resolve_model(model, revision))
-        backend = resolve_backend(device, dtype, kernels, checkpoint.config.dtype)
+        backend = resolve_backend(device, dtype, kernels, checkpoint.config)
         runtime = load_runtime(checkpoint, engine_config, backend, kv_dtype)
         return cls(checkpoint, runtime, engine_config)
 

@@ -11,11 +11,20 @@ from torch import Tensor
 from specdec.batch import Extend, build_batch
 from specdec.config import EngineConfig
 from specdec.errors import NotEnoughMemoryError
-from specdec.kernels import select
+from specdec.kernels.flashinfer.requirements import (
+    LEAST_CAPABILITY,
+    Paths,
+    Requirement,
+    missing,
+    paths,
+    requirements,
+    visible_capability,
+)
 from specdec.kernels.reference import lowest_argmax
-from specdec.kv_cache import page_bytes
-from specdec.loading import Checkpoint, Runtime, load_runtime, open_checkpoint, weight_bytes
-from specdec.model.config import DTYPES, Glm4MoeConfig, load_config
+from specdec.loading import Checkpoint, Runtime, load_runtime, open_checkpoint, resolve_backend
+from specdec.memory import RESERVE_BYTES, Fit, MemoryLine, fits, known_capabilities, memory_table
+from specdec.model.config import Glm4MoeConfig, load_config
+from specdec.model.quantization import PUBLISHED
 from specdec.model.weights import CheckpointIndex, ignored_names, mtp_prefix
 
 MIN_SAMPLE_TOKENS, MAX_SAMPLE_TOKENS = 32, 512
@@ -56,16 +65,6 @@ the original one is left as it was. If you want to change the original list, use
 
 
 @dataclass(frozen=True)
-class MemoryLine:
-    """Bytes of the weights in one dtype, and of the KV cache per token in the same dtype."""
-
-    dtype: str
-    weight_bytes: int
-    mtp_weight_bytes: int
-    kv_bytes_per_token: int
-
-
-@dataclass(frozen=True)
 class MTPCheck:
     """How often the MTP layer's first draft is the target's own greedy choice, on a sample text.
 
@@ -92,9 +91,21 @@ class TensorCounts:
 
 
 @dataclass(frozen=True)
+class CudaReport:
+    """missing: in one text, empty where everything is there. paths: by GPU, the visible one last. reserve_bytes: set
+    aside of each GPU in `fits`."""
+
+    requirements: list[Requirement]
+    missing: str
+    paths: dict[str, Paths]
+    reserve_bytes: int
+    fits: list[Fit]
+
+
+@dataclass(frozen=True)
 class Inspection:
     """`tensors` is None where only a config.json was given. `mtp_check` is None where it could not run;
-    `mtp_check_skipped` says why."""
+    `mtp_check_skipped` says why. `cuda`: where it was asked for."""
 
     folder: Path
     config: Glm4MoeConfig
@@ -102,6 +113,7 @@ class Inspection:
     tensors: TensorCounts | None
     mtp_check: MTPCheck | None
     mtp_check_skipped: str | None
+    cuda: CudaReport | None
 
     def as_dict(self) -> dict[str, object]:
         config = asdict(self.config)
@@ -113,19 +125,27 @@ class Inspection:
             "tensors": None if self.tensors is None else asdict(self.tensors),
             "mtp_check": None if self.mtp_check is None else asdict(self.mtp_check),
             "mtp_check_skipped": self.mtp_check_skipped,
+            "cuda": None if self.cuda is None else asdict(self.cuda),
         }
 
 
-def inspect_checkpoint(folder: Path) -> Inspection:
-    """Raises CheckpointError for anything that would keep the checkpoint from loading."""
-    if not any(folder.glob("*.safetensors")):
+def inspect_checkpoint(folder: Path, *, with_cuda: bool = False) -> Inspection:
+    """Raises CheckpointError for anything that would keep the checkpoint from loading. with_cuda: report on the CUDA
+    backend, too."""
+    if any(folder.glob("*.safetensors")):
+        checkpoint = open_checkpoint(folder)
+        index, config = checkpoint.index, checkpoint.config
+        is_fp8 = PUBLISHED.covers if config.quantization is None else index.scaled_modules().__contains__
+        has_mtp, tensors = index.has_mtp_layer, _count_tensors(index)
+        check, skipped = _try_mtp_check(checkpoint)
+    else:
         config = load_config(folder)
-        memory = memory_table(config, config.num_nextn_predict_layers > 0)
-        return Inspection(folder, config, memory, None, None, "there are no weights in this folder")
-    checkpoint = open_checkpoint(folder)
-    memory = memory_table(checkpoint.config, checkpoint.index.has_mtp_layer)
-    check, skipped = _try_mtp_check(checkpoint)
-    return Inspection(folder, checkpoint.config, memory, _count_tensors(checkpoint.index), check, skipped)
+        is_fp8 = (config.quantization or PUBLISHED).covers
+        has_mtp, tensors = config.num_nextn_predict_layers > 0, None
+        check, skipped = None, "there are no weights in this folder"
+    memory = memory_table(config, has_mtp, is_fp8)
+    cuda = report_cuda(fits(config, has_mtp, is_fp8)) if with_cuda else None
+    return Inspection(folder, config, memory, tensors, check, skipped, cuda)
 
 
 def _count_tensors(index: CheckpointIndex) -> TensorCounts:
@@ -137,7 +157,7 @@ def _count_tensors(index: CheckpointIndex) -> TensorCounts:
 
 def _try_mtp_check(checkpoint: Checkpoint) -> tuple[MTPCheck | None, str | None]:
     """Loads the weights, which checks every tensor; -> the check, or why there is none."""
-    backend = select(torch.device("cpu"), None, checkpoint_dtype=checkpoint.config.dtype)
+    backend = resolve_backend("cpu", "auto", "auto", checkpoint.config)
     engine_config = EngineConfig(num_pages=-(-MAX_SAMPLE_TOKENS // EngineConfig.page_size))
     try:
         runtime = load_runtime(checkpoint, engine_config, backend)
@@ -150,15 +170,12 @@ def _try_mtp_check(checkpoint: Checkpoint) -> tuple[MTPCheck | None, str | None]
     return check_mtp(runtime, checkpoint), None
 
 
-def memory_table(config: Glm4MoeConfig, has_mtp: bool) -> list[MemoryLine]:
-    lines = []
-    for name in ("bfloat16", "float32"):
-        kernels = select(torch.device("meta"), DTYPES[name], "reference")
-        target = weight_bytes(config, kernels, False)
-        total = weight_bytes(config, kernels, has_mtp)
-        kv = page_bytes(config, config.num_hidden_layers + has_mtp, 1, DTYPES[name])
-        lines.append(MemoryLine(name, total, total - target, kv))
-    return lines
+def report_cuda(fits: list[Fit]) -> CudaReport:
+    found, visible = requirements(), visible_capability()
+    chosen = {name: paths(capability) for name, capability in known_capabilities().items()}
+    if visible is not None and visible >= LEAST_CAPABILITY:
+        chosen["visible GPU"] = paths(visible)
+    return CudaReport(found, missing(found), chosen, RESERVE_BYTES, fits)
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import torch
 from torch import Tensor
 
 from specdec.config import EngineConfig, SamplingParams
-from specdec.errors import NotEnoughMemoryError
+from specdec.errors import NotEnoughMemoryError, SpecdecWarning
 from specdec.kernels import Kernels, select
+from specdec.kernels.fp8 import FP8_KINDS, Fp8Kind
 from specdec.kv_cache import allocate_kv_cache, page_bytes
 from specdec.model.config import DTYPES, Glm4MoeConfig, check_token_ids, parse_token_ids, read_json
 from specdec.model.errors import CheckpointError
+from specdec.model.fp8 import store_fp8
 from specdec.model.tokenizer import Tokenizer
 from specdec.model.weights import CheckpointIndex, LoadedModel, build_model, load_model
 
@@ -122,10 +126,12 @@ def check_num_threads(num_threads: int) -> None:
 
 
 def resolve_backend(
-    device: str | torch.device, dtype: str | torch.dtype, kernels: str, checkpoint_dtype: torch.dtype
+    device: str | torch.device, dtype: str | torch.dtype, kernels: str, config: Glm4MoeConfig
 ) -> Kernels:
-    wanted = None if dtype == "auto" else resolve_dtype(dtype)
-    return select(resolve_device(device), wanted, kernels, checkpoint_dtype)
+    """dtype "auto" is bfloat16 for an FP8 checkpoint, whose values it holds to 2^-9."""
+    automatic = None if config.quantization is None else torch.bfloat16
+    wanted = automatic if dtype == "auto" else resolve_dtype(dtype)
+    return select(resolve_device(device), wanted, kernels, config.dtype)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def load_runtime(
     bytes_per_page = page_bytes(checkpoint.config, num_layers, config.page_size, cache_dtype)
     num_pages = _num_pages(config, max_model_len, bytes_per_page)
     needed = {
-        "weights": weight_bytes(checkpoint.config, backend, checkpoint.index.has_mtp_layer),
+        "weights": _weight_bytes_of(checkpoint.index, backend),
         "KV cache": num_pages * bytes_per_page,
     }
     _check_memory(needed)
@@ -160,12 +166,34 @@ def load_runtime(
     return Runtime(model, kv_cache, max_model_len)
 
 
-def weight_bytes(config: Glm4MoeConfig, kernels: Kernels, with_mtp: bool) -> int:
-    """Bytes of all weights in the kernels' dtype, counted on modules that take no memory."""
-    meta = select(torch.device("meta"), kernels.dtype, "reference")
-    model = build_model(config, meta, with_mtp=with_mtp)
-    modules = [model.target] if model.mtp is None else [model.target, model.mtp]
-    return sum(p.nbytes for module in modules for p in module.parameters())
+def weight_bytes(
+    config: Glm4MoeConfig,
+    kernels: Kernels,
+    with_mtp: bool,
+    is_fp8: Callable[[str], bool] = lambda module: False,
+    fp8_kinds: frozenset[Fp8Kind] = FP8_KINDS,
+) -> int:
+    """Bytes of all weights in the kernels' dtype, counted on modules without memory; of those in FP8, scales included,
+    where `is_fp8` says so of a module's name and it is of one of the kinds."""
+    model = build_model(config, kernels, with_mtp=with_mtp)
+    store_fp8(model.parts(), is_fp8, fp8_kinds)
+    parts = [part for part, _ in model.parts()]
+    return sum(t.nbytes for part in parts for tensors in (part.parameters(), part.buffers()) for t in tensors)
+
+
+def _weight_bytes_of(index: CheckpointIndex, kernels: Kernels) -> int:
+    """With a SpecdecWarning where a GPU's memory pays for FP8 weights that its kernels cannot read as they are."""
+    config, has_mtp, is_fp8 = index.config, index.has_mtp_layer, index.scaled_modules().__contains__
+    loaded = weight_bytes(config, kernels, has_mtp, is_fp8, kernels.fp8)
+    if kernels.device.type != "cpu" and loaded > (stored := weight_bytes(config, kernels, has_mtp, is_fp8)):
+        what = "experts" if "linear" in kernels.fp8 else "linear layers and experts"
+        warnings.warn(
+            f"kernels={kernels.name!r} have no FP8 {what} on this device: they are dequantised to {kernels.dtype} as "
+            f"they are loaded, {loaded / GIB:.1f} GiB of weights instead of {stored / GIB:.1f}",
+            SpecdecWarning,
+            stacklevel=2,
+        )
+    return loaded
 
 
 def _max_model_len(checkpoint: Glm4MoeConfig, config: EngineConfig) -> int:

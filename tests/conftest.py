@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory is NaN: whatever reads it before writing it shows."""
-    plain = torch.empty
 
-    def empty(*args: object, **kwargs: object) -> torch.Tensor:
-        tensor = plain(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+    def poisoned(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def empty(*args: object, **kwargs: object) -> torch.Tensor:
+            tensor = plain(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
 
-    monkeypatch.setattr(torch, "empty", empty)
+        return empty
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

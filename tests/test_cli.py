@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import fp8_checkpoints
 from fakes import (
     WHY_NO_COMPILER,
+    planted_tensors,
     random_tensors,
     tensor_shapes,
     tiny_config,
@@ -22,6 +25,7 @@ from fakes import (
     write_planted_checkpoint,
 )
 from specdec.cli import app
+from specdec.eval.prediction.shapes import CONFIGS
 from specdec.step import step
 
 RUNNER = CliRunner()
@@ -241,10 +245,13 @@ def test_inspect_shows_config_memory_and_the_mtp_check(planted: str) -> None:
     mtp = sum(name.startswith("model.layers.2.") for name in tensor_shapes(tiny_config()))
     assert document["tensors"] == {"target": len(tensor_shapes(tiny_config())) - mtp, "mtp": mtp, "ignored": 0}
     assert document["mtp_check"]["acceptance"] > 0.2
-    bf16, fp32 = document["memory"]
+    bf16, fp32, fp8 = document["memory"]
     assert fp32["kv_bytes_per_token"] == 2 * bf16["kv_bytes_per_token"] == 3 * 2 * 2 * 16 * 4
     router_bytes = 2 * (8 * 32 + 8) * 4  # fp32 in both
     assert fp32["weight_bytes"] - router_bytes == 2 * (bf16["weight_bytes"] - router_bytes)
+    assert fp8["kv_bytes_per_token"] == bf16["kv_bytes_per_token"]
+    assert bf16["weight_bytes"] / 2 < fp8["weight_bytes"] < bf16["weight_bytes"]
+    assert document["cuda"] is None
 
 
 def test_inspect_warns_loudly_about_an_mtp_layer_near_chance(tiny_checkpoint: Path) -> None:
@@ -262,6 +269,49 @@ def test_inspect_needs_only_a_config(tmp_path: Path) -> None:
     assert "skipped, there are no weights in this folder" in stdout
     result = run("inspect", str(tmp_path / "nowhere"))
     assert_one_line(result[0], 1, *result[1:], "does not exist")
+
+
+def test_inspect_says_what_cuda_needs_and_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a config alone, which may be that of an FP8 checkpoint; nothing that is missing is an error."""
+    raw = CONFIGS["glm-4.5-air"]
+    quantization = fp8_checkpoints.quantization_config(raw)
+    quantization["ignore"].append("re:.*self_attn")
+    raw = raw | {"quantization_config": quantization}
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    code, stdout, stderr = run("inspect", str(tmp_path), "--device", "cuda")
+    assert (code, stderr) == (0, "")
+    # 103.1 GiB in FP8, and 4.8 more with attention in bf16
+    for part in ("FP8 but for", "flashinfer-python", "torch._scaled_grouped_mm", "not shard", "203.5 GiB", "107.9 GiB"):
+        assert part in stdout
+    document = json.loads(run("inspect", str(tmp_path), "--device", "cuda", "--json")[1])["cuda"]
+    assert list(document) == ["requirements", "missing", "paths", "reserve_bytes", "fits"]
+    assert document["missing"].startswith("torch with CUDA: torch")
+    assert document["paths"]["A100 80GB"]["experts"] == "grouped matrix product"
+    assert len(document["fits"]) == 5 * 2 * 4
+    assert {k: v for k, v in document["requirements"][1].items() if k != "remedy"} == {
+        "name": "CUDA device",
+        "found": "none is visible",
+        "ok": False,
+    }
+    result = run("inspect", str(tmp_path), "--device", "tpu")
+    assert_one_line(result[0], 2, *result[1:], "--device tpu is unknown: choose one of auto, cpu, cuda")
+
+
+def test_an_fp8_checkpoint_is_inspected_and_generates(tmp_path: Path) -> None:
+    tensors = fp8_checkpoints.fp8_tensors(
+        fp8_checkpoints.CONFIG,
+        tensors=planted_tensors(fp8_checkpoints.CONFIG, 0, noise=0.3),
+        scale_dtype=torch.bfloat16,
+    )
+    folder = str(fp8_checkpoints.write(tmp_path, fp8_checkpoints.CONFIG, tensors))
+    code, stdout, stderr = run("inspect", folder)
+    assert (code, stderr) == (0, "")
+    assert f"Tensors: {sum(not n.startswith('model.layers.2.') for n in tensors)} target" in stdout
+    code, stdout, stderr = run("generate", "hello", "--model", folder, "--max-tokens", "8", "--json")
+    assert code == 0
+    assert len(json.loads(stdout)["token_ids"]) == 8
 
 
 def test_inspect_does_without_the_self_check_where_it_cannot_run(

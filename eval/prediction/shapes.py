@@ -233,7 +233,7 @@ NAMES = (*CONFIGS, DEEPSEEK_V3.name)
 def load_shape(model: str) -> ModelShape:
     """One of `NAMES`, "bundled", or a config.json or the folder that holds it (nothing is downloaded).
 
-    A config that says it is quantised is read as well, other than by the engine: weights play no part here.
+    A config that says it is quantised is read as well, whatever the scheme: weights play no part here.
     ValueError for an unknown name, CheckpointError for a config that is none of Glm4Moe.
     """
     if model.lower() == DEEPSEEK_V3.name:

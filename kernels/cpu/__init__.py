@@ -30,6 +30,7 @@ from specdec.kernels.cpu.weights import (
     pack_gate_up,
     routing_struct,
 )
+from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, plain
 from specdec.kernels.interface import (
     NOT_DRAFTED,
     AttentionMetadata,
@@ -55,6 +56,7 @@ class CpuKernels:
     name = "cpu"
     activation_dtype = torch.float32
     cache_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    fp8: frozenset[Fp8Kind] = frozenset()
 
     def __init__(
         self, weight_dtype: torch.dtype, load_dtype: torch.dtype = torch.bfloat16, architecture: str = "native"
@@ -70,11 +72,12 @@ class CpuKernels:
         self.dtype = load_dtype if weight_dtype == torch.int8 else weight_dtype
         self._library: Any = native.load_library(architecture)
 
-    def pack(self, weight: Tensor, *, full_precision: bool = False) -> PackedWeight:
+    def pack(self, weight: Tensor | Fp8Matrix, *, full_precision: bool = False) -> PackedWeight:
+        weight = plain(weight, self.dtype)
         return pack(self._library, weight, weight.dtype if full_precision else self.weight_dtype)
 
-    def pack_gate_up(self, weight: Tensor) -> PackedWeight:
-        return pack_gate_up(self._library, weight, self.weight_dtype)
+    def pack_gate_up(self, weight: Tensor | Fp8Matrix) -> PackedWeight:
+        return pack_gate_up(self._library, plain(weight, self.dtype), self.weight_dtype)
 
     def num_bytes(self, packed: PackedWeight) -> int:
         return packed.data.nbytes + (0 if packed.scales is None else packed.scales.nbytes)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from specdec.cli.common import JSON_HELP, say, tables, user_errors
+from specdec.cli.common import JSON_HELP, InvalidOption, say, tables, user_errors
+
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def inspect(
@@ -17,18 +20,26 @@ def inspect(
         str, typer.Argument(help="'bundled', a checkpoint folder, a folder with only a config.json, or a Hub id.")
     ],
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.", show_default=False)] = None,
+    device: Annotated[
+        str,
+        typer.Option(help="'cuda': also what the CUDA backend needs, what of it is here, what fits on which GPUs."),
+    ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Show a checkpoint's configuration and memory, and check that its MTP layer works (exit code 1 if not)."""
     with user_errors():
+        if device not in DEVICES:
+            raise InvalidOption(f"--device {device} is unknown: choose one of {', '.join(DEVICES)}")
         from specdec.inspection import inspect_checkpoint
         from specdec.model.hub import resolve_model
 
-        result = inspect_checkpoint(resolve_model(model, revision))
+        result = inspect_checkpoint(resolve_model(model, revision), with_cuda=device == "cuda")
         if as_json:
             print(json.dumps(result.as_dict(), indent=2))
         else:
             _print_inspection(result)
+            if result.cuda is not None:
+                _print_cuda(result.cuda)
         check = result.mtp_check
         if check is not None and check.near_chance:
             say(
@@ -43,7 +54,8 @@ def _print_inspection(result: Any) -> None:
     out = tables()
     table = Table(title=escape(str(result.folder)), show_header=False, title_justify="left")
     for key, value in result.as_dict()["config"].items():
-        table.add_row(key, escape(str(value)))
+        shown = f"FP8 but for {len(value['ignore'])} modules" if key == "quantization" and value else value
+        table.add_row(key, escape(str(shown)))
     out.print(table)
     memory = Table("dtype", "weights", "of which MTP", "KV cache per token", title="Memory", title_justify="left")
     for line in result.memory:
@@ -65,6 +77,38 @@ def _print_inspection(result: Any) -> None:
             f"{c.num_positions} positions of a sample text (chance {c.chance:.1%})",
             soft_wrap=True,
         )
+
+
+def _print_cuda(report: Any) -> None:
+    out = tables()
+    needs = Table("CUDA backend", "here", "", title="Requirements", title_justify="left")
+    for r in report.requirements:
+        needs.add_row(r.name, escape(r.found), "ok" if r.ok else f"missing: {escape(r.remedy)}")
+    out.print(needs)
+    kernels = Table("", *report.paths, title="Kernels (none of them has run on a GPU yet)", title_justify="left")
+    for operation in asdict(next(iter(report.paths.values()))):
+        kernels.add_row(operation, *(getattr(chosen, operation) for chosen in report.paths.values()))
+    out.print(kernels)
+    out.print(_fit_table(report.fits))
+    out.print(
+        f"Tokens of KV cache in bf16 that fit beside the weights as that GPU's kernels hold them, with "
+        f"{_size(report.reserve_bytes)} of each GPU set aside for activations, workspaces and CUDA graphs; -: the "
+        "weights do not fit. specdec runs on one device and does not shard yet: for more of them the figures are an "
+        "expectation, weights and cache split evenly.",
+        soft_wrap=True,
+    )
+
+
+def _fit_table(fits: list[Any]) -> Table:
+    counts = sorted({fit.num_gpus for fit in fits})
+    columns = ("GPU", "memory", "checkpoint", "weights", *(f"x {n}" for n in counts))
+    table = Table(*columns, title="What fits", title_justify="left")
+    for first in range(0, len(fits), len(counts)):
+        row = fits[first : first + len(counts)]
+        tokens = ("-" if fit.kv_tokens is None else f"{fit.kv_tokens:,}" for fit in row)
+        gpu = row[0].gpu, _size(row[0].gpu_memory_bytes)
+        table.add_row(*gpu, row[0].checkpoint, _size(row[0].weight_bytes), *tokens)
+    return table
 
 
 def _size(num_bytes: int) -> str:

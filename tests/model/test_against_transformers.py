@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import fp8_checkpoints
 from fakes import KERNELS, random_tensors, tiny_config, write_checkpoint, write_files
 from specdec.batch import Extend, build_batch
 from specdec.kernels import select
@@ -78,6 +79,21 @@ def test_target_logits_equal_transformers(name: str, kernels: str, tmp_path: Pat
     assert 0.3 < theirs.std() < 10, "the comparison means nothing unless logits are of order 1"
     assert (ours - theirs).abs().max() <= TOLERANCE
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_logits_of_an_fp8_checkpoint_equal_transformers_of_its_dequantised_twin(kernels: str, tmp_path: Path) -> None:
+    config = fp8_checkpoints.CONFIG
+    tensors = fp8_checkpoints.fp8_tensors(config, seed=4, scale_dtype=torch.bfloat16)
+    fp8_checkpoints.write(tmp_path / "fp8", config, tensors)
+    fp8_checkpoints.write_plain(tmp_path / "plain", config, fp8_checkpoints.dequantised(tensors, torch.float32))
+    model = load_model(CheckpointIndex.open(tmp_path / "fp8"), select(torch.device("cpu"), torch.float32, kernels))
+    token_ids = list(range(3, 40))
+    hidden, _ = forward(model, token_ids)
+    with torch.inference_mode():
+        theirs = load_transformers(tmp_path / "plain", config["num_hidden_layers"])(torch.tensor([token_ids])).logits[0]
+    assert 0.3 < theirs.std() < 10
+    assert (model.target.compute_logits(hidden) - theirs).abs().max() <= TOLERANCE
 
 
 def test_reads_what_save_pretrained_writes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ NUM_TOKENS, NUM_EXPERTS, TOP_K = 4000, 128, 8
 def test_router_equals_the_fp32_reference_under_large_biases() -> None:
     """The model runs in bf16; weight, bias and router matmul stay in fp32."""
     config = parse_config(tiny_config(n_routed_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, hidden_size=64))
-    router = Router(config, select(torch.device("cpu"), torch.bfloat16, "reference"))
+    router = Router(config, select(torch.device("cpu"), torch.bfloat16, "reference")).to_empty(device="cpu")
     assert router.weight.dtype == router.e_score_correction_bias.dtype == torch.float32
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(NUM_EXPERTS, 64, generator=generator) / 8

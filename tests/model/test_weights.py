@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import fp8_checkpoints
 from fakes import NEEDS_COMPILER, layer_shapes, random_tensors, tiny_config, write_checkpoint, write_files
 from specdec.kernels import select
 from specdec.model.errors import CheckpointError
@@ -116,17 +117,12 @@ def test_wrong_shape_raises(tmp_path: Path) -> None:
         load(write(tmp_path, TENSORS | {name: torch.zeros(64, 32)}))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantised_dtype_raises(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_integer_weights_raise(tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.o_proj.weight"
-    with pytest.raises(CheckpointError, match=rf"^tensor {name} has dtype {dtype}: quantised or integer weights"):
-        load(write(tmp_path, TENSORS | {name: torch.zeros(32, 64).to(dtype)}))
-
-
-def test_scales_of_quantised_weights_raise(tmp_path: Path) -> None:
-    name = "model.layers.1.self_attn.o_proj.weight_scale"
-    with pytest.raises(CheckpointError, match=rf"quantised checkpoints are not supported yet: found 1 tensor: {name}"):
-        load(write(tmp_path, TENSORS | {name: torch.ones(32, 1)}))
+    with pytest.raises(
+        CheckpointError, match=rf"^tensor {name} has dtype torch.int8, which is not supported: of quant"
+    ):
+        load(write(tmp_path, TENSORS | {name: torch.zeros(32, 64, dtype=torch.int8)}))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 2000, -1])
@@ -236,16 +232,25 @@ def test_weights_end_where_they_belong(tmp_path: Path, poisoned_empty: None) -> 
 
 
 @pytest.mark.parametrize(
-    ("kernels", "dtype"),
-    [("reference", "float32"), ("reference", "bfloat16"), pytest.param("cpu", "bfloat16", marks=NEEDS_COMPILER)],
+    ("kernels", "dtype", "stored"),
+    [
+        ("reference", "float32", "bf16"),
+        ("reference", "bfloat16", "bf16"),
+        ("reference", "bfloat16", "fp8"),
+        pytest.param("cpu", "bfloat16", "bf16", marks=NEEDS_COMPILER),
+        pytest.param("cpu", "bfloat16", "fp8", marks=NEEDS_COMPILER),
+    ],
 )
-def test_peak_memory_is_little_more_than_the_weights(tmp_path: Path, kernels: str, dtype: str) -> None:
-    """Resident peak while loading, in a process of its own; the checkpoint is mapped as bf16."""
+def test_peak_memory_is_little_more_than_the_weights(tmp_path: Path, kernels: str, dtype: str, stored: str) -> None:
+    """Resident peak while loading, in a process of its own; the checkpoint is mapped as it is stored."""
     config = tiny_config(
         hidden_size=512, moe_intermediate_size=512, n_routed_experts=32, num_hidden_layers=4, vocab_size=4096,
         intermediate_size=512, num_attention_heads=8, head_dim=64,
     )  # fmt: skip
-    write_checkpoint(tmp_path, config, dtype=torch.bfloat16)
+    if stored == "fp8":
+        fp8_checkpoints.write(tmp_path, config, fp8_checkpoints.fp8_tensors(config, scale_dtype=torch.bfloat16))
+    else:
+        write_checkpoint(tmp_path, config, dtype=torch.bfloat16)
     script = f"""
 import resource, torch
 from pathlib import Path
