@@ -1,7 +1,7 @@
 """From logits on the device to tokens, in Triton: sampling and verification without a wait for the device.
 
-FlashInfer's samplers draw by batch slot; here every number comes from `specdec.kernels.philox`'s counters, so a request's
-tokens are its own wherever it lies. Tried in Triton's interpreter and compiled for sm_90; not yet run on a GPU.
+FlashInfer's samplers draw by batch slot; here every number comes from `specdec.kernels.philox`'s counters, so that a
+request's tokens are its own wherever it lies. Tried in the interpreter and compiled for sm_90; not yet run on a GPU.
 
     layout.py     what the host packs and copies; Batch
     slots.py      which program sees which row

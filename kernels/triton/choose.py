@@ -10,7 +10,18 @@ from torch import Tensor
 from specdec.kernels import interface
 from specdec.kernels.triton.layout import POSITION, RULE, SCALE, SEED, START, STREAM
 from specdec.kernels.triton.noise import gumbel_noise
-from specdec.kernels.triton.slots import EXACT, TILE, Slots, Tiling, field, load_tile, load_tiles, locate, real, tile_ids
+from specdec.kernels.triton.slots import (
+    EXACT,
+    TILE,
+    Slots,
+    Tiling,
+    field,
+    load_tile,
+    load_tiles,
+    locate,
+    real,
+    tile_ids,
+)
 
 EXACT_MATCH = tl.constexpr(interface.EXACT_MATCH)
 GREEDY = tl.constexpr(interface.GREEDY)

@@ -32,7 +32,7 @@ TOP_K, STREAM, POSITION, START, SEED = (tl.constexpr(i) for i in range(7, 12))
 SCALE, TOP_P, MIN_P, CONFIDENCE = (tl.constexpr(i) for i in range(12, 16))
 NUM_FIELDS = 16
 
-# The beginning of a sequence's edits: where each list starts, then single values. A list ends where the next one starts.
+# A sequence's edits begin with where each list starts, which is where the one before ends; then come single values.
 BIAS_IDS, BIASES, END_IDS, WORD_STARTS, WORD_TOKENS, RECENT, COUNTED_IDS, COUNTS = (tl.constexpr(i) for i in range(8))
 ENDS_BANNED, REPETITION, PRESENCE, FREQUENCY = (tl.constexpr(i) for i in range(8, 12))
 NUM_EDIT_FIELDS = 12

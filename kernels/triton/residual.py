@@ -61,9 +61,9 @@ def _int(laws, name: tl.constexpr, n):
 @triton.jit
 def _load(laws, p_row, q_row, scale, excluded, vocab_size, ids):
     """-> tokens' p, and their law."""
-    inside = ids < vocab_size
-    p = tl.load(laws.p + p_row * vocab_size + ids, mask=inside, other=0.0).to(tl.float64)
-    q = tl.load(laws.q + q_row * vocab_size + ids, mask=inside & (q_row >= 0), other=0.0).to(tl.float64)
+    p = tl.load(laws.p + p_row * vocab_size + ids, mask=ids < vocab_size, other=0.0).to(tl.float64)
+    q_size = tl.where(q_row >= 0, vocab_size, 0)
+    q = tl.load(laws.q + q_row * vocab_size + ids, mask=ids < q_size, other=0.0).to(tl.float64)
     left = scale * p - q
     return p, tl.where((left < 0) | (ids == excluded), 0.0, left)  # NaN stays
 

@@ -30,7 +30,7 @@ def _num_drafts(slots, b):
     """Of a sequence's drafts as many as it has before the first place without one."""
     last = field(slots, LAST, b)
     num = last * 0
-    for i in range(0, slots.num_drafts):
+    for i in range(slots.num_drafts):
         num += ((num == i) & (i < last) & (draft_at(slots, b, i) >= 0)).to(tl.int64)
     return num
 
@@ -62,7 +62,7 @@ def reach(probs, draft_probs, slots, vocab_size, num_steps, ratios, reached, law
     num_drafts = tl.where(rule == EXACT_MATCH, 0, _num_drafts(slots, b))
     r = tl.full((), 1.0, tl.float64)
     tl.store(reached + b * (slots.num_drafts + 1), r)
-    for i in range(0, slots.num_drafts):
+    for i in range(slots.num_drafts):
         inside = i < num_drafts
         n = b * slots.num_drafts + i
         q_row, excluded = _law_after(slots, b, i, num_drafts, num_steps)
@@ -90,7 +90,7 @@ def accept(
     rule, seed, start = field(slots, RULE, b), field(slots, SEED, b), field(slots, POSITION, b)
     num_drafts = _num_drafts(slots, b)
     accepted = num_drafts * 0
-    for i in range(0, slots.num_drafts):
+    for i in range(slots.num_drafts):
         n = b * slots.num_drafts + i
         inside = i < num_drafts
         r = tl.load(reached + b * (slots.num_drafts + 1) + i + 1)
@@ -108,7 +108,7 @@ def accept(
     tl.store(num_accepted + b, accepted)
     place = b * (slots.num_drafts + 1)
     choice = tl.where(active & ~drawn, tl.load(choices + place + accepted), -1)
-    for i in range(0, slots.num_drafts + 1):
+    for i in range(slots.num_drafts + 1):
         last = tl.where(i == accepted, choice, -1)
         tl.store(token_ids + place + i, tl.where(i < accepted, draft_at(slots, b, tl.minimum(i, accepted - 1)), last))
     q_row, excluded = _law_after(slots, b, accepted, num_drafts, num_steps)

@@ -103,7 +103,9 @@ def locate(slots, slot):
     """-> sequence, step, row; row -1: the slot is not active, which is so after the end of a chain, too."""
     b = slot // slots.steps
     i = slots.first + slot % slots.steps
-    active = (i >= field(slots, FIRST, b)) & (i <= field(slots, LAST, b)) & ((i == 0) | (draft_at(slots, b, i - 1) >= 0))
+    active = (
+        (i >= field(slots, FIRST, b)) & (i <= field(slots, LAST, b)) & ((i == 0) | (draft_at(slots, b, i - 1) >= 0))
+    )
     row = field(slots, ROW, b) + slot % slots.steps
     return b, i, tl.where(active, row, -1)
 

@@ -8,7 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels.triton.layout import LAW, PROB_ROW, SCALE
-from specdec.kernels.triton.slots import EXACT, TILE, Slots, Tiling, field, load_tile, load_tiles, locate, real, tile_ids
+from specdec.kernels.triton.slots import (
+    EXACT,
+    TILE,
+    Slots,
+    Tiling,
+    field,
+    load_tile,
+    load_tiles,
+    locate,
+    real,
+    tile_ids,
+)
 
 
 class Softmax:

@@ -18,7 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels.triton.layout import MIN_P, SCALE, TOP_K, TOP_P
-from specdec.kernels.triton.slots import EXACT, TILE, Slots, Tiling, field, load_tile, load_tiles, locate, real, tile_ids
+from specdec.kernels.triton.slots import (
+    EXACT,
+    TILE,
+    Slots,
+    Tiling,
+    field,
+    load_tile,
+    load_tiles,
+    locate,
+    real,
+    tile_ids,
+)
 
 NUM_PASSES = 8
 LAST_PASS = tl.constexpr(NUM_PASSES - 1)
