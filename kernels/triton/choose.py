@@ -39,7 +39,9 @@ class Choice:
         t = self.tiling
         t.check(logits)
         _best_of_tile[t.grid](logits, slots, t.vocab_size, self.scores, self.ids, TILE=TILE, **EXACT)
-        _best_of_row[(t.num_slots,)](slots, self.scores, self.ids, t.num_tiles, self.choices, TILES=t.padded_tiles)
+        _best_of_row[(t.num_slots,)](
+            slots, self.scores, self.ids, t.num_tiles, self.choices, TILES=t.padded_tiles, **EXACT
+        )
         return self.choices
 
 

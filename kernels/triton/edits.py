@@ -34,7 +34,7 @@ def edit_(logits: Tensor, slots: Slots) -> None:
     assert logits.is_contiguous()
     grid, vocab_size = (slots.size * slots.steps,), logits.shape[-1]
     _add_biases[grid](logits, slots, vocab_size, LANES=LANES, **EXACT)
-    _ban[grid](logits, slots, vocab_size, LANES=LANES)
+    _ban[grid](logits, slots, vocab_size, LANES=LANES, **EXACT)
     drafts = triton.next_power_of_2(max(1, slots.num_drafts))
     _penalise[grid](logits, slots, vocab_size, LANES=LANES, DRAFTS=drafts, **EXACT)
 

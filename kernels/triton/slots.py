@@ -94,8 +94,8 @@ def real(slots, name: tl.constexpr, b):
 
 @triton.jit
 def draft_at(slots, b, i):
-    """Draft i; -1 before the first one."""
-    return tl.load(slots.drafts + b * slots.num_drafts + i, mask=i >= 0, other=-1)
+    """Draft i; -1 before the first one and after the last."""
+    return tl.load(slots.drafts + b * slots.num_drafts + i, mask=(i >= 0) & (i < slots.num_drafts), other=-1)
 
 
 @triton.jit

@@ -50,10 +50,10 @@ class Truncation:
         t = self.tiling
         t.check(logits)
         assert logits.dtype == torch.float32
-        _survey[t.grid](logits, slots, t.vocab_size, self.tops, TILE=TILE)
+        _survey[t.grid](logits, slots, t.vocab_size, self.tops, TILE=TILE, **EXACT)
         self._search(logits, slots, by_weight=False)
         _drop_below_kth[t.grid](
-            logits, slots, t.vocab_size, self.tops, self.sums[1], self.states, TILE=TILE, TILES=t.padded_tiles
+            logits, slots, t.vocab_size, self.tops, self.sums[1], self.states, TILE=TILE, TILES=t.padded_tiles, **EXACT
         )
         self._search(logits, slots, by_weight=True)
         _drop_the_rest[t.grid](
@@ -146,8 +146,10 @@ def _add_digits(
 ):  # fmt: skip
     tile, slot, num_tiles, num_slots = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     b, _, row = locate(slots, slot)
+    if (row < 0) | ~_cuts(slots, b, vocab_size, BY_WEIGHT):
+        return
     top, sound = _row_top(tops, slot, num_tiles, TILES)
-    if (row < 0) | ~sound | ~_cuts(slots, b, vocab_size, BY_WEIGHT):
+    if ~sound:
         return
     prefix = slot.to(tl.int64) * 0
     above = prefix
@@ -178,8 +180,10 @@ def _add_digits(
 def _drop_below_kth(logits, slots, vocab_size, tops, sums, states, TILE: tl.constexpr, TILES: tl.constexpr):
     tile, slot, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     b, _, row = locate(slots, slot)
+    if (row < 0) | ~_cuts(slots, b, vocab_size, False):
+        return
     _, sound = _row_top(tops, slot, num_tiles, TILES)
-    if (row < 0) | ~sound | ~_cuts(slots, b, vocab_size, False):
+    if ~sound:
         return
     prefix, above, target = _state(states, LAST_PASS, slot, tl.num_programs(1))
     kth, _ = _descend(sums, slot, num_tiles, prefix, above, target, TILES)
