@@ -11,8 +11,8 @@ from specdec.kernels import interface
 from specdec.kernels.triton.layout import POSITION, RULE, SCALE, SEED, START, STREAM
 from specdec.kernels.triton.noise import gumbel_noise
 from specdec.kernels.triton.slots import (
-    EXACT,
     TILE,
+    UNFUSED,
     Slots,
     Tiling,
     field,
@@ -38,9 +38,9 @@ class Choice:
         """-> ids [slots] for the rows that exact match decides; -1 where a row is not sound."""
         t = self.tiling
         t.check(logits)
-        _best_of_tile[t.grid](logits, slots, t.vocab_size, self.scores, self.ids, TILE=TILE, **EXACT)
+        _best_of_tile[t.grid](logits, slots, t.vocab_size, self.scores, self.ids, TILE=TILE, **UNFUSED)
         _best_of_row[(t.num_slots,)](
-            slots, self.scores, self.ids, t.num_tiles, self.choices, TILES=t.padded_tiles, **EXACT
+            slots, self.scores, self.ids, t.num_tiles, self.choices, TILES=t.padded_tiles, **UNFUSED
         )
         return self.choices
 

@@ -15,7 +15,7 @@ from specdec.kernels.triton.choose import Choice
 from specdec.kernels.triton.edits import edit_
 from specdec.kernels.triton.layout import Batch
 from specdec.kernels.triton.residual import Laws, Residual
-from specdec.kernels.triton.slots import EXACT, Slots, Tiling, verified_slots
+from specdec.kernels.triton.slots import UNFUSED, Slots, Tiling, verified_slots
 from specdec.kernels.triton.softmax import Softmax
 from specdec.kernels.triton.truncate import Truncation
 
@@ -61,7 +61,7 @@ class Decider:
         return self.emit(logits, drafts, draft_probs)
 
     def transform_(self, logits: Tensor, drafts: Tensor) -> None:
-        """The first half: edits and truncation, in place."""
+        """The first half: edits and truncation, in place; what `Verified.processed` keeps."""
         slots = verified_slots(self.batch, drafts)
         edit_(logits, slots)
         self._truncation.run_(logits, slots)
@@ -83,7 +83,7 @@ class Decider:
     def _reach(self, probs: Tensor, q: Tensor, slots: Slots) -> None:
         rules.reach[(slots.size,)](
             probs, q, slots, self.vocab_size, q.shape[1], self._ratios, self._reached, self._inner_laws,
-            self._inner_scales, **EXACT,
+            self._inner_scales, **UNFUSED,
         )  # fmt: skip
         if slots.num_drafts > 0:
             num = slots.size * slots.num_drafts
@@ -93,5 +93,5 @@ class Decider:
         tiling = self._inner.tiling
         rules.accept[(slots.size,)](
             slots, choices, self._ratios, self._reached, self._inner.sums, tiling.num_tiles, q.shape[1],
-            *self._decided, self._final_laws, self._final_scales, self._uniforms, TILES=tiling.padded_tiles, **EXACT,
+            *self._decided, self._final_laws, self._final_scales, self._uniforms, TILES=tiling.padded_tiles, **UNFUSED,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from specdec.kernels import interface
 from specdec.kernels.triton.choose import Choice
 from specdec.kernels.triton.edits import edit_
 from specdec.kernels.triton.layout import CONFIDENCE, LAW, Batch
-from specdec.kernels.triton.slots import EXACT, Tiling, drafted_slots, field, locate, real
+from specdec.kernels.triton.slots import UNFUSED, Tiling, drafted_slots, field, locate, real
 from specdec.kernels.triton.softmax import Softmax, row_sum
 from specdec.kernels.triton.truncate import Truncation
 
@@ -47,7 +47,7 @@ class Drawer:
             self._softmax.store_laws(logits, slots, draft_probs)
         s = self._softmax
         _settle[(slots.size,)](
-            slots, choices, s.tops, s.sums, s.tiling.num_tiles, TILES=s.tiling.padded_tiles, **EXACT
+            slots, choices, s.tops, s.sums, s.tiling.num_tiles, TILES=s.tiling.padded_tiles, **UNFUSED
         )  # fmt: skip
 
 

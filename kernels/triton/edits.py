@@ -24,7 +24,7 @@ from specdec.kernels.triton.layout import (
     WORD_STARTS,
     WORD_TOKENS,
 )
-from specdec.kernels.triton.slots import EXACT, Slots, draft_at, field, locate
+from specdec.kernels.triton.slots import UNFUSED, Slots, draft_at, field, locate
 
 LANES = 256
 
@@ -33,10 +33,10 @@ def edit_(logits: Tensor, slots: Slots) -> None:
     """See `Kernels.edit_`; every active row, in place."""
     assert logits.is_contiguous()
     grid, vocab_size = (slots.size * slots.steps,), logits.shape[-1]
-    _add_biases[grid](logits, slots, vocab_size, LANES=LANES, **EXACT)
-    _ban[grid](logits, slots, vocab_size, LANES=LANES, **EXACT)
+    _add_biases[grid](logits, slots, vocab_size, LANES=LANES, **UNFUSED)
+    _ban[grid](logits, slots, vocab_size, LANES=LANES, **UNFUSED)
     drafts = triton.next_power_of_2(max(1, slots.num_drafts))
-    _penalise[grid](logits, slots, vocab_size, LANES=LANES, DRAFTS=drafts, **EXACT)
+    _penalise[grid](logits, slots, vocab_size, LANES=LANES, DRAFTS=drafts, **UNFUSED)
 
 
 @triton.jit

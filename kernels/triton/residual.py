@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.triton.slots import EXACT, TILE, Tiling, load_tiles, tile_ids
+from specdec.kernels.triton.slots import TILE, UNFUSED, Tiling, load_tiles, tile_ids
 
 P_ROW, Q_ROW, EXCLUDED, PLACE = (tl.constexpr(i) for i in range(4))
 
@@ -41,7 +41,7 @@ class Residual:
         t = self.tiling
         t.check(laws.p)
         t.check(laws.q)
-        _survey[t.grid](laws, t.vocab_size, self.sums, self.p_sums, TILE=TILE, **EXACT)
+        _survey[t.grid](laws, t.vocab_size, self.sums, self.p_sums, TILE=TILE, **UNFUSED)
         return self.sums
 
     def sample(self, laws: Laws, uniforms: Tensor, tokens: Tensor) -> None:
@@ -49,7 +49,7 @@ class Residual:
         t = self.tiling
         _sample[(t.num_slots,)](
             laws, t.vocab_size, self.sums, self.p_sums, uniforms, tokens, t.num_tiles, TILE=TILE, TILES=t.padded_tiles,
-            **EXACT,
+            **UNFUSED,
         )  # fmt: skip
 
 

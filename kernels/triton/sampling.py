@@ -16,7 +16,7 @@ from specdec.kernels.triton.edits import edit_
 from specdec.kernels.triton.layout import Batch
 from specdec.kernels.triton.noise import uniform_numbers
 from specdec.kernels.triton.residual import Laws, Residual
-from specdec.kernels.triton.slots import EXACT, Slots, Tiling, verified_slots
+from specdec.kernels.triton.slots import UNFUSED, Slots, Tiling, verified_slots
 from specdec.kernels.triton.softmax import Softmax
 from specdec.kernels.triton.truncate import Truncation
 
@@ -81,7 +81,7 @@ class TritonSampling:
             return []
         keys, _ = layout.device_words([*array("q", array("Q", seeds).tobytes()), *positions, *starts], [], self.device)
         numbers = torch.empty(len(seeds), dtype=torch.float64, device=self.device)
-        uniform_numbers[(len(seeds),)](keys, stream, len(seeds), numbers, **EXACT)
+        uniform_numbers[(len(seeds),)](keys, stream, len(seeds), numbers, **UNFUSED)
         return numbers.tolist()
 
     def _rows(self, logits: Tensor, sampling: RowSampling, *, laws: bool = False) -> tuple[Slots, Tiling]:

@@ -19,7 +19,7 @@ from specdec.kernels.triton.layout import FIRST, LAST, ROW, Batch
 
 TILE = 1024
 # A fused multiply-add rounds once where the reference rounds twice.
-EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+UNFUSED: dict[str, Any] = {"enable_fp_fusion": False}
 
 
 class Slots(NamedTuple):

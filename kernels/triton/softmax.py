@@ -9,8 +9,8 @@ from torch import Tensor
 
 from specdec.kernels.triton.layout import LAW, PROB_ROW, SCALE
 from specdec.kernels.triton.slots import (
-    EXACT,
     TILE,
+    UNFUSED,
     Slots,
     Tiling,
     field,
@@ -32,14 +32,14 @@ class Softmax:
         """Leaves the tiles' largest logits and sums, of the rows that become laws."""
         t = self.tiling
         t.check(logits)
-        _survey[t.grid](logits, slots, t.vocab_size, self.tops, self.sums, TILE=TILE, **EXACT)
+        _survey[t.grid](logits, slots, t.vocab_size, self.tops, self.sums, TILE=TILE, **UNFUSED)
 
     def normalise_(self, logits: Tensor, slots: Slots) -> None:
         """Rows that become laws, in place."""
         t = self.tiling
         self.survey(logits, slots)
         _normalise[t.grid](
-            logits, slots, t.vocab_size, self.tops, self.sums, TILE=TILE, TILES=t.padded_tiles, **EXACT
+            logits, slots, t.vocab_size, self.tops, self.sums, TILE=TILE, TILES=t.padded_tiles, **UNFUSED
         )  # fmt: skip
 
     def store_laws(self, logits: Tensor, slots: Slots, probs: Tensor) -> None:
@@ -48,7 +48,7 @@ class Softmax:
         t.check(probs)
         _store_laws[t.grid](
             logits, slots, t.vocab_size, self.tops, self.sums, probs, probs.shape[1], TILE=TILE, TILES=t.padded_tiles,
-            **EXACT,
+            **UNFUSED,
         )  # fmt: skip
 
 

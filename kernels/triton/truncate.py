@@ -19,8 +19,8 @@ from torch import Tensor
 
 from specdec.kernels.triton.layout import MIN_P, SCALE, TOP_K, TOP_P
 from specdec.kernels.triton.slots import (
-    EXACT,
     TILE,
+    UNFUSED,
     Slots,
     Tiling,
     field,
@@ -50,15 +50,16 @@ class Truncation:
         t = self.tiling
         t.check(logits)
         assert logits.dtype == torch.float32
-        _survey[t.grid](logits, slots, t.vocab_size, self.tops, TILE=TILE, **EXACT)
+        _survey[t.grid](logits, slots, t.vocab_size, self.tops, TILE=TILE, **UNFUSED)
         self._search(logits, slots, by_weight=False)
         _drop_below_kth[t.grid](
-            logits, slots, t.vocab_size, self.tops, self.sums[1], self.states, TILE=TILE, TILES=t.padded_tiles, **EXACT
-        )
+            logits, slots, t.vocab_size, self.tops, self.sums[1], self.states, TILE=TILE, TILES=t.padded_tiles,
+            **UNFUSED,
+        )  # fmt: skip
         self._search(logits, slots, by_weight=True)
         _drop_the_rest[t.grid](
             logits, slots, t.vocab_size, self.tops, self.sums[1], self.states, UNIT=self.unit, TILE=TILE,
-            TILES=t.padded_tiles, **EXACT,
+            TILES=t.padded_tiles, **UNFUSED,
         )  # fmt: skip
 
     def _search(self, logits: Tensor, slots: Slots, *, by_weight: bool) -> None:
@@ -66,7 +67,7 @@ class Truncation:
         for number in range(NUM_PASSES):
             _add_digits[t.grid](
                 logits, slots, t.vocab_size, self.tops, self.sums[1 - number % 2], self.sums[number % 2], self.states,
-                PASS=number, BY_WEIGHT=by_weight, UNIT=self.unit, TILE=TILE, TILES=t.padded_tiles, **EXACT,
+                PASS=number, BY_WEIGHT=by_weight, UNIT=self.unit, TILE=TILE, TILES=t.padded_tiles, **UNFUSED,
             )  # fmt: skip
 
 
