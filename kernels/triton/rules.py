@@ -21,8 +21,8 @@ RESIDUAL = tl.constexpr(int(Stream.RESIDUAL))
 
 @triton.jit
 def _at_most_one(x):
-    """1 where there is no number, as Python's min(1.0, x)."""
-    return tl.where(x < 1, x, 1.0)
+    """NaN stays, and passes no test."""
+    return tl.where(x > 1, 1.0, x)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def reach(probs, draft_probs, slots, vocab_size, num_steps, ratios, reached, law
         inside = i < num_drafts
         n = b * slots.num_drafts + i
         q_row, excluded = _law_after(slots, b, i, num_drafts, num_steps)
-        needed = inside & (rule == BLOCK) & (i > 0) & (r < 1)
+        needed = inside & (rule == BLOCK) & (i > 0) & (r != 1)
         _describe(laws, slots.size * slots.num_drafts, n, needed, row + i, q_row, excluded, 0)
         tl.store(scales + n, r)
         draft = draft_at(slots, b, i)
@@ -94,7 +94,7 @@ def accept(
         n = b * slots.num_drafts + i
         inside = i < num_drafts
         r = tl.load(reached + b * (slots.num_drafts + 1) + i + 1)
-        inner = (rule == BLOCK) & (i + 1 < num_drafts) & (r < 1)
+        inner = (rule == BLOCK) & (i + 1 < num_drafts) & (r != 1)
         mass = tl.sum(load_tiles(masses, tl.where(inner, n + 1, 0), num_tiles, 0.0, TILES), 0)
         ratio = tl.where(rule == BLOCK, r, _at_most_one(tl.load(ratios + n)))
         threshold = tl.where(inner, mass / (mass + 1 - r), ratio)
