@@ -74,10 +74,12 @@ def random_step(vocab_size: int, num: int, seed: int) -> tuple[Tensor, Verificat
     )
     firsts = [b * (NUM_DRAFTS + 2) for b in range(num)]
     logits = 2 * randn(num * (NUM_DRAFTS + 2), vocab_size, seed=seed)
-    q = (2 * randn(num, NUM_DRAFTS, vocab_size, seed=seed + 1)).softmax(-1)
-    for first, row in zip(firsts, drafts):
+    q = 2 * randn(num, NUM_DRAFTS, vocab_size, seed=seed + 1)
+    for b, row in enumerate(drafts):
         for i, draft in enumerate(row):
-            logits[first + i, draft] += rng.choice([0, 4, 9])
+            logits[firsts[b] + i, draft] += rng.choice([0, 5, 7, 9])
+            q[b, i, draft] += 6
+    q = q.softmax(-1)
     if seed % 2:
         bad = firsts[rng.randrange(num)]
         logits[bad, rng.randrange(vocab_size)] = rng.choice([NAN, INF])
@@ -128,7 +130,7 @@ def test_decisions_are_the_composed_ones(device: torch.device) -> None:
         assert decided(decider, logits, v) == expected, seed
         lengths |= {(rule, len(tokens)) for rule, tokens in zip(v.rules, expected)}
         unsound += sum(tokens[-1] < 0 for tokens in expected)
-    assert {rule for rule, n in lengths if n > 2} == {EXACT_MATCH, TOKEN_REJECTION, BLOCK_VERIFICATION}
+    assert {rule for rule, n in lengths if n > 1} == {EXACT_MATCH, TOKEN_REJECTION, BLOCK_VERIFICATION}
     assert unsound > 0
 
 
@@ -157,16 +159,37 @@ def test_without_drafts(device: torch.device) -> None:
     assert decider.decide(logits.to(device), decider.batch.drafts, None).tolist()[:3] == expected
 
 
-def test_drafts_on_the_device_may_end_early(device: torch.device) -> None:
-    """Counts are packed as if every chain had its full length."""
-    logits, v = random_step(40, SIZE, 4)
-    drafts = torch.full((SIZE, NUM_DRAFTS), -1)
-    for b, row in enumerate(v.drafts):
-        drafts[b, : len(row)] = torch.tensor(row)
-    decider = Decider(Batch(SIZE, NUM_DRAFTS, device, edit_words=2000), 40)
+def test_each_position_has_a_uniform_of_its_own(device: torch.device) -> None:
+    """Drafts that are accepted half of the time, in many sequences."""
+    num, rng = 24, random.Random(0)
+    logits = torch.zeros(num * (NUM_DRAFTS + 1), 3)
+    drafts = [[rng.randrange(3) for _ in range(NUM_DRAFTS)] for _ in range(num)]
+    for b, row in enumerate(drafts):
+        for i, draft in enumerate(row):
+            logits[b * (NUM_DRAFTS + 1) + i, draft] = 1.0
+    rules = [TOKEN_REJECTION, BLOCK_VERIFICATION] * (num // 2)
+    firsts = [b * (NUM_DRAFTS + 1) for b in range(num)]
+    v = Verification(firsts, drafts, rules, sampling(num), [None] * num, [-1] * num, None)
     expected = composed_tokens(logits, v)
+    decider = Decider(Batch(num, NUM_DRAFTS, device), 3)
+    decider.batch.pack_verification(v, firsts)
+    assert decider.decide(logits.to(device), decider.batch.drafts, None).tolist() == expected
+    assert {len(tokens) for tokens in expected} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("by", ["drafts", "counts"])
+def test_drafts_on_the_device_end_where_they_or_their_counts_do(device: torch.device, by: str) -> None:
+    logits, v = random_step(40, SIZE, 4)
+    expected = composed_tokens(logits, v)
+    counts = [NUM_DRAFTS] * SIZE if by == "drafts" else [len(row) for row in v.drafts]
+    drafts = torch.full((SIZE, NUM_DRAFTS), -1)
+    for row, given, tokens in zip(drafts, v.drafts, expected):
+        row[: len(given)] = torch.tensor(given, dtype=torch.int64)
+        if by == "counts":
+            row[len(given) :] = tokens[-1]  # a draft that would be accepted
+    decider = Decider(Batch(SIZE, NUM_DRAFTS, device, edit_words=2000), 40)
     v.drafts = [[]] * SIZE
-    decider.batch.pack_verification(v, v.first_rows, [NUM_DRAFTS] * SIZE)
+    decider.batch.pack_verification(v, v.first_rows, counts)
     assert v.draft_probs is not None
     result = decider.decide(logits.to(device), drafts.to(device), v.draft_probs.to(device))
     assert result.tolist() == expected

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, f
 
 V, K = 3, 2
 CONTEXT = (1,)
-TARGET, DRAFT = RandomModel(V, seed=1), RandomModel(V, seed=2)
+TARGET, DRAFT = (RandomModel(V, seed, zeros=0.1) for seed in (36, 86))  # ratios p / q of all sorts, 0 among them
 RULES = pytest.mark.parametrize("rule", [TOKEN_REJECTION, BLOCK_VERIFICATION], ids=["token", "block"])
 
 

@@ -226,6 +226,10 @@ def test_residual_samples_at_the_ends_are_tokens_of_the_law(kernels: TritonSampl
     laws = Residuals(p, [0] * 3, [1.0] * 3, None, [-1] * 3, [-1, 1200, 2599])
     assert kernels.sample_residual(laws, [0.0] * 3) == [1200, 1201, 1200]
     assert kernels.sample_residual(laws, [1 - 2**-53] * 3) == [2599, 2599, 2598]
+    equal = Residuals(
+        torch.full((1, 4096), 2.0**-12, device=kernels.device), [0] * 3, [1.0] * 3, None, [-1] * 3, [-1] * 3
+    )
+    assert kernels.sample_residual(equal, [0.25, 5 * 2**-12, 0.25 - 2**-53]) == [1024, 5, 1023]
 
 
 def test_residual_laws_lose_nothing_to_rounding(kernels: TritonSampling) -> None:
