@@ -89,10 +89,10 @@ def _ratios(target_probs: Tensor, draft_probs: Tensor | None, proposals: Seq[Pro
 
 
 def _reached(ratios: list[float]) -> list[float]:
-    """r_0..r_k: r_i = min(1, r_{i-1} p_i(d_i) / q_i(d_i))."""
+    """r_0..r_k: r_i = min(1, r_{i-1} p_i(d_i) / q_i(d_i)); NaN where a law is not finite, and nothing passes then."""
     reached = [1.0]
     for ratio in ratios:
-        reached.append(min(1.0, reached[-1] * ratio))
+        reached.append(min(reached[-1] * ratio, 1.0))  # in this order NaN stays
     return reached
 
 
@@ -106,7 +106,7 @@ def _thresholds(
 ) -> list[list[float]]:
     """The probabilities that uniforms are compared with, [B] of [k]: min(1, p/q) of "token", h_i of "block"."""
     thresholds = [
-        reached[b][1:] if proposal.block else [min(1.0, ratio) for ratio in ratios[b]]
+        reached[b][1:] if proposal.block else [min(ratio, 1.0) for ratio in ratios[b]]
         for b, proposal in enumerate(proposals)
     ]
     inner = [(b, i) for b, proposal in enumerate(proposals) if proposal.block for i in range(1, len(ratios[b]))]
@@ -114,7 +114,7 @@ def _thresholds(
         residuals = _residuals(target_probs, draft_probs, proposals, reached, inner)
         for (b, i), mass in zip(inner, kernels.residual_mass(residuals)):
             r = reached[b][i]
-            thresholds[b][i - 1] = mass / (mass + 1 - r) if r < 1 else 1.0
+            thresholds[b][i - 1] = 1.0 if r == 1 else mass / (mass + 1 - r)
     return thresholds
 
 

@@ -1,12 +1,33 @@
-"""Rows of logits with every sort of parameter, for the tests of kernels."""
+"""Rows of logits with every sort of parameter, residual laws and random numbers, for the tests of kernels."""
 
 from __future__ import annotations
 
 import random
 from array import array
+from dataclasses import fields
 from itertools import accumulate
+from typing import Any
 
-from specdec.kernels.interface import LogitEdits, RowSampling
+import torch
+from torch import Tensor
+
+from fakes import randn
+from specdec.kernels import select
+from specdec.kernels.interface import LogitEdits, Residuals, RowSampling
+
+EXACT = select(torch.device("cpu"), torch.float64, "reference")
+INF = float("inf")
+
+# Random123's kat_vectors for philox4x32-10: counter, key, result.
+PHILOX_VECTORS = [
+    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
 
 
 def mixed_rows(num: int, streams: list[int]) -> RowSampling:
@@ -46,3 +67,73 @@ def random_edits(vocab_size: int, seed: int) -> LogitEdits:
         presence=rng.choice([0.0, 0.4]),
         frequency=rng.choice([0.0, 0.3, -0.2]),
     )
+
+
+def sampling(num: int, **values: Any) -> RowSampling:
+    """Single values for all rows, lists with one each; the keys of the noise differ."""
+    defaults = {
+        "scales": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "streams": 0, "starts": 0,
+        "seeds": [(0x9E3779B97F4A7C15 * (r + 1)) % 2**64 for r in range(num)],
+        "positions": [(7919 * r) % 2**31 for r in range(num)],
+    }  # fmt: skip
+    given = defaults | values
+    return RowSampling(
+        **{f.name: v if isinstance(v := given[f.name], list) else [v] * num for f in fields(RowSampling)}
+    )
+
+
+def distributions(size: int) -> dict[str, Tensor]:
+    x, middle = randn(size, seed=size), size // 2
+    return {
+        "usual": 4 * x,
+        "flat": x,
+        "very flat": 1e-3 * x,
+        "very peaked": 40 * x,
+        "all equal": torch.full((size,), 0.3),
+        "zeros of both signs": torch.where(x > 0, 0.0, -0.0),
+        "few values": (2 * x).round(),
+        "one value and one above": torch.zeros(size).index_fill(0, torch.tensor([middle]), 3.0),
+        "banned": (3 * x).masked_fill(x > 0.3, -INF).index_fill(0, torch.tensor([middle]), 1.0),
+        "one finite": torch.full((size,), -INF).index_fill(0, torch.tensor([middle]), -2.0),
+        "beyond exp": torch.where(x > 0.3, 5 * x, -1e30 * (2 + x)),
+        "a narrow band far out": (1000 + 1e-3 * x),
+        "falling": torch.linspace(0, -90, size),
+    }
+
+
+def in_doubt(row: Tensor, law: RowSampling) -> Tensor:
+    """Tokens for which rounding of 1e-6 decides whether they stay."""
+    row = row[None].double()
+    EXACT.truncate_(row, sampling(1, top_k=law.top_k))
+    probs, ids = (row[0] * law.scales[0]).softmax(-1).sort(descending=True, stable=True)
+    near = (probs.cumsum(-1) - probs - law.top_p[0]).abs() < 1e-6
+    near |= (probs / probs[0] - law.min_p[0]).abs() < 1e-6
+    near[0] = False
+    return torch.zeros_like(near).scatter(0, ids, near)
+
+
+def residuals(size: int) -> Residuals:
+    """Laws with and without q, of one-hot rows, without mass, with excluded tokens; rows used more than once."""
+    p, q = ((3 * randn(2, 2, size, seed=i)).softmax(-1) for i in (1, 2))
+    p[0, 0] = torch.nn.functional.one_hot(torch.tensor(size // 2), size)
+    q[0, 1] = p[1, 0]
+    p[1, 1, 1::2] = 0
+    laws = [  # row of p, scale, row of q, excluded token
+        *((row, scale, -1, out) for row in range(4) for scale in (1.0, 0.3) for out in (-1, 0, size - 1, size // 2)),
+        *((row, scale, other, -1) for row in range(4) for scale in (1.0, 0.7) for other in range(4)),
+        *((row, 2.0, 2, size // 2) for row in range(4)),
+    ]
+    p_rows, scales, q_rows, excluded = (list(values) for values in zip(*laws))
+    return Residuals(p, p_rows, scales, q, q_rows, excluded)
+
+
+def flat(laws: Residuals) -> Residuals:
+    assert laws.q is not None
+    return Residuals(laws.p.flatten(0, 1), laws.p_rows, laws.scales, laws.q.flatten(0, 1), laws.q_rows, laws.excluded)
+
+
+def select_laws(laws: Residuals, rows: list[int]) -> Residuals:
+    p_rows, scales, q_rows, excluded = (
+        [values[r] for r in rows] for values in (laws.p_rows, laws.scales, laws.q_rows, laws.excluded)
+    )
+    return Residuals(laws.p, p_rows, scales, laws.q, q_rows, excluded)

@@ -3,29 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sampled_rows import PHILOX_VECTORS
 from specdec.kernels.philox import gumbel_noise, philox, uniforms
 from specdec.rng import Stream, draw_seed
 
-# Random123's kat_vectors for philox4x32-10: counter, key, result.
-VECTORS = [
-    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    (
-        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-        [0xA4093822, 0x299F31D0],
-        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-    ),
-]
 
-
-@pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
+@pytest.mark.parametrize(("counter", "key", "expected"), PHILOX_VECTORS)
 def test_philox_gives_the_published_vectors(counter: list[int], key: list[int], expected: list[int]) -> None:
     assert philox(np.array(counter, np.uint32), np.array(key, np.uint32)).tolist() == expected
 
 
 def test_philox_is_elementwise() -> None:
-    counters, keys = (np.array([v[i] for v in VECTORS], np.uint32) for i in (0, 1))
-    assert philox(counters, keys).tolist() == [v[2] for v in VECTORS]
+    counters, keys = (np.array([v[i] for v in PHILOX_VECTORS], np.uint32) for i in (0, 1))
+    assert philox(counters, keys).tolist() == [v[2] for v in PHILOX_VECTORS]
 
 
 def test_every_part_of_the_key_matters_and_nothing_else() -> None:

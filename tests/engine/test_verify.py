@@ -127,3 +127,13 @@ def test_an_empty_residual_falls_back_to_the_target() -> None:
 def test_laws_that_are_not_finite_are_seen() -> None:
     p = torch.tensor([[0.5, 0.5], [float("nan"), 0.0]], dtype=torch.float64)
     assert verify_by_rejection(GivenUniforms({}), p, None, [Proposal([0], 0, -1, False, 0, 3)]) == [[0, -1]]
+
+
+@pytest.mark.parametrize(
+    ("bad", "block", "emitted"), [(0, False, [-1]), (1, False, [0, -1]), (0, True, [-1]), (1, True, [1])]
+)
+def test_no_draft_is_accepted_under_a_law_that_is_not_finite(bad: int, block: bool, emitted: list[int]) -> None:
+    """Though uniforms are 0. Where block verification cannot tell whether to accept the first draft, it does not."""
+    p = torch.full((3, 2), 0.5, dtype=torch.float64)
+    p[bad] = float("nan")
+    assert verify_by_rejection(GivenUniforms({}), p, None, [Proposal([0, 1], 0, -1, block, 0, 3)]) == [emitted]

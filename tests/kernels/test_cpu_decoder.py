@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from array import array
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from specdec.kernels.interface import (
     DraftChain,
     DraftSampling,
     HiddenRows,
+    LogitEdits,
     Verification,
 )
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
@@ -313,6 +316,20 @@ def test_verification_sees_logits_that_are_not_finite(model: LoadedModel) -> Non
         metadata = AttentionMetadata([2], [5], [table(0)], PAGE_SIZE)
         verified = kernels.verify(decoder.prepared, head, [4, 5], metadata, cache, verification)
         assert verified.token_ids[0][-1] == -1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rule", RULES)
+def test_no_draft_is_accepted_under_a_law_that_is_not_finite(model: LoadedModel, rule: int) -> None:
+    """Though the rows after it are: everything is banned before the first draft only."""
+    kernels, decoder, head = model.target.kernels, model.target.decoder, model.target.head
+    everything = LogitEdits(end_ids=array("q", range(model.config.vocab_size)), ends_banned=1)
+    verification = Verification([0], [[5, 6]], [rule], mixed_rows(1, [0]), [everything], [-1], None)
+    metadata = AttentionMetadata([3], [3], [table(0)], PAGE_SIZE)
+    for verify in (kernels.verify, partial(composed.verify, kernels)):
+        cache = caches(model, torch.float32)[0]
+        verified = verify(decoder.prepared, head, [4, 5, 6], metadata, cache, verification)
+        assert verified.token_ids == [[-1]]
 
 
 @pytest.mark.parametrize("first", ["torch", "kernels"])

@@ -7,7 +7,6 @@ import platform
 import random
 import subprocess
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fakes import WHY_NO_COMPILER, randn
-from sampled_rows import random_edits
+from sampled_rows import distributions, flat, in_doubt, random_edits, residuals, sampling, select_laws
 from specdec.kernels import philox, select
 from specdec.kernels.cpu import CpuKernels, build
 from specdec.kernels.interface import GREEDY, Residuals, RowSampling
@@ -40,38 +39,6 @@ def kernels(request: pytest.FixtureRequest) -> CpuKernels:
     return CpuKernels(torch.float32, architecture=request.param)
 
 
-def sampling(num: int, **values: Any) -> RowSampling:
-    """Single values for all rows, lists with one each; the keys of the noise differ."""
-    defaults = {
-        "scales": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "streams": 0, "starts": 0,
-        "seeds": [(0x9E3779B97F4A7C15 * (r + 1)) % 2**64 for r in range(num)],
-        "positions": [(7919 * r) % 2**31 for r in range(num)],
-    }  # fmt: skip
-    given = defaults | values
-    return RowSampling(
-        **{f.name: v if isinstance(v := given[f.name], list) else [v] * num for f in fields(RowSampling)}
-    )
-
-
-def distributions(size: int) -> dict[str, Tensor]:
-    x, middle = randn(size, seed=size), size // 2
-    return {
-        "usual": 4 * x,
-        "flat": x,
-        "very flat": 1e-3 * x,
-        "very peaked": 40 * x,
-        "all equal": torch.full((size,), 0.3),
-        "zeros of both signs": torch.where(x > 0, 0.0, -0.0),
-        "few values": (2 * x).round(),
-        "one value and one above": torch.zeros(size).index_fill(0, torch.tensor([middle]), 3.0),
-        "banned": (3 * x).masked_fill(x > 0.3, -INF).index_fill(0, torch.tensor([middle]), 1.0),
-        "one finite": torch.full((size,), -INF).index_fill(0, torch.tensor([middle]), -2.0),
-        "beyond exp": torch.where(x > 0.3, 5 * x, -1e30 * (2 + x)),
-        "a narrow band far out": (1000 + 1e-3 * x),
-        "falling": torch.linspace(0, -90, size),
-    }
-
-
 CUTS = [  # top_k, top_p, min_p; equal tokens are never a whole number of them
     (0, 1.0, 0.0), (1, 1.0, 0.0), (50, 1.0, 0.0), (3000, 1.0, 0.0), (0, 0.90013, 0.0), (0, 1e-9, 0.0),
     (0, 0.99993, 0.0), (0, 1.0, 0.05), (0, 1.0, 1.0), (50, 0.95007, 0.05), (5, 0.50003, 0.0), (3000, 0.90013, 0.0),
@@ -92,17 +59,6 @@ def truncated(size: int) -> tuple[Tensor, RowSampling, Tensor, Tensor]:
     expected = logits.double()
     EXACT.truncate_(expected, law)
     return logits, law, expected, torch.stack([in_doubt(logits[r], law.select([r])) for r in range(len(rows))])
-
-
-def in_doubt(row: Tensor, law: RowSampling) -> Tensor:
-    """Tokens for which rounding of 1e-6 decides whether they stay."""
-    row = row[None].double()
-    EXACT.truncate_(row, sampling(1, top_k=law.top_k))
-    probs, ids = (row[0] * law.scales[0]).softmax(-1).sort(descending=True, stable=True)
-    near = (probs.cumsum(-1) - probs - law.top_p[0]).abs() < 1e-6
-    near |= (probs / probs[0] - law.min_p[0]).abs() < 1e-6
-    near[0] = False
-    return torch.zeros_like(near).scatter(0, ids, near)
 
 
 @pytest.mark.parametrize("size", [1, 6, 64, 173, 5000, GLM_VOCAB])
@@ -301,33 +257,6 @@ def test_softmax_is_right_and_row_invariant(kernels: CpuKernels, size: int) -> N
     assert (whole[logits == -INF] == 0).all()
     for rows in range(1, MAX_ROWS + 1):
         assert torch.equal(kernels.softmax(logits[:rows], scales[:rows]), whole[:rows]), rows
-
-
-def residuals(size: int) -> Residuals:
-    """Laws with and without q, of one-hot rows, without mass, with excluded tokens; rows used more than once."""
-    p, q = ((3 * randn(2, 2, size, seed=i)).softmax(-1) for i in (1, 2))
-    p[0, 0] = torch.nn.functional.one_hot(torch.tensor(size // 2), size)
-    q[0, 1] = p[1, 0]
-    p[1, 1, 1::2] = 0
-    laws = [  # row of p, scale, row of q, excluded token
-        *((row, scale, -1, out) for row in range(4) for scale in (1.0, 0.3) for out in (-1, 0, size - 1, size // 2)),
-        *((row, scale, other, -1) for row in range(4) for scale in (1.0, 0.7) for other in range(4)),
-        *((row, 2.0, 2, size // 2) for row in range(4)),
-    ]
-    p_rows, scales, q_rows, excluded = (list(values) for values in zip(*laws))
-    return Residuals(p, p_rows, scales, q, q_rows, excluded)
-
-
-def flat(laws: Residuals) -> Residuals:
-    assert laws.q is not None
-    return Residuals(laws.p.flatten(0, 1), laws.p_rows, laws.scales, laws.q.flatten(0, 1), laws.q_rows, laws.excluded)
-
-
-def select_laws(laws: Residuals, rows: list[int]) -> Residuals:
-    p_rows, scales, q_rows, excluded = (
-        [values[r] for r in rows] for values in (laws.p_rows, laws.scales, laws.q_rows, laws.excluded)
-    )
-    return Residuals(laws.p, p_rows, scales, laws.q, q_rows, excluded)
 
 
 UNIFORMS = [0.0, 1 - 2**-53, 0.5, 2**-53, 0.123456789, 0.987654321]

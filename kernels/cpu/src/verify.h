@@ -78,7 +78,7 @@ class Decision {
   void reject_tokens(Scratch& s) const {
     for (int64_t i = 0; i <= k_; ++i) {
       to_law(i, s);
-      if (i < k_ && uniform(key(i, ACCEPT)) < std::min(1.0, ratio(i))) continue;
+      if (i < k_ && uniform(key(i, ACCEPT)) < std::min(ratio(i), 1.0)) continue;  // in this order NaN stays
       return recover(i, 1.0, s);
     }
   }
@@ -89,7 +89,7 @@ class Decision {
     int64_t accepted = 0;
     for (; accepted < k_ && s.reached[accepted] > 0.0; ++accepted) {
       to_law(accepted, s);
-      s.reached.push_back(std::min(1.0, s.reached[accepted] * ratio(accepted)));
+      s.reached.push_back(std::min(s.reached[accepted] * ratio(accepted), 1.0));
     }
     while (accepted > 0 && !(uniform(key(accepted - 1, ACCEPT)) < threshold(accepted, s))) --accepted;
     if (accepted == k_) to_law(k_, s);
@@ -100,7 +100,7 @@ class Decision {
     const double r = s.reached[i];
     if (i == k_ || r == 0.0) return r;
     const double mass = law_after(i, r).mass(s.sums);
-    return r < 1.0 ? mass / (mass + 1.0 - r) : 1.0;
+    return r == 1.0 ? 1.0 : mass / (mass + 1.0 - r);
   }
 
   void to_law(int64_t i, Scratch& s) const {
