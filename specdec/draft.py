@@ -28,16 +28,25 @@ class DraftResult:
     """Drafts of all scheduled sequences, at most as many as each was scheduled for.
 
     draft_probs[prob_rows[b], i]: the law that draft i of sequence b was really drawn from. prob_rows[b] = -1: its
-    drafts are point masses, or its rule needs no laws.
+    drafts are point masses, or its rule needs no laws. on_device [D, K]: where it is given, the ids of sequence b are
+    row device_rows[b] of it, and draft_token_ids has as many zeros.
     """
 
     draft_token_ids: list[list[int]]  # [B] of up to K
     prob_rows: list[int]  # [B]
+    device_rows: list[int]  # [B]
     draft_probs: Tensor | None = None  # [Q, K, V]
+    on_device: Tensor | None = None
 
     @classmethod
     def nothing(cls, scheduled: Seq[ScheduledSequence]) -> DraftResult:
-        return cls([[] for _ in scheduled], [-1] * len(scheduled))
+        return cls([[] for _ in scheduled], [-1] * len(scheduled), [-1] * len(scheduled))
+
+
+def check_finite(draft_token_ids: list[list[int]]) -> None:
+    """Raises ModelError where the MTP layer's logits were not finite."""
+    if any(NOT_FINITE in token_ids for token_ids in draft_token_ids):
+        raise ModelError("the MTP layer's logits are not finite: its weights are broken, or its dtype overflows")
 
 
 class Drafter(Protocol):
@@ -78,14 +87,13 @@ class MTPDrafter:
             return result
         chain = self._chain([scheduled[b] for b in extended])
         sampling = chain.sampling
-        for i, (b, token_ids) in enumerate(zip(extended, self.mtp.decoder.draft_chain(self.target.head, chain))):
-            if NOT_FINITE in token_ids:
-                raise ModelError(
-                    "the MTP layer's logits are not finite: its weights are broken, or its dtype overflows"
-                )
-            result.draft_token_ids[b] = token_ids
+        drafts = self.mtp.decoder.draft_chain(self.target.head, chain)
+        check_finite(drafts.token_ids)
+        for i, (b, token_ids) in enumerate(zip(extended, drafts.token_ids)):
+            result.draft_token_ids[b], result.device_rows[b] = token_ids, i
             result.prob_rows[b] = -1 if sampling is None else sampling.prob_rows[i]
-        return result if sampling is None else replace(result, draft_probs=sampling.probs)
+        probs = None if sampling is None else sampling.probs
+        return replace(result, draft_probs=probs, on_device=drafts.on_device)
 
     def _chain(self, scheduled: list[ScheduledSequence]) -> DraftChain:
         """The pending pairs, with true hidden states, and how many drafts follow the last one of each sequence."""

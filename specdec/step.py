@@ -42,7 +42,7 @@ class StepResult(NamedTuple):
 
     def decisions(self) -> list[Decision]:
         """Of every sequence that decided tokens."""
-        rows = zip(self.scheduled, self.drafts.draft_token_ids, self.result.output_token_ids)
+        rows = zip(self.scheduled, self.result.draft_token_ids, self.result.output_token_ids)
         return [
             Decision(s.sequence.request_id, s.sequence.num_computed_tokens - len(output) + 1, drafts, output)
             for s, drafts, output in rows
