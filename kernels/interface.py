@@ -32,6 +32,11 @@ class AttentionMetadata:
     page_size: int
 
     @property
+    def query_starts(self) -> list[int]:
+        """[B + 1]: sequence b's tokens are those from query_starts[b] to query_starts[b + 1]."""
+        return list(accumulate(self.query_lens, initial=0))
+
+    @property
     def positions(self) -> list[int]:
         """[T] of each token in its sequence."""
         return [at for count, end in zip(self.query_lens, self.kv_lens) for at in range(end - count, end)]
@@ -277,11 +282,11 @@ class Verification:
     """B sequences' drafts before the target's rows, and the rule by which each decides.
 
     first_rows [B]: of the forward's rows, the one that decides a sequence's next token; those of its drafts follow.
-    drafts [B] of up to K. drafts_on_device [D, K]: where it is given, drafts and the forward's input_ids have zeros for
-    the drafts of sequence b, which are row draft_rows[b] of it (-1: b has none). rules [B]: EXACT_MATCH, TOKEN_REJECTION or BLOCK_VERIFICATION. rows: of each first row;
+    drafts [B] of up to K. rules [B]: EXACT_MATCH, TOKEN_REJECTION or BLOCK_VERIFICATION. rows: of each first row;
     positions advance by one per row; a rejection rule's iteration starts at the first position. edits [B]: of the
     logits before. prob_rows [B]: of draft_probs [Q, K, V], the laws that the drafts were drawn from; -1: point masses.
-    keep_logits: hand them back.
+    keep_logits: hand them back. drafts_on_device [D, K]: where it is given, the drafts of sequence b are its row
+    draft_rows[b] (-1: there are none), and `drafts` and the forward's input_ids have zeros for them.
     """
 
     first_rows: list[int]

@@ -324,7 +324,11 @@ class Decoder:
         drafts = self.kernels.draft_chain(self.prepared, head, chain, chosen)
         self._trace.append(DecoderRun(chosen[:, :num_pairs], kv_lens))
         for step in range(1, max(chain.counts)):
-            ran = [b for b, ids in enumerate(drafts.token_ids) if min(chain.counts[b] - 1, len(ids)) >= step and min(ids) >= 0]
+            ran = [
+                b
+                for b, ids in enumerate(drafts.token_ids)
+                if min(chain.counts[b] - 1, len(ids)) >= step and min(ids) >= 0
+            ]
             if ran:
                 first = num_pairs + (step - 1) * num
                 self._trace.append(DecoderRun(chosen[:, first : first + len(ran)], [kv_lens[b] + step for b in ran]))

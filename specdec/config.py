@@ -232,6 +232,7 @@ class EngineConfig:
     prefix_caching: requests take over the full pages that others have computed of the same beginning; changes no token.
     mtp_recycling: what draft steps after the first take in place of the target's hidden state;
         "pre_norm" is an ablation.
+    cuda_graphs: on CUDA, decode steps replay graphs that are captured at start-up; False launches every kernel anew.
     """
 
     speculation: SpeculationParams | None = None
@@ -243,6 +244,7 @@ class EngineConfig:
     max_model_len: int | None = None
     prefix_caching: bool = True
     mtp_recycling: Recycling = "post_norm"
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _require_speculation(self.speculation)
@@ -264,6 +266,7 @@ class EngineConfig:
         _require(
             isinstance(self.prefix_caching, bool), f"prefix_caching = {self.prefix_caching!r} must be True or False"
         )
+        _require(isinstance(self.cuda_graphs, bool), f"cuda_graphs = {self.cuda_graphs!r} must be True or False")
         _require_choice("mtp_recycling", self.mtp_recycling, get_args(Recycling))
 
     @property

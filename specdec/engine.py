@@ -63,9 +63,10 @@ class Engine:
     ) -> Engine:
         """Loads "bundled", a local checkpoint folder or a Hub id.
 
-        kernels: "cpu" (C++, compiled at first use) or "reference" (plain torch); "auto" is the former where
-        there is a compiler. dtype: of the matrices, and with "reference" of the activations; "auto" is float32,
-        with "cpu" bfloat16 where the checkpoint is. kv_dtype: of the KV cache; "auto" is the activations'.
+        device: "cpu", "cuda", or "auto", which is CUDA where torch sees a device. kernels: "cpu" (C++, compiled at
+        first use), "flashinfer" (CUDA) or "reference" (plain torch); "auto" is the device's own where it can run.
+        dtype: of the matrices, and with "reference" of the activations; "auto" is float32, with "cpu" bfloat16 where the
+        checkpoint is, with "flashinfer" bfloat16. kv_dtype: of the KV cache; "auto" is the activations'.
         num_threads: torch's, for the whole process. `config`: the fields of EngineConfig.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
         """
