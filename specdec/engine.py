@@ -65,8 +65,8 @@ class Engine:
 
         device: "cpu", "cuda", or "auto", which is CUDA where torch sees a device. kernels: "cpu" (C++, compiled at
         first use), "flashinfer" (CUDA) or "reference" (plain torch); "auto" is the device's own where it can run.
-        dtype: of the matrices, and with "reference" of the activations; "auto" is float32, with "cpu" bfloat16 where the
-        checkpoint is, with "flashinfer" bfloat16. kv_dtype: of the KV cache; "auto" is the activations'.
+        dtype: of the matrices, and with "reference" of the activations; "auto" is float32, with "cpu" bfloat16 where
+        the checkpoint is, with "flashinfer" bfloat16. kv_dtype: of the KV cache; "auto" is the activations'.
         num_threads: torch's, for the whole process. `config`: the fields of EngineConfig.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
         """

@@ -1,8 +1,9 @@
 """`FlashInferKernels`: bf16 on one CUDA device.
 
 A step's forwards are planned and launched, or replayed from CUDA graphs, without waiting for the device; what `verify`
-reads at its end is the one wait. So far this holds where every decision is an argmax (temperature 0, no edits, no
-log-probabilities); the others still decide with torch's reference operations, which wait for their numbers.
+reads at its end is the one wait. (A chain of more drafts than graphs were captured for waits for its plans, too.) So
+far this holds where every decision is an argmax: temperature 0, no edits, no log-probabilities. The others still decide
+with torch's reference operations, which wait for their numbers.
 
 Shapes: T packed tokens, B sequences, K draft tokens, V vocabulary, H hidden, D head_dim, Hq/Hkv query/KV heads.
 """

@@ -43,11 +43,12 @@ class CapturedForward:
         self._shape = AttentionShape.of(decoder.shape.num_heads, kv_cache)
         num_rows, size = num_seqs * query_len, self._shape.page_size
         max_pages = num_seqs * (-(-max_model_len // size) + -(-query_len // size))
-        parts = [num_rows, num_rows, num_seqs + 1, num_seqs, max_pages]
+        parts = [num_rows, num_rows, num_seqs, max_pages]
         self._numbers = torch.zeros(sum(parts), dtype=torch.int32, device=planner.device)
-        positions, slots, indptr, last_page_len, self._indices = self._numbers.split(parts)
+        positions, slots, last_page_len, self._indices = self._numbers.split(parts)
+        indptr = torch.zeros(num_seqs + 1, dtype=torch.int32, device=planner.device)
         self._wrapper = planner.for_graph(indptr, self._indices, last_page_len)
-        self._planned: list[int] = []  # the indptr that the wrapper's plan was made for
+        self._planned: list[int] = []  # the indptr that the wrapper's plan was made for, and that it has in its buffer
         hidden = decoder.embedding.new_zeros(num_rows, decoder.embedding.shape[1])
         self._inputs = ForwardInputs(
             tokens=torch.zeros(num_rows, dtype=torch.int32, device=planner.device),
@@ -72,10 +73,10 @@ class CapturedForward:
         return DecoderOutput(*(x.index_select(0, rows) for x in self._output))
 
     def _prepare(self, metadata: AttentionMetadata) -> FixedBatch:
-        """Positions, slots and pages into the buffers, and a plan where the last one does not fit."""
+        """What the graph reads into its buffers, and a plan where the last one does not fit."""
         batch = FixedBatch.fill(metadata, self.num_seqs, self.query_len, self._kv_cache.shape[1] - 1)
         pages = batch.pages
-        numbers = pinned(batch.positions + batch.slots + pages.indptr + pages.last_page_len + pages.indices)
+        numbers = pinned(batch.positions + batch.slots + pages.last_page_len + pages.indices)
         self._numbers[: len(numbers)].copy_(numbers, non_blocking=True)
         if pages.indptr != self._planned:
             indices = self._indices[: len(pages.indices)]

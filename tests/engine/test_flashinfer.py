@@ -1,0 +1,260 @@
+"""The engine on FlashInfer's kernels (over fakes of what it compiles), against the reference kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
+
+import flashinfer_fakes
+from fakes import tiny_config, write_checkpoint
+from flashinfer_fakes import FakeDevice
+from specdec import Engine, GenerationOutput, SamplingParams, SpeculationParams
+from specdec.batch import Extend, build_batch
+from specdec.errors import ModelError
+from specdec.eval.prompts.sets import load_stdlib
+from specdec.kernels import composed
+from specdec.kernels.flashinfer import backend
+from specdec.kernels.flashinfer.backend import FlashInferKernels
+from specdec.kernels.flashinfer.experts import FusedExperts, GroupedExperts
+
+UNIT = 2.0**-8  # the most that rounding to bf16 changes, relative
+PER_LAYER = 11  # norm, qkv, rope, attention, output, sum; norm, gate and up, activation, down, sum
+# Small pages, and too few: prompts in chunks, pages that are crossed in every step, preemption.
+TIGHT = {"max_num_seqs": 3, "max_num_batched_tokens": 27, "page_size": 4, "num_pages": 44}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    return flashinfer_fakes.install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Engine:
+    """The bundled checkpoint's bf16 weights, in fp32."""
+    return Engine.from_pretrained("bundled", kernels="reference", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def plain_bf16() -> Engine:
+    return Engine.from_pretrained("bundled", kernels="reference", dtype="bfloat16", **TIGHT)
+
+
+@pytest.fixture(scope="module")
+def prompts(exact: Engine) -> list[list[int]]:
+    texts = ["x = ", *(p.prompt for p in load_stdlib()[:5])]
+    return [exact.checkpoint.encode(text)[:n] for text, n in zip(texts, (40, 40, 90, 17, 61, 28))]
+
+
+def greedy(k: int) -> SamplingParams:
+    return SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, speculation=SpeculationParams(k))
+
+
+MIXED = [greedy(k) for k in (3, 1, 0, 5, 2, 3)]
+
+
+def relative_error(num_layers: int) -> float:
+    """Of a hidden state in bf16: every rounding moves it by UNIT / sqrt(3) of its size at the most (root mean square of
+    an even spread), independently of the others."""
+    return UNIT * (PER_LAYER * num_layers / 3) ** 0.5
+
+
+@dataclass
+class Forced:
+    hidden: Tensor  # [T, H]
+    logits: Tensor  # [T, V]
+    expert_ids: Tensor  # [layers, T, k]
+
+
+@torch.inference_mode()
+def teacher_forced(engine: Engine, token_ids: list[int]) -> Forced:
+    model, cache = engine.runtime.model, engine.runtime.kv_cache
+    size = cache.shape[3]
+    batch = build_batch([Extend(token_ids, 0, list(range(-(-len(token_ids) // size))))], size)
+    with model.target.decoder.traced() as runs:
+        hidden = model.target(batch.input_ids, batch.metadata, torch.zeros_like(cache))
+    found = hidden, model.target.compute_logits(hidden), runs[0].expert_ids
+    return Forced(*(x.as_subclass(Tensor) for x in found))
+
+
+def assert_near_tie(exact: Engine, context: list[int], one: int, other: int) -> None:
+    """Two bf16 engines chose differently after `context`: one of them is wrong by no more than its roundings explain.
+
+    Its hidden state is off by `relative_error` in a random direction, of which two tokens' logits feel the part along
+    the difference of their rows: four standard deviations. The logits are rounded, too.
+    """
+    forced, head = teacher_forced(exact, context), exact.runtime.model.target.head
+    logits, hidden = forced.logits[-1], forced.hidden[-1]
+    direction = (head[one] - head[other]).norm() * hidden.norm() / hidden.numel() ** 0.5
+    bound = 4 * direction * relative_error(12) + UNIT * (logits[one].abs() + logits[other].abs())
+    margin = (logits[one] - logits[other]).abs()
+    print(f"chose {one} and {other} at a margin of {margin:.3f}, at most {bound:.3f} by rounding")
+    assert margin <= bound
+
+
+def num_differing(exact: Engine, ours: list[GenerationOutput], theirs: list[GenerationOutput]) -> int:
+    num = 0
+    for a, b in zip(ours, theirs):
+        assert len(a.token_ids) == len(b.token_ids)
+        at = next((i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids)) if x != y), None)
+        if at is not None:
+            num += 1
+            context = a.prompt_token_ids + a.token_ids[:at]
+            assert_near_tie(exact, context, a.token_ids[at], b.token_ids[at])
+    return num
+
+
+def acceptance(outputs: list[GenerationOutput]) -> float:
+    accepted = sum(o.stats.num_accepted_tokens for o in outputs)
+    return accepted / sum(o.stats.num_draft_tokens for o in outputs)
+
+
+@pytest.mark.parametrize("experts", [FusedExperts(), GroupedExperts()], ids=["fused", "grouped"])
+def test_hidden_states_are_as_exact_as_the_references_in_bf16(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, exact: Engine, experts: FusedExperts | GroupedExperts
+) -> None:
+    token_ids = exact.checkpoint.encode(load_stdlib()[7].prompt)[:200]
+    ours = teacher_forced(flashinfer_fakes.engine(monkeypatch, "bundled", experts, cuda_graphs=False), token_ids)
+    plain = Engine.from_pretrained("bundled", kernels="reference", dtype="bfloat16")
+    truth, reference = teacher_forced(exact, token_ids), teacher_forced(plain, token_ids)
+
+    def errors(of: Forced) -> Tensor:
+        """Of the rows for which rounding did not turn the routers: another expert is another function."""
+        same = (of.expert_ids.sort(-1).values == truth.expert_ids.sort(-1).values).all(-1).all(0)
+        assert same.double().mean() > 0.8
+        return ((of.hidden.float() - truth.hidden).norm(dim=-1) / truth.hidden.norm(dim=-1))[same]
+
+    assert errors(ours).max() <= relative_error(12)
+    assert errors(ours).median() <= 1.1 * errors(reference).median()
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])
+def test_greedy_outputs_are_the_references_up_to_near_ties(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, exact: Engine, plain_bf16: Engine, prompts: list[list[int]],
+    cuda_graphs: bool,
+) -> None:  # fmt: skip
+    engine = flashinfer_fakes.engine(monkeypatch, "bundled", cuda_graphs=cuda_graphs, **TIGHT)
+    ours, theirs = engine.generate(prompts, MIXED), plain_bf16.generate(prompts, MIXED)
+    assert num_differing(exact, ours, theirs) == 1  # "x = ", which may go on in many ways
+    assert sum(o.stats.num_preemptions for o in ours) > 0
+    assert abs(acceptance(ours) - acceptance(theirs)) < 0.1
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.pool.num_pages == 44  # the scratch page is nobody's
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])
+def test_a_step_waits_for_the_device_once_and_only_where_tokens_are_decided(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], cuda_graphs: bool
+) -> None:
+    engine = flashinfer_fakes.engine(monkeypatch, "bundled", cuda_graphs=cuda_graphs, **TIGHT)
+    waits_of_steps = []
+    step = engine.core.step
+
+    def counting() -> None:
+        with engine.core.traced() as decisions, fake.waiting() as waits:
+            step()
+        waits_of_steps.append(waits)
+        assert len(waits) == bool(decisions), waits
+
+    monkeypatch.setattr(engine.core, "step", counting)
+    engine.generate(prompts, [greedy(k) for k in (3, 1, 0, 3, 2, 3)])
+    assert {wait for waits in waits_of_steps for wait in waits} == {"tolist in _match_argmax"}
+    assert [] in waits_of_steps
+
+
+def test_more_drafts_than_were_captured_wait_for_a_plan_and_change_nothing(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, exact: Engine, plain_bf16: Engine, prompts: list[list[int]]
+) -> None:
+    engine = flashinfer_fakes.engine(monkeypatch, "bundled", speculation=SpeculationParams(2), **TIGHT)
+    with fake.waiting() as waits:
+        ours = engine.generate(prompts, greedy(6))
+    assert set(waits) == {"tolist in _match_argmax", "an event in plan"}
+    assert num_differing(exact, ours, plain_bf16.generate(prompts, greedy(6))) <= 2
+
+
+def decide_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_takes_every_argmax", lambda _: False)
+    monkeypatch.setattr(FlashInferKernels, "draft_chain", composed.draft_chain)
+
+
+@pytest.mark.parametrize("params", ["greedy", "greedy drafts"])
+def test_drafts_on_the_device_are_those_on_the_host(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], params: str
+) -> None:
+    """Of the same kernels, so to the last token. Greedy drafts of sampled requests are read where they are verified."""
+    per_prompt = MIXED
+    if params == "greedy drafts":
+        speculations = [
+            SpeculationParams(k, rule, "greedy") for k, rule in zip((3, 1, 0, 5, 2, 3), ["token", "block"] * 3)
+        ]
+        per_prompt = [SamplingParams(max_tokens=8, seed=i, speculation=s) for i, s in enumerate(speculations)]
+    traces = []
+    for _ in range(2):
+        engine = flashinfer_fakes.engine(monkeypatch, "bundled", cuda_graphs=False, **TIGHT)
+        with engine.core.traced() as trace:
+            engine.generate(prompts, per_prompt)
+        traces.append([decision[1:] for decision in trace])  # without the requests' names
+        decide_on_the_host(monkeypatch)
+    assert traces[0] == traces[1]
+    assert any(any(draft_token_ids) for _, draft_token_ids, _ in traces[0])
+
+
+def test_log_probabilities_and_penalties_run_on_what_was_drafted_on_the_device(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, plain_bf16: Engine, exact: Engine, prompts: list[list[int]]
+) -> None:
+    engine = flashinfer_fakes.engine(monkeypatch, "bundled", **TIGHT)
+    params = SamplingParams(max_tokens=12, temperature=0, logprobs=2)
+    ours, theirs = engine.generate(prompts[:2], params), plain_bf16.generate(prompts[:2], params)
+    assert num_differing(exact, ours, theirs) == 0
+    for a, b in zip(ours, theirs):
+        assert a.logprobs is not None
+        assert b.logprobs is not None
+        for x, y in zip(a.logprobs, b.logprobs):
+            assert abs(x.logprob - y.logprob) < 0.5
+
+
+@pytest.mark.parametrize("broken", ["mtp", "target"])
+def test_logits_that_are_not_finite_are_an_error(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], broken: str
+) -> None:
+    engine = flashinfer_fakes.engine(monkeypatch, "bundled", **TIGHT)
+    model = engine.runtime.model
+    assert model.mtp is not None
+    norm = model.mtp.shared_head.norm if broken == "mtp" else model.target.model.norm
+    norm.weight.data.fill_(float("nan"))
+    message = "the MTP layer's logits are not finite" if broken == "mtp" else "the target's logits are not finite"
+    with pytest.raises(ModelError, match=message):
+        engine.generate(prompts[:1], greedy(3))
+
+
+GLM = {"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151552, "hidden_size": 64,
+       "moe_intermediate_size": 16, "num_experts_per_tok": 8, "torch_dtype": "bfloat16"}  # fmt: skip
+SHAPES = {
+    "GLM-4.5-Air": {"n_routed_experts": 128, "use_qk_norm": False, "num_hidden_layers": 2},
+    "GLM-4.5": {"n_routed_experts": 160, "use_qk_norm": True, "routed_scaling_factor": 2.5, "num_hidden_layers": 4,
+                "first_k_dense_replace": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_shapes_of_glm_at_reduced_width_and_depth(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: str
+) -> None:
+    checkpoint = write_checkpoint(tmp_path, tiny_config(**GLM, **SHAPES[shape]), dtype=torch.bfloat16)
+    exact = Engine.from_pretrained(checkpoint, kernels="reference", dtype="float32", num_pages=8)
+    engine = flashinfer_fakes.engine(monkeypatch, checkpoint, max_num_seqs=2, num_pages=16)
+    token_ids = list(range(3, 60))
+    ours, truth = teacher_forced(engine, token_ids), teacher_forced(exact, token_ids)
+    same = (ours.expert_ids.sort(-1).values == truth.expert_ids.sort(-1).values).all(-1).all(0)
+    errors = (ours.hidden.float() - truth.hidden).norm(dim=-1) / truth.hidden.norm(dim=-1)
+    assert errors[same].max() <= relative_error(SHAPES[shape]["num_hidden_layers"])
+    assert same.double().mean() > 0.3  # 8 of 128 or 160 random experts have many near-ties
+    with fake.waiting() as waits:
+        outputs = engine.generate([token_ids[:20], token_ids[:3]], greedy(3))
+    assert [len(o.token_ids) for o in outputs] == [24, 24]
+    assert set(waits) == {"tolist in _match_argmax"}
