@@ -1,5 +1,5 @@
-"""Mistakes that must not go unseen: each is made in the production code, and then a short run of the engine must fail, or
-give other tokens or other acceptance."""
+"""Mistakes that must not go unseen: each is made in the production code, and then a short run of the engine must fail,
+or give other tokens or other acceptance."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
 
 import flashinfer_fakes
+from flashinfer_fakes import FakeDevice
 from specdec import SamplingParams, SpeculationParams
 from specdec.kernels.flashinfer import backend, chain, experts, graphs, pages, planner
 
@@ -29,9 +30,8 @@ CONFIG = {"max_num_seqs": 3, "page_size": 4, "num_pages": 13}
 Outcome = tuple[list[list[int]], list[int]]  # token ids, numbers of accepted drafts
 
 
-def run(monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool) -> Outcome:
+def run(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool) -> Outcome:
     """Fails where the fakes object, or where a step waits more than once."""
-    fake = flashinfer_fakes.install(monkeypatch)
     engine = flashinfer_fakes.engine(monkeypatch, "bundled", cuda_graphs=cuda_graphs, **CONFIG)
     num_steps, step = 0, engine.core.step
 
@@ -53,7 +53,7 @@ def expected() -> dict[bool, Outcome]:
     outcomes = {}
     for cuda_graphs in (False, True):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            outcomes[cuda_graphs] = run(monkeypatch, cuda_graphs)
+            outcomes[cuda_graphs] = run(flashinfer_fakes.install(monkeypatch), monkeypatch, cuda_graphs)
     return outcomes
 
 
@@ -143,7 +143,7 @@ def mutate(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_it_is_seen(monkeypatch: pytest.MonkeyPatch, expected: dict[bool, Outcome], name: str) -> None:
-    mutant = MUTANTS[name]
+    mutant, fake = MUTANTS[name], flashinfer_fakes.install(monkeypatch)
     mutate(monkeypatch, mutant)
     with pytest.raises((AssertionError, ValueError)):
-        assert run(monkeypatch, mutant.graphs) == expected[mutant.graphs]
+        assert run(fake, monkeypatch, mutant.graphs) == expected[mutant.graphs]
