@@ -10,7 +10,7 @@ Shapes: T packed tokens, B sequences, K draft tokens, V vocabulary, H hidden, D 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from flashinfer.activation import silu_and_mul
@@ -21,16 +21,16 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from specdec.kernels import composed, rules
+from specdec.kernels import composed
 from specdec.kernels.composed import ForwardInputs
-from specdec.kernels.flashinfer.chain import greedy_chain
+from specdec.kernels.flashinfer import argmax, drafts
+from specdec.kernels.flashinfer.argmax import ArgmaxDraws
+from specdec.kernels.flashinfer.chain import device_chain
 from specdec.kernels.flashinfer.experts import Experts, experts_for
 from specdec.kernels.flashinfer.graphs import CapturedForward, DecoderGraphs, batch_sizes
 from specdec.kernels.flashinfer.planner import AttentionShape, Planner, Wrapper
 from specdec.kernels.flashinfer.transfer import upload
 from specdec.kernels.interface import (
-    EXACT_MATCH,
-    GREEDY,
     AttentionMetadata,
     DecoderOutput,
     DecoderWeights,
@@ -152,7 +152,7 @@ class FlashInferKernels(ReferenceKernels):
         self, decoder: PreparedDecoder, head: Tensor, chain: DraftChain, expert_ids: Tensor | None = None
     ) -> Drafts:
         if chain.sampling is None and expert_ids is None:
-            return greedy_chain(self, decoder, head, chain)
+            return device_chain(self, decoder, chain, ArgmaxDraws(self, head, chain))
         return composed.draft_chain(self, decoder, head, chain, expert_ids)
 
     def verify(  # type: ignore[override]
@@ -166,26 +166,14 @@ class FlashInferKernels(ReferenceKernels):
         expert_ids: Tensor | None = None,
     ) -> Verified:
         tokens = upload(input_ids, self.device)
-        _place_drafts_(tokens, verification)
+        drafts.place_(tokens, verification)
         hidden = self.run(decoder, tokens, None, metadata, kv_cache, expert_ids).normed
         if not verification.rules:
             return Verified(hidden, [], None, None)
-        if _takes_every_argmax(verification):
-            return self._match_argmax(head, hidden, verification)
-        known = _drafts_on_host(verification)
+        if argmax.decides(verification):
+            return argmax.decide(self, head, hidden, verification)
+        known = drafts.read(verification)
         return composed.decide(self, head, hidden, known)._replace(draft_token_ids=known.drafts)
-
-    def _match_argmax(self, head: Tensor, hidden: Tensor, v: Verification) -> Verified:
-        """The argmax of every row that decides, and drafts that are not known yet, in one reading."""
-        num_rows = [len(drafts) + 1 for drafts in v.drafts]
-        deciding = [first + i for first, n in zip(v.first_rows, num_rows) for i in range(n)]
-        choices = self.head_argmax(hidden.index_select(0, upload(deciding, self.device)), head)
-        drafts = choices.new_empty(0) if v.drafts_on_device is None else v.drafts_on_device.flatten()
-        numbers = torch.cat([choices, drafts]).tolist()
-        known = _fill_in(v, numbers[len(deciding) :])
-        each = iter(numbers)
-        token_ids = [rules.match_choices([next(each) for _ in range(n)], d) for n, d in zip(num_rows, known)]
-        return Verified(hidden, token_ids, None, None, known)
 
     def capture(
         self,
@@ -221,42 +209,3 @@ class FlashInferKernels(ReferenceKernels):
 
     def _forward(self, decoder: DecoderWeights, inputs: ForwardInputs, kv_cache: Tensor) -> DecoderOutput:
         return composed.forward(self, decoder, inputs, kv_cache)
-
-
-def _place_drafts_(tokens: Tensor, v: Verification) -> None:
-    """Drafts that the host does not know yet, into their rows of tokens [T] int32."""
-    if v.drafts_on_device is None:
-        return
-    num_steps = v.drafts_on_device.shape[1]
-    places = [
-        (first + 1 + i, row * num_steps + i)
-        for first, row, drafts in zip(v.first_rows, v.draft_rows, v.drafts)
-        for i in range(len(drafts))
-    ]
-    if places:
-        to, source = upload([at for place in zip(*places) for at in place], tokens.device, torch.int64).chunk(2)
-        tokens.index_copy_(0, to, v.drafts_on_device.flatten().index_select(0, source).clamp(min=0).int())
-
-
-def _takes_every_argmax(v: Verification) -> bool:
-    return not (
-        v.keep_logits
-        or any(v.edits)
-        or any(rule != EXACT_MATCH for rule in v.rules)
-        or any(stream != GREEDY for stream in v.rows.streams)
-    )
-
-
-def _drafts_on_host(v: Verification) -> Verification:
-    """The same, with its drafts read from the device."""
-    if v.drafts_on_device is None:
-        return v
-    return replace(v, drafts=_fill_in(v, v.drafts_on_device.flatten().tolist()), drafts_on_device=None)
-
-
-def _fill_in(v: Verification, ids: list[int]) -> list[list[int]]:
-    """Drafts of each sequence out of those that were on the device, row by row."""
-    if v.drafts_on_device is None:
-        return v.drafts
-    starts = [row * v.drafts_on_device.shape[1] for row in v.draft_rows]
-    return [ids[start : start + len(drafts)] for start, drafts in zip(starts, v.drafts)]

@@ -1,39 +1,48 @@
 """Draft chains whose tokens stay on the device.
 
-Shapes: B sequences, K draft tokens, T pairs, H hidden.
+Shapes: B sequences, of which b still draft; K draft tokens, H hidden.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from specdec.kernels.flashinfer.transfer import upload
-from specdec.kernels.interface import NOT_DRAFTED, NOT_FINITE, AttentionMetadata, DecoderOutput, DraftChain, Drafts
+from specdec.kernels.interface import AttentionMetadata, DecoderOutput, DraftChain, Drafts
 
 if TYPE_CHECKING:
     from specdec.kernels.flashinfer.backend import FlashInferKernels, PreparedDecoder
 
 
-def greedy_chain(kernels: FlashInferKernels, decoder: PreparedDecoder, head: Any, chain: DraftChain) -> Drafts:
-    """`Kernels.draft_chain` where every draft is an argmax: who drafts at which step is known before any is."""
+class Draws(Protocol):
+    """How one chain's drafts are drawn, on the device. ids [B, K]: padded with NOT_DRAFTED."""
+
+    ids: Tensor
+
+    def draw(self, normed: Tensor, step: int, active: list[int]) -> None:
+        """Hidden states [b, H] of the sequences `active` [b] -> ids[active, step]."""
+        ...
+
+
+def device_chain(kernels: FlashInferKernels, decoder: PreparedDecoder, chain: DraftChain, draws: Draws) -> Drafts:
+    """`Kernels.draft_chain` where it is known beforehand who drafts at which step: every chain has all its drafts."""
     device, metadata, counts = kernels.device, chain.metadata, chain.counts
     pairs = torch.cat([rows.tensor() for rows in chain.previous])
     output = kernels.run(decoder, upload(chain.input_ids, device), pairs, metadata, chain.kv_cache)
     active = [b for b, count in enumerate(counts) if count > 0]
     if not active:
         return Drafts([[] for _ in counts])
-    ids = torch.full((len(counts), max(counts)), NOT_DRAFTED, device=device)  # [B, K]
     ends = metadata.query_starts[1:]
     last = upload([ends[b] - 1 for b in active], device)
     output = DecoderOutput(*(x.index_select(0, last) for x in output))
-    tokens = _draw(kernels, head, output, ids[:, 0], active)
+    draws.draw(output.normed, 0, active)
     for step in range(1, max(counts)):
         kept = [i for i, b in enumerate(active) if counts[b] > step]
         active = [active[i] for i in kept]
-        rows = upload(kept, device)
+        rows, sequences = upload(kept + active, device).chunk(2)
         recycled = (output.unnormed if chain.recycle_unnormed else output.normed).index_select(0, rows)
         one_more = AttentionMetadata(
             [1] * len(active),
@@ -41,15 +50,7 @@ def greedy_chain(kernels: FlashInferKernels, decoder: PreparedDecoder, head: Any
             [metadata.page_tables[b] for b in active],
             metadata.page_size,
         )
-        drafted = tokens.index_select(0, rows).clamp(min=0).int()
+        drafted = draws.ids[:, step - 1].index_select(0, sequences).clamp(min=0).int()
         output = kernels.run(decoder, drafted, recycled, one_more, chain.kv_cache)
-        tokens = _draw(kernels, head, output, ids[:, step], active)
-    return Drafts([[0] * count for count in counts], ids)
-
-
-def _draw(kernels: FlashInferKernels, head: Any, output: DecoderOutput, ids: Tensor, active: list[int]) -> Tensor:
-    """The next drafts of some of the sequences, also into ids [B]."""
-    best = kernels.head_argmax(output.normed, head)
-    tokens = torch.where(best < 0, NOT_FINITE, best)
-    ids.index_copy_(0, upload(active, kernels.device, torch.int64), tokens)
-    return tokens
+        draws.draw(output.normed, step, active)
+    return Drafts([[0] * count for count in counts], draws.ids)

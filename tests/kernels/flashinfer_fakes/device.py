@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-UPLOADING = ("backend", "chain", "graphs", "planner")  # modules of specdec.kernels.flashinfer that import `upload`
+UPLOADING = (
+    "argmax",
+    "backend",
+    "chain",
+    "drafts",
+    "graphs",
+    "planner",
+)  # modules of specdec.kernels.flashinfer that import `upload`
 
 
 @dataclass
