@@ -26,6 +26,7 @@ Forward = Callable[[DecoderWeights, ForwardInputs, Tensor], DecoderOutput]
 class CapturedForward:
     """num_seqs sequences of query_len rows each; smaller batches are filled up with padding on the scratch page."""
 
+    @torch.inference_mode(False)  # its buffers live on after a caller's inference mode
     def __init__(
         self,
         forward: Forward,

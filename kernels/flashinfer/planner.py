@@ -107,8 +107,10 @@ class Planner:
         wrappers.append(wrapper)
         return wrapper
 
+    @torch.inference_mode(False)  # they live on after a caller's inference mode
     def _make_decode(self) -> Any:
         return BatchDecodeWithPagedKVCacheWrapper(self.workspace, "NHD", use_tensor_cores=True, backend="fa2")
 
+    @torch.inference_mode(False)
     def _make_prefill(self) -> Any:
         return BatchPrefillWithPagedKVCacheWrapper(self.workspace, "NHD", backend="fa2")
