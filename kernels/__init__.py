@@ -85,7 +85,7 @@ def _flashinfer_kernels(device: torch.device, dtype: torch.dtype | None) -> Kern
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"dtype = {dtype}: kernels = 'flashinfer' compute in bfloat16 only")
     if why := missing():
-        raise KernelsUnavailableError(f"kernels = 'flashinfer': {why}")
+        raise KernelsUnavailableError(f"kernels = 'flashinfer' cannot run here: {why}")
     if device.type != "cuda":
         raise KernelsUnavailableError(f"kernels = 'flashinfer' run on CUDA, not on device = {str(device)!r}")
     from specdec.kernels.flashinfer.backend import FlashInferKernels

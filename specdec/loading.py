@@ -131,7 +131,7 @@ def resolve_backend(
     wanted = None if dtype == "auto" else resolve_dtype(dtype)
     resolved = resolve_device("cpu" if device == "auto" and kernels == "cpu" else device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise KernelsUnavailableError(f"device = {str(device)!r}: {missing()}")
+        raise KernelsUnavailableError(f"device = {str(device)!r} cannot be used: {missing()}")
     return select(resolved, wanted, kernels, checkpoint_dtype)
 
 

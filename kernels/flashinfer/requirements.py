@@ -10,9 +10,9 @@ import torch
 def missing() -> str:
     """Why the backend cannot run, with the remedy; empty where it can."""
     if not torch.cuda.is_available():
-        return "the CUDA kernels cannot run here. torch sees no CUDA device: install a CUDA build of it beside a GPU"
+        return "torch sees no CUDA device (install a CUDA build of torch on a machine with a GPU)"
     try:
         version("flashinfer-python")
     except PackageNotFoundError:
-        return "the CUDA kernels cannot run here. flashinfer-python is not installed: pip install 'specdec[gpu]'"
+        return "flashinfer-python is not installed (pip install 'specdec[gpu]')"
     return ""

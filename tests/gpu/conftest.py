@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if why:
         for item in items:
             if HERE in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason=why))
+                item.add_marker(pytest.mark.skip(reason=f"not run on a GPU: {why}"))
 
 
 @pytest.fixture(scope="session")
