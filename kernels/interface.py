@@ -512,10 +512,10 @@ class CapturesGraphs(Protocol):
         kv_cache: Tensor,
         *,
         max_num_seqs: int,
-        num_draft_tokens: int,
+        draft_lengths: list[int],
         max_model_len: int,
     ) -> None:
         """Prepared decoders; kv_cache with the backend's scratch pages, its last layer the MTP layer's if there is
-        one. What decodes up to max_num_seqs sequences with up to num_draft_tokens drafts each is replayed from then
-        on, everything else runs as before."""
+        one. What decodes up to max_num_seqs sequences with no drafts, or up to one of draft_lengths each, is replayed
+        from then on, everything else runs as before."""
         ...

@@ -88,10 +88,10 @@ class MTPDrafter:
         chain = self._chain([scheduled[b] for b in extended])
         sampling = chain.sampling
         drafts = self.mtp.decoder.draft_chain(self.target.head, chain)
-        check_finite(drafts.token_ids)
         for i, (b, token_ids) in enumerate(zip(extended, drafts.token_ids)):
             result.draft_token_ids[b], result.device_rows[b] = token_ids, i
             result.prob_rows[b] = -1 if sampling is None else sampling.prob_rows[i]
+        check_finite(result.draft_token_ids)
         probs = None if sampling is None else sampling.probs
         return replace(result, draft_probs=probs, on_device=drafts.on_device)
 

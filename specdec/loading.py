@@ -179,13 +179,14 @@ def _capture_graphs(
 ) -> None:
     """For requests with the engine's own number of drafts, or fewer."""
     speculation = config.speculation or SpeculationParams()
+    num_drafts = speculation.num_speculative_tokens
     mtp = None if model.mtp is None else model.mtp.decoder.prepared
     backend.capture(
         model.target.decoder.prepared,
         mtp,
         kv_cache,
         max_num_seqs=config.max_num_seqs,
-        num_draft_tokens=0 if mtp is None else speculation.num_speculative_tokens,
+        draft_lengths=[num_drafts] if mtp is not None and num_drafts > 0 else [],
         max_model_len=max_model_len,
     )
 

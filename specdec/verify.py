@@ -75,10 +75,10 @@ class TargetVerifier:
         output_token_ids: list[list[int]] = [[] for _ in scheduled]
         draft_token_ids = drafts.draft_token_ids
         if verified.draft_token_ids is not None:
-            check_finite(verified.draft_token_ids)
             draft_token_ids = [[] for _ in scheduled]
             for b, draft_ids in zip(deciding, verified.draft_token_ids):
                 draft_token_ids[b] = draft_ids
+            check_finite(draft_token_ids)
         for b, token_ids in zip(deciding, verified.token_ids):
             if token_ids[-1] < 0:
                 raise ModelError("the target's logits are not finite: its weights are broken, or its dtype overflows")

@@ -182,18 +182,19 @@ class FlashInferKernels(ReferenceKernels):
         kv_cache: Tensor,
         *,
         max_num_seqs: int,
-        num_draft_tokens: int,
+        draft_lengths: list[int],
         max_model_len: int,
     ) -> None:
         """See `CapturesGraphs`. The MTP layer's pairs of a step are up to 1 + K rows; each later draft is one more,
         and as many graphs of that shape take turns."""
-        query_lens = sorted({1, num_draft_tokens + 1})
+        longest = max(draft_lengths, default=0)
+        query_lens = sorted({1, *(length + 1 for length in draft_lengths)})
         wanted = [(target, kv_cache, num, n) for num in batch_sizes(max_num_seqs) for n in query_lens]
         target.graphs = DecoderGraphs(kv_cache)
-        if mtp is not None and num_draft_tokens > 0:
+        if mtp is not None and longest > 0:
             mtp.graphs = DecoderGraphs(kv_cache[-1:])
             for num in batch_sizes(max_num_seqs):
-                wanted += [(mtp, kv_cache[-1:], num, n) for n in query_lens + [1] * (num_draft_tokens - 1)]
+                wanted += [(mtp, kv_cache[-1:], num, n) for n in query_lens + [1] * (longest - 1)]
         pool = torch.cuda.graph_pool_handle()
         progress = Console(stderr=True)
         # The largest first: the smaller ones find room in its memory.
