@@ -6,7 +6,7 @@ Shapes: B scheduled sequences, K draft tokens (the most of any), V vocabulary, H
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -34,13 +34,13 @@ class DraftResult:
 
     draft_token_ids: list[list[int]]  # [B] of up to K
     prob_rows: list[int]  # [B]
-    device_rows: list[int]  # [B]
     draft_probs: Tensor | None = None  # [Q, K, V]
     on_device: Tensor | None = None
+    device_rows: list[int] = field(default_factory=list)  # [B]; -1: no drafts
 
     @classmethod
     def nothing(cls, scheduled: Seq[ScheduledSequence]) -> DraftResult:
-        return cls([[] for _ in scheduled], [-1] * len(scheduled), [-1] * len(scheduled))
+        return cls([[] for _ in scheduled], [-1] * len(scheduled), device_rows=[-1] * len(scheduled))
 
 
 def check_finite(draft_token_ids: list[list[int]]) -> None:

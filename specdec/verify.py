@@ -68,7 +68,7 @@ class TargetVerifier:
             prob_rows=[drafts.prob_rows[b] for b in deciding],
             draft_probs=drafts.draft_probs,
             drafts_on_device=drafts.on_device,
-            draft_rows=[drafts.device_rows[b] for b in deciding],
+            draft_rows=[] if drafts.on_device is None else [drafts.device_rows[b] for b in deciding],
             keep_logits=any(s.params.logprobs is not None for s in sequences),
         )
         verified = self.target.verify(batch.input_ids, batch.metadata, self.kv_cache, verification)
