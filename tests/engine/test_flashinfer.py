@@ -102,11 +102,12 @@ def test_a_step_waits_for_the_device_once_and_only_where_tokens_are_decided(
     waits_of_steps = []
     step = engine.core.step
 
-    def counting() -> None:
+    def counting() -> object:
         with engine.core.traced() as decisions, fake.waiting() as waits:
-            step()
+            done = step()
         waits_of_steps.append(waits)
         assert len(waits) == bool(decisions), waits
+        return done
 
     monkeypatch.setattr(engine.core, "step", counting)
     engine.generate(prompts, [greedy(k) for k in (3, 1, 0, 3, 2, 3)])

@@ -48,10 +48,10 @@ def run(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool) ->
     engine = flashinfer_fakes.engine(monkeypatch, "bundled", cuda_graphs=cuda_graphs, **CONFIG)
     num_steps, step = 0, engine.core.step
 
-    def counting() -> None:
+    def counting() -> object:
         nonlocal num_steps
         num_steps += 1
-        step()
+        return step()
 
     monkeypatch.setattr(engine.core, "step", counting)
     with fake.waiting() as waits:

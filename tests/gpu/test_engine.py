@@ -93,12 +93,13 @@ def test_a_decode_step_waits_for_the_device_once(
     on_gpu.generate(prompts[:4], PARAMS)  # whatever is compiled or allocated at first
     step = on_gpu.core.step
 
-    def counting() -> None:
+    def counting() -> object:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            step()
+            done = step()
         waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
         assert len(waits) <= 1, waits
+        return done
 
     monkeypatch.setattr(on_gpu.core, "step", counting)
     on_gpu.generate(prompts[:4], PARAMS)
