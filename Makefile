@@ -3,13 +3,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT := class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n
 
-.PHONY: demo test lint check certify sanitize format clean
+.PHONY: demo test test-flashinfer test-gpu compile-gpu lint check certify sanitize format clean
 
 demo: .venv/run.stamp  ## generate from the bundled checkpoint
 	printf '$(PROMPT)' | $(BIN)/specdec generate --prompt-file - --max-tokens 96 --temperature 0.6 --seed 1
 
 test: .venv/test.stamp  ## the whole test-suite
 	$(BIN)/python -m pytest
+
+# FlashInfer's Python imports beside a CPU torch; what it compiles is replaced by fakes. 560 MB under build/.
+FLASHINFER := build/flashinfer
+test-flashinfer: .venv/test.stamp $(FLASHINFER)/stamp  ## the FlashInfer backend, without a GPU
+	PYTHONPATH=$(FLASHINFER):tests/kernels:tests FLASHINFER_WORKSPACE_BASE=build/flashinfer-cache \
+	$(BIN)/python -m flashinfer_fakes -q
+
+test-gpu: .venv/test.stamp  ## the CUDA backend on a real GPU, with the gpu extra installed; skipped without one
+	$(BIN)/python -m pytest -rs tests/gpu
+
+# Needs nvcc, not a GPU. Half an hour or more on one core.
+compile-gpu: .venv/run.stamp $(FLASHINFER)/stamp  ## whether FlashInfer's kernels that we use compile for an H100 and load
+	PYTHONPATH=$(FLASHINFER) $(BIN)/python -m specdec.kernels.flashinfer.compile_check build/flashinfer-cache
 
 # Types and import layers are checked on the package as it is installed: the sources lie in folders of
 # other names (pyproject.toml, package-dir).
@@ -41,6 +54,11 @@ sanitize: .venv/test.stamp  ## the C++ kernels under AddressSanitizer and Undefi
 format: .venv/dev.stamp  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+$(FLASHINFER)/stamp: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(FLASHINFER) flashinfer-python==0.7.2.post1 "apache-tvm-ffi<0.2"
+	$(BIN)/pip install --quiet --upgrade --target $(FLASHINFER) requests nvidia-ml-py
+	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info

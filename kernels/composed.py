@@ -6,7 +6,7 @@ Shapes: T packed tokens, H hidden, D head_dim, Hq/Hkv query/KV heads, E experts,
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from specdec.kernels.interface import (
     DecoderShape,
     DecoderWeights,
     DraftChain,
+    Drafts,
     DraftSampling,
     FusionWeights,
     HiddenRows,
@@ -41,6 +42,17 @@ def mlp(kernels: Kernels, x: Tensor, gate_up: Any, down: Any) -> Tensor:
     return kernels.linear(kernels.silu_and_mul(kernels.linear(x, gate_up)), down)
 
 
+class ForwardInputs(NamedTuple):
+    """What a forward reads, where the kernels read it. previous [T, H]: the states that a fusion takes. attention: what
+    the kernels' `paged_attention` takes for metadata."""
+
+    tokens: Tensor  # [T]
+    positions: Tensor  # [T]
+    slots: Tensor  # [T]
+    previous: Tensor | None
+    attention: Any
+
+
 def decode(
     kernels: Kernels,
     decoder: DecoderWeights,
@@ -51,20 +63,31 @@ def decode(
     expert_ids: Tensor | None = None,
 ) -> DecoderOutput:
     """See `Kernels.decode`."""
-    assert (previous is None) == (decoder.fusion is None), "previous hidden states and a fusion belong together"
     tokens, positions, slots = torch.tensor([input_ids, metadata.positions, metadata.slots], device=kv_cache.device)
-    x = F.embedding(tokens, decoder.embedding).to(kernels.activation_dtype)  # [T, H]
-    if decoder.fusion is not None and previous is not None:
-        x = _fuse(kernels, decoder.shape, decoder.fusion, x, torch.cat([rows.tensor() for rows in previous]))
+    states = None if previous is None else torch.cat([rows.tensor() for rows in previous])
+    return forward(kernels, decoder, ForwardInputs(tokens, positions, slots, states, metadata), kv_cache, expert_ids)
+
+
+def forward(
+    kernels: Kernels,
+    decoder: DecoderWeights,
+    inputs: ForwardInputs,
+    kv_cache: Tensor,
+    expert_ids: Tensor | None = None,
+) -> DecoderOutput:
+    """`decode` from inputs that are in place."""
+    assert (inputs.previous is None) == (decoder.fusion is None), "previous hidden states and a fusion belong together"
+    x = F.embedding(inputs.tokens, decoder.embedding).to(kernels.activation_dtype)  # [T, H]
+    if decoder.fusion is not None and inputs.previous is not None:
+        x = _fuse(kernels, decoder.shape, decoder.fusion, x, inputs.previous)
     for i, layer in enumerate(decoder.layers):
-        chosen = None if expert_ids is None else expert_ids[i]
-        x = _layer(kernels, decoder, layer, x, positions, slots, metadata, kv_cache[i], chosen)
+        x = _layer(kernels, decoder, layer, x, inputs, kv_cache[i], None if expert_ids is None else expert_ids[i])
     return DecoderOutput(kernels.rms_norm(x, decoder.norm, decoder.shape.rms_norm_eps), x)
 
 
 def draft_chain(
     kernels: Kernels, decoder: Any, head: Any, chain: DraftChain, expert_ids: Tensor | None = None
-) -> list[list[int]]:
+) -> Drafts:
     """See `Kernels.draft_chain`."""
     metadata, num_pairs = chain.metadata, len(chain.input_ids)
     chosen = None if expert_ids is None else expert_ids[:, :num_pairs]
@@ -99,7 +122,7 @@ def draft_chain(
             break
         kept = [i for i, b in enumerate(active) if ids[i] >= 0 and chain.counts[b] > step + 1]
         active = [active[i] for i in kept]
-    return drafts
+    return Drafts(drafts)
 
 
 def _draw(
@@ -143,10 +166,11 @@ def verify(
 ) -> Verified:
     """See `Kernels.verify`."""
     hidden = kernels.decode(decoder, input_ids, None, metadata, kv_cache, expert_ids).normed
-    return _decide(kernels, head, hidden, verification) if verification.rules else Verified(hidden, [], None, None)
+    return decide(kernels, head, hidden, verification) if verification.rules else Verified(hidden, [], None, None)
 
 
-def _decide(kernels: Kernels, head: Any, hidden: Tensor, v: Verification) -> Verified:
+def decide(kernels: Kernels, head: Any, hidden: Tensor, v: Verification) -> Verified:
+    """What follows the target's hidden states [T, H], from drafts on the host."""
     num_rows = [len(drafts) + 1 for drafts in v.drafts]
     of = [b for b, n in enumerate(num_rows) for _ in range(n)]  # the sequence of each row
     after = [i for n in num_rows for i in range(n)]  # how many drafts before it
@@ -199,15 +223,13 @@ def _layer(
     decoder: DecoderWeights,
     layer: LayerWeights,
     x: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    metadata: AttentionMetadata,
+    inputs: ForwardInputs,
     kv_cache: Tensor,
     expert_ids: Tensor | None,
 ) -> Tensor:
     eps = decoder.shape.rms_norm_eps
     normed = kernels.rms_norm(x, layer.input_norm, eps)
-    attended = _attention(kernels, decoder, layer.attention, normed, positions, slots, metadata, kv_cache)
+    attended = _attention(kernels, decoder, layer.attention, normed, inputs, kv_cache)
     normed, x = kernels.add_rms_norm(attended, x, layer.post_attention_norm, eps)
     if isinstance(layer.mlp, MLPWeights):
         return x + kernels.mlp(normed, layer.mlp.gate_up, layer.mlp.down)
@@ -219,9 +241,7 @@ def _attention(
     decoder: DecoderWeights,
     weights: AttentionWeights,
     x: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    metadata: AttentionMetadata,
+    inputs: ForwardInputs,
     kv_cache: Tensor,
 ) -> Tensor:
     """GQA with optional bias and qk-norm; RoPE on the first rotary_dim dims of each head."""
@@ -231,9 +251,9 @@ def _attention(
     if weights.q_norm is not None and weights.k_norm is not None:
         q = kernels.rms_norm(q, weights.q_norm, shape.rms_norm_eps)
         k = kernels.rms_norm(k, weights.k_norm, shape.rms_norm_eps)
-    kernels.rope_(q, k, positions, decoder.cos_sin)
-    kernels.append_kv(k, v, kv_cache, slots)
-    return kernels.linear(kernels.paged_attention(q, kv_cache, metadata).flatten(1), weights.o)
+    kernels.rope_(q, k, inputs.positions, decoder.cos_sin)
+    kernels.append_kv(k, v, kv_cache, inputs.slots)
+    return kernels.linear(kernels.paged_attention(q, kv_cache, inputs.attention).flatten(1), weights.o)
 
 
 def _mixture(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ class AttentionMetadata:
     kv_lens: list[int]  # [B], kv_lens >= query_lens
     page_tables: list[list[int]]  # [B], at least ceil(kv_len / page_size) pages each
     page_size: int
+
+    @property
+    def query_starts(self) -> list[int]:
+        """[B + 1]: sequence b's tokens are those from query_starts[b] to query_starts[b + 1]."""
+        return list(accumulate(self.query_lens, initial=0))
 
     @property
     def positions(self) -> list[int]:
@@ -266,6 +271,14 @@ class DraftChain:
     sampling: DraftSampling | None = None
 
 
+class Drafts(NamedTuple):
+    """Drafts of B sequences. on_device [B, K], padded with NOT_DRAFTED: where it is given the ids are only there, and
+    token_ids, whose lengths are right, has zeros in their place."""
+
+    token_ids: list[list[int]]
+    on_device: Tensor | None = None
+
+
 @dataclass(eq=False, slots=True)
 class Verification:
     """B sequences' drafts before the target's rows, and the rule by which each decides.
@@ -274,7 +287,8 @@ class Verification:
     drafts [B] of up to K. rules [B]: EXACT_MATCH, TOKEN_REJECTION or BLOCK_VERIFICATION. rows: of each first row;
     positions advance by one per row; a rejection rule's iteration starts at the first position. edits [B]: of the
     logits before. prob_rows [B]: of draft_probs [Q, K, V], the laws that the drafts were drawn from; -1: point masses.
-    keep_logits: hand them back.
+    keep_logits: hand them back. drafts_on_device [D, K]: where it is given, the drafts of sequence b are its row
+    draft_rows[b] (-1: there are none), and `drafts` and the forward's input_ids have zeros for them.
     """
 
     first_rows: list[int]
@@ -285,18 +299,21 @@ class Verification:
     prob_rows: list[int]
     draft_probs: Tensor | None
     keep_logits: bool = False
+    drafts_on_device: Tensor | None = None
+    draft_rows: list[int] = field(default_factory=list)
 
 
 class Verified(NamedTuple):
     """hidden [T, H]: the target's, after its final norm. token_ids [B]: what each sequence emits, its accepted drafts
     and one token more, which is -1 where a row of logits that decides is not finite. raw, processed [R, V], or None:
     the logits of all rows, k + 1 per sequence, before and after edits and truncation; processed ones are valid for the
-    rows of emitted tokens."""
+    rows of emitted tokens. draft_token_ids [B]: the drafts, where they were on the device."""
 
     hidden: Tensor
     token_ids: list[list[int]]
     raw: Tensor | None
     processed: Tensor | None
+    draft_token_ids: list[list[int]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,8 +336,9 @@ class Kernels(Protocol):
     """A backend: chosen once by `specdec.kernels.select`, then called without further questions.
 
     dtype: of the matrices as they are loaded. activation_dtype: of everything else that flows through the
-    model, biases and norm weights included. cache_dtypes: what a KV cache may be stored in. fp8: the kinds of matrices
-    of an FP8 checkpoint that stay in FP8; `pack` dequantises the others.
+    model, biases and norm weights included. cache_dtypes: what a KV cache may be stored in. num_scratch_pages: so many
+    pages at the end of an engine's KV cache are the backend's own. fp8: the kinds of matrices of an FP8 checkpoint that
+    stay in FP8; `pack` dequantises the others.
     """
 
     name: str
@@ -329,6 +347,7 @@ class Kernels(Protocol):
     activation_dtype: torch.dtype
     cache_dtypes: tuple[torch.dtype, ...]
     fp8: frozenset[Fp8Kind]
+    num_scratch_pages: int
 
     def pack(self, weight: Tensor | Fp8Matrix, *, full_precision: bool = False) -> Any:
         """A matrix [out, in], or a stack of experts [E, out, in], in the form that this backend reads.
@@ -357,7 +376,7 @@ class Kernels(Protocol):
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """-> (rms_norm(x + residual), x + residual); the inputs are not changed."""
+        """-> (rms_norm(x + residual), x + residual), perhaps in the memory of x and residual."""
         ...
 
     def rope_(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
@@ -419,16 +438,14 @@ class Kernels(Protocol):
         """
         ...
 
-    def draft_chain(
-        self, decoder: Any, head: Any, chain: DraftChain, expert_ids: Tensor | None = None
-    ) -> list[list[int]]:
+    def draft_chain(self, decoder: Any, head: Any, chain: DraftChain, expert_ids: Tensor | None = None) -> Drafts:
         """Drafts of a prepared MTP layer: draft 1 comes from the last pair's row; each later one from one more row,
         which takes the draft before and the output before.
 
         expert_ids [1, T + (K-1) B, k] int64 is filled with the experts of the pairs, then at the beginning of every
         B rows with those of the sequences that still draft. -> [B] of up to counts ids, fewer where its confidence
-        ended a chain; where logits are not finite the last is NOT_FINITE, and all chains end. Equals
-        `specdec.kernels.composed.draft_chain`.
+        ended a chain; where logits are not finite the last is NOT_FINITE, and all chains end (on the device they go
+        on, and any may be NOT_FINITE). Equals `specdec.kernels.composed.draft_chain`.
         """
         ...
 
@@ -485,4 +502,24 @@ class Kernels(Protocol):
 
     def uniforms(self, seeds: list[int], stream: int, positions: list[int], starts: list[int]) -> list[float]:
         """[n] in [0, 1): 53 bits of the first two words of the Philox call (0, position, start, stream)."""
+        ...
+
+
+@runtime_checkable
+class CapturesGraphs(Protocol):
+    """A backend that can record forwards of fixed shapes beforehand and replay them in decode steps."""
+
+    def capture(
+        self,
+        target: Any,
+        mtp: Any | None,
+        kv_cache: Tensor,
+        *,
+        max_num_seqs: int,
+        draft_lengths: list[int],
+        max_model_len: int,
+    ) -> None:
+        """Prepared decoders; kv_cache with the backend's scratch pages, its last layer the MTP layer's if there is
+        one. What decodes up to max_num_seqs sequences with no drafts, or up to one of draft_lengths each, is replayed
+        from then on, everything else runs as before."""
         ...

@@ -22,6 +22,7 @@ from specdec.kernels.interface import (
     DecoderOutput,
     DecoderWeights,
     DraftChain,
+    Drafts,
     HiddenRows,
     LogitEdits,
     Residuals,
@@ -43,6 +44,7 @@ class ReferenceKernels:
     name = "reference"
     cache_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     fp8: frozenset[Fp8Kind] = frozenset()
+    num_scratch_pages = 0
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype, self.activation_dtype = device, dtype, dtype
@@ -145,7 +147,7 @@ class ReferenceKernels:
 
     def draft_chain(
         self, decoder: DecoderWeights, head: Tensor, chain: DraftChain, expert_ids: Tensor | None = None
-    ) -> list[list[int]]:
+    ) -> Drafts:
         return composed.draft_chain(self, decoder, head, chain, expert_ids)
 
     def verify(

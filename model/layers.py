@@ -25,6 +25,7 @@ from specdec.kernels.interface import (
     AttentionWeights,
     DecoderWeights,
     DraftChain,
+    Drafts,
     HiddenRows,
     LayerWeights,
     MLPWeights,
@@ -352,7 +353,7 @@ class Decoder:
         self._trace.append(DecoderRun(chosen, metadata.kv_lens))
         return chosen
 
-    def draft_chain(self, head: Any, chain: DraftChain) -> list[list[int]]:
+    def draft_chain(self, head: Any, chain: DraftChain) -> Drafts:
         """See `Kernels.draft_chain`."""
         if self._trace is None:
             return self.kernels.draft_chain(self.prepared, head, chain)
@@ -361,7 +362,11 @@ class Decoder:
         drafts = self.kernels.draft_chain(self.prepared, head, chain, chosen)
         self._trace.append(DecoderRun(chosen[:, :num_pairs], kv_lens))
         for step in range(1, max(chain.counts)):
-            ran = [b for b, ids in enumerate(drafts) if min(chain.counts[b] - 1, len(ids)) >= step and min(ids) >= 0]
+            ran = [
+                b
+                for b, ids in enumerate(drafts.token_ids)
+                if min(chain.counts[b] - 1, len(ids)) >= step and min(ids) >= 0
+            ]
             if ran:
                 first = num_pairs + (step - 1) * num
                 self._trace.append(DecoderRun(chosen[:, first : first + len(ran)], [kv_lens[b] + step for b in ran]))

@@ -253,6 +253,7 @@ class EngineConfig:
         once per process, when it is needed, and corrects it by the times that steps take.
     mtp_recycling: what draft steps after the first take in place of the target's hidden state;
         "pre_norm" is an ablation.
+    cuda_graphs: on CUDA, decode steps replay graphs that are captured at start-up; False launches every kernel anew.
     """
 
     speculation: SpeculationParams | None = None
@@ -265,6 +266,7 @@ class EngineConfig:
     prefix_caching: bool = True
     cost_table: CostTable | None = None
     mtp_recycling: Recycling = "post_norm"
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _require_speculation(self.speculation)
@@ -290,6 +292,7 @@ class EngineConfig:
             self.cost_table is None or isinstance(self.cost_table, CostTable),
             f"cost_table = {self.cost_table!r} must be a CostTable or None",
         )
+        _require(isinstance(self.cuda_graphs, bool), f"cuda_graphs = {self.cuda_graphs!r} must be True or False")
         _require_choice("mtp_recycling", self.mtp_recycling, get_args(Recycling))
 
     @property

@@ -31,7 +31,7 @@ class EngineCore:
         self.admission = Admission(
             checkpoint, runtime.max_model_len, config.speculation, has_mtp=runtime.model.mtp is not None
         )
-        pool = PagePool(runtime.kv_cache.shape[1], config.page_size, prefix_caching=config.prefix_caching)
+        pool = PagePool(runtime.num_pages, config.page_size, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(pool, config.max_num_seqs, config.token_budget)
         self.draft_length = _make_draft_length(checkpoint, runtime, config)
         self.drafter = _make_drafter(runtime, config)

@@ -6,7 +6,7 @@ Shapes: B scheduled sequences, K draft tokens (the most of any), V vocabulary, H
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -28,16 +28,27 @@ class DraftResult:
     """Drafts of all scheduled sequences, at most as many as each was scheduled for.
 
     draft_probs[prob_rows[b], i]: the law that draft i of sequence b was really drawn from. prob_rows[b] = -1: its
-    drafts are point masses, or its rule needs no laws.
+    drafts are point masses, or its rule needs no laws. on_device [D, K]: where it is given, the ids of sequence b are
+    row device_rows[b] of it, and draft_token_ids has as many zeros.
     """
 
     draft_token_ids: list[list[int]]  # [B] of up to K
     prob_rows: list[int]  # [B]
     draft_probs: Tensor | None = None  # [Q, K, V]
+    on_device: Tensor | None = None
+    device_rows: list[int] = field(default_factory=list)  # [B]; -1: no drafts
 
     @classmethod
     def nothing(cls, scheduled: Seq[ScheduledSequence]) -> DraftResult:
-        return cls([[] for _ in scheduled], [-1] * len(scheduled))
+        return cls([[] for _ in scheduled], [-1] * len(scheduled), device_rows=[-1] * len(scheduled))
+
+
+def check_finite(draft_token_ids: list[list[int]]) -> None:
+    """Raises RowsError of the sequences for which the MTP layer's logits were not finite."""
+    broken = [b for b, token_ids in enumerate(draft_token_ids) if NOT_FINITE in token_ids]
+    if broken:
+        message = "the MTP layer's logits are not finite: its weights are broken, or its dtype overflows"
+        raise RowsError(broken, ModelError(message))
 
 
 class Drafter(Protocol):
@@ -78,16 +89,13 @@ class MTPDrafter:
             return result
         chain = self._chain([scheduled[b] for b in extended])
         sampling = chain.sampling
-        broken = []
-        for i, (b, token_ids) in enumerate(zip(extended, self.mtp.decoder.draft_chain(self.target.head, chain))):
-            if NOT_FINITE in token_ids:
-                broken.append(b)
-            result.draft_token_ids[b] = token_ids
+        drafts = self.mtp.decoder.draft_chain(self.target.head, chain)
+        for i, (b, token_ids) in enumerate(zip(extended, drafts.token_ids)):
+            result.draft_token_ids[b], result.device_rows[b] = token_ids, i
             result.prob_rows[b] = -1 if sampling is None else sampling.prob_rows[i]
-        if broken:
-            message = "the MTP layer's logits are not finite: its weights are broken, or its dtype overflows"
-            raise RowsError(broken, ModelError(message))
-        return result if sampling is None else replace(result, draft_probs=sampling.probs)
+        check_finite(result.draft_token_ids)
+        probs = None if sampling is None else sampling.probs
+        return replace(result, draft_probs=probs, on_device=drafts.on_device)
 
     def _chain(self, scheduled: list[ScheduledSequence]) -> DraftChain:
         """The pending pairs, with true hidden states, and how many drafts follow the last one of each sequence."""

@@ -64,11 +64,11 @@ class Engine:
     ) -> Engine:
         """Loads "bundled", a local checkpoint folder or a Hub id.
 
-        kernels: "cpu" (C++, compiled at first use) or "reference" (plain torch); "auto" is the former where
-        there is a compiler. dtype: of the matrices, and with "reference" of the activations; "auto" is float32,
-        with "cpu" bfloat16 where the checkpoint is, and bfloat16 for an FP8 checkpoint. kv_dtype: of the KV
-        cache; "auto" is the activations'. num_threads: torch's, for the whole process. `config`: the fields of
-        EngineConfig.
+        device: "cpu", "cuda", or "auto", which is CUDA where torch sees a device. kernels: "cpu" (C++, compiled at
+        first use), "flashinfer" (CUDA) or "reference" (plain torch); "auto" is the device's own where it can run.
+        dtype: of the matrices, and with "reference" of the activations; "auto" is float32, with "cpu" bfloat16 where
+        the checkpoint is, with "flashinfer" and for an FP8 checkpoint bfloat16. kv_dtype: of the KV cache; "auto" is
+        the activations'. num_threads: torch's, for the whole process. `config`: the fields of EngineConfig.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
         """
         engine_config = EngineConfig(**config)

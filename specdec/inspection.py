@@ -197,7 +197,7 @@ def teacher_forced(runtime: Runtime, token_ids: list[int]) -> tuple[Tensor, Tens
 
 def check_mtp(runtime: Runtime, checkpoint: Checkpoint, text: str = SAMPLE_TEXT) -> MTPCheck:
     """Runs target and MTP layer over `text` once and compares their greedy choices for the same positions."""
-    limit = min(runtime.kv_cache.shape[1] * runtime.kv_cache.shape[3], runtime.max_model_len)
+    limit = min(runtime.num_pages * runtime.kv_cache.shape[3], runtime.max_model_len)
     target_logits, draft_logits = teacher_forced(runtime, checkpoint.encode(text)[:limit])
     # Pair i predicts token i+2, as the target's row i+1 does.
     choices, drafts = lowest_argmax(target_logits[1:]), lowest_argmax(draft_logits)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.config import EngineConfig, SamplingParams
-from specdec.errors import NotEnoughMemoryError, SpecdecWarning
+from specdec.config import EngineConfig, SamplingParams, SpeculationParams
+from specdec.errors import KernelsUnavailableError, NotEnoughMemoryError, SpecdecWarning
 from specdec.kernels import Kernels, select
+from specdec.kernels.flashinfer.requirements import missing
 from specdec.kernels.fp8 import FP8_KINDS, Fp8Kind
+from specdec.kernels.interface import CapturesGraphs
 from specdec.kv_cache import allocate_kv_cache, page_bytes
 from specdec.model.config import DTYPES, Glm4MoeConfig, check_token_ids, parse_token_ids, read_json
 from specdec.model.errors import CheckpointError
@@ -95,13 +97,15 @@ def _default_params(generation: dict[str, Any], path: Path) -> SamplingParams:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the CPU until there are kernels for CUDA."""
+    """ "auto" is CUDA where torch sees a device, else the CPU."""
     try:
-        resolved = torch.device("cpu" if device == "auto" else device)
+        if device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device = {device!r} is unknown: give 'auto' or 'cpu'") from error
-    if resolved.type != "cpu":
-        raise ValueError(f"device = {str(device)!r} is not supported yet: give 'auto' or 'cpu'")
+        raise ValueError(f"device = {device!r} is unknown: give 'auto', 'cpu' or 'cuda'") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device = {str(device)!r} is not supported: give 'auto', 'cpu' or 'cuda'")
     return resolved
 
 
@@ -131,7 +135,10 @@ def resolve_backend(
     """dtype "auto" is bfloat16 for an FP8 checkpoint, whose values it holds to 2^-9."""
     automatic = None if config.quantization is None else torch.bfloat16
     wanted = automatic if dtype == "auto" else resolve_dtype(dtype)
-    return select(resolve_device(device), wanted, kernels, config.dtype)
+    resolved = resolve_device("cpu" if device == "auto" and kernels == "cpu" else device)
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise KernelsUnavailableError(f"device = {str(device)!r} cannot be used: {missing()}")
+    return select(resolved, wanted, kernels, config.dtype)
 
 
 @dataclass(frozen=True)
@@ -139,8 +146,13 @@ class Runtime:
     """Loaded model and cache."""
 
     model: LoadedModel
-    kv_cache: Tensor  # [num_layers (+ 1 for the MTP layer), num_pages, 2, page_size, Hkv, D]
+    kv_cache: Tensor  # [num_layers (+ 1 for the MTP layer), num_pages + scratch, 2, page_size, Hkv, D]
     max_model_len: int
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that requests may have; the kernels' scratch pages come after them."""
+        return self.kv_cache.shape[1] - self.model.target.kernels.num_scratch_pages
 
 
 def load_runtime(
@@ -153,17 +165,36 @@ def load_runtime(
     max_model_len = _max_model_len(checkpoint.config, config)
     num_layers = checkpoint.config.num_hidden_layers + checkpoint.index.has_mtp_layer
     bytes_per_page = page_bytes(checkpoint.config, num_layers, config.page_size, cache_dtype)
-    num_pages = _num_pages(config, max_model_len, bytes_per_page)
+    num_pages = _num_pages(config, max_model_len, bytes_per_page) + backend.num_scratch_pages
     needed = {
         "weights": _weight_bytes_of(checkpoint.index, backend),
         "KV cache": num_pages * bytes_per_page,
     }
-    _check_memory(needed)
+    _check_memory(needed, backend.device)
     model = load_model(checkpoint.index, backend, max_model_len=max_model_len)
     kv_cache = allocate_kv_cache(
         checkpoint.config, num_layers, num_pages, config.page_size, cache_dtype, backend.device
     )
+    if config.cuda_graphs and isinstance(backend, CapturesGraphs):
+        _capture_graphs(backend, model, kv_cache, config, max_model_len)
     return Runtime(model, kv_cache, max_model_len)
+
+
+def _capture_graphs(
+    backend: CapturesGraphs, model: LoadedModel, kv_cache: Tensor, config: EngineConfig, max_model_len: int
+) -> None:
+    """For requests with the engine's own number of drafts, or fewer."""
+    speculation = config.speculation or SpeculationParams()
+    num_drafts = speculation.max_draft_tokens
+    mtp = None if model.mtp is None else model.mtp.decoder.prepared
+    backend.capture(
+        model.target.decoder.prepared,
+        mtp,
+        kv_cache,
+        max_num_seqs=config.max_num_seqs,
+        draft_lengths=[num_drafts] if mtp is not None and num_drafts > 0 else [],
+        max_model_len=max_model_len,
+    )
 
 
 def weight_bytes(
@@ -217,8 +248,8 @@ def _num_pages(config: EngineConfig, max_model_len: int, bytes_per_page: int) ->
     return max(1, min(wanted, DEFAULT_KV_CACHE_BYTES // bytes_per_page))
 
 
-def _check_memory(needed: dict[str, int]) -> None:
-    available = available_memory_bytes()
+def _check_memory(needed: dict[str, int], device: torch.device) -> None:
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
     if available is not None and sum(needed.values()) > available:
         parts = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in needed.items())
         raise NotEnoughMemoryError(

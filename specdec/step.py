@@ -24,7 +24,7 @@ def step(scheduler: Scheduler, draft_length: DraftLength, drafter: Drafter, veri
         drafts = drafter.draft(scheduled)
         result = verifier.verify(scheduled, drafts)
         commit(scheduled, result)
-        draft_length.record(scheduled, drafts.draft_token_ids, result.output_token_ids)
+        draft_length.record(scheduled, result.draft_token_ids, result.output_token_ids)
     except Exception as error:
         raise StepError(scheduled, error) from error
     scheduler.remove_finished()
@@ -49,7 +49,7 @@ class StepResult(NamedTuple):
 
     def decisions(self) -> list[Decision]:
         """Of every sequence that decided tokens."""
-        rows = zip(self.scheduled, self.drafts.draft_token_ids, self.result.output_token_ids)
+        rows = zip(self.scheduled, self.result.draft_token_ids, self.result.output_token_ids)
         return [
             Decision(s.sequence.request_id, s.sequence.num_computed_tokens - len(output) + 1, drafts, output)
             for s, drafts, output in rows

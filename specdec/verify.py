@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from specdec.batch import Extend, ForwardBatch, build_batch
-from specdec.draft import DraftResult
+from specdec.draft import DraftResult, check_finite
 from specdec.errors import ModelError, RowsError
 from specdec.kernels.interface import (
     BLOCK_VERIFICATION,
@@ -41,11 +41,13 @@ RULES: dict[Rule, int] = {
 class TargetResult:
     """output_token_ids[b]: what sequence b emits, its accepted drafts and one token more; empty where it does not
     sample. logprobs[b]: of these tokens, where the request asks for them. hidden[b]: the target's hidden states of its
-    rows, the new tokens and then the drafts."""
+    rows, the new tokens and then the drafts. draft_token_ids[b]: what was verified, known by now wherever it was made.
+    """
 
     output_token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs]]
     hidden: list[HiddenRows]  # [B] of num_new_tokens + num_draft_tokens
+    draft_token_ids: list[list[int]] = field(default_factory=list)
 
 
 class TargetVerifier:
@@ -65,10 +67,18 @@ class TargetVerifier:
             edits=[s.logit_edits for s in sequences],
             prob_rows=[drafts.prob_rows[b] for b in deciding],
             draft_probs=drafts.draft_probs,
+            drafts_on_device=drafts.on_device,
+            draft_rows=[] if drafts.on_device is None else [drafts.device_rows[b] for b in deciding],
             keep_logits=any(s.params.logprobs is not None for s in sequences),
         )
         verified = self.target.verify(batch.input_ids, batch.metadata, self.kv_cache, verification)
         output_token_ids: list[list[int]] = [[] for _ in scheduled]
+        draft_token_ids = drafts.draft_token_ids
+        if verified.draft_token_ids is not None:
+            draft_token_ids = [[] for _ in scheduled]
+            for b, draft_ids in zip(deciding, verified.draft_token_ids):
+                draft_token_ids[b] = draft_ids
+            check_finite(draft_token_ids)
         for b, token_ids in zip(deciding, verified.token_ids):
             output_token_ids[b] = token_ids
         broken = [b for b in deciding if output_token_ids[b][-1] < 0]
@@ -81,7 +91,7 @@ class TargetVerifier:
                 logprobs[b] = found
         spans = zip(batch.row_starts, batch.metadata.query_lens)
         hidden = [HiddenRows(verified.hidden, first, count) for first, count in spans]
-        return TargetResult(output_token_ids, logprobs, hidden)
+        return TargetResult(output_token_ids, logprobs, hidden, draft_token_ids)
 
     def _build_batch(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> ForwardBatch:
         extends = []

@@ -172,7 +172,7 @@ def test_chat_wraps_the_prompt(planted: str, tmp_path: Path) -> None:
         (["--stop", ""], "stop = '' must be a non-empty string"),
         (["--seed", "-5"], "seed = -5"),
         (["--temperature", "1e-9"], "temperature = 1e-09 must be 0 (greedy) or at least 1e-05"),
-        (["--device", "cuda"], "device = 'cuda' is not supported yet"),
+        (["--device", "mps"], "device = 'mps' is not supported: give 'auto', 'cpu' or 'cuda'"),
         (["--kernels", "magic"], "kernels = 'magic' is unknown"),
         (["--dtype", "int3"], "dtype = 'int3' is unknown"),
         (["--threads", "0"], "num_threads = 0"),

@@ -37,6 +37,7 @@ from specdec.kernels.interface import (
     DecoderOutput,
     DecoderWeights,
     DraftChain,
+    Drafts,
     DraftSampling,
     HiddenRows,
     LogitEdits,
@@ -57,6 +58,7 @@ class CpuKernels:
     activation_dtype = torch.float32
     cache_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     fp8: frozenset[Fp8Kind] = frozenset()
+    num_scratch_pages = 0
 
     def __init__(
         self, weight_dtype: torch.dtype, load_dtype: torch.dtype = torch.bfloat16, architecture: str = "native"
@@ -185,7 +187,7 @@ class CpuKernels:
 
     def draft_chain(
         self, decoder: PreparedDecoder, head: PackedWeight, chain: DraftChain, expert_ids: Tensor | None = None
-    ) -> list[list[int]]:
+    ) -> Drafts:
         num, steps = len(chain.counts), max(chain.counts)
         tokens, counts = array("q", chain.input_ids), array("q", chain.counts)
         drafts = array("q", bytes(8 * num * steps))
@@ -194,7 +196,7 @@ class CpuKernels:
         struct = native.Chain(pairs, steps, _at(counts), chain.recycle_unnormed, sampling, _at(drafts))
         self._library.sd_draft_chain(byref(decoder.struct), byref(head.unbiased), byref(struct), _num_threads())
         rows = (drafts[b * steps : (b + 1) * steps].tolist() for b in range(num))
-        return [row[: row.index(NOT_DRAFTED)] if NOT_DRAFTED in row else row for row in rows]
+        return Drafts([row[: row.index(NOT_DRAFTED)] if NOT_DRAFTED in row else row for row in rows])
 
     def verify(
         self,

@@ -24,7 +24,7 @@ TABLE_WIDTH = 140
 err = Console(stderr=True, highlight=False)
 
 MODEL_HELP = "'bundled', a checkpoint folder, or a Hub id."
-KERNELS_HELP = "auto, reference or cpu (C++)."
+KERNELS_HELP = "auto, reference, cpu (C++) or flashinfer (CUDA)."
 DTYPE_HELP = "auto, bfloat16, float16, float32, float64, or int8 (quantised as it is loaded)."
 JSON_HELP = "Print one JSON document instead of tables."
 

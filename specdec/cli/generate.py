@@ -73,7 +73,7 @@ def generate(
     ] = SpeculationParams.min_draft_confidence,
     no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode plainly; the same as -k 0.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")] = False,
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,

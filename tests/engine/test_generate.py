@@ -633,7 +633,7 @@ def test_chat_applies_the_template(engine: Engine) -> None:
 def test_arguments_are_honoured_or_refused(planted: Path) -> None:
     for arguments, message in (
         ({"device": "warp"}, "device = 'warp' is unknown"),
-        ({"device": "cuda"}, "device = 'cuda' is not supported yet"),
+        ({"device": "mps"}, "device = 'mps' is not supported: give 'auto', 'cpu' or 'cuda'"),
         ({"dtype": "int4"}, "dtype = 'int4' is unknown: choose one of auto, bfloat16"),
         ({"kv_dtype": "fp8"}, "kv_dtype = 'fp8' is unknown"),
         ({"kernels": "cuda"}, "kernels = 'cuda' is unknown"),

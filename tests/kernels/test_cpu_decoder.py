@@ -164,7 +164,7 @@ def assert_its_steps(model: LoadedModel, chains: list[DraftChain]) -> list[list[
     assert torch.equal(chains[0].kv_cache, chains[1].kv_cache)
     probs = [c.sampling.probs for c in chains if c.sampling is not None and c.sampling.probs is not None]
     assert not probs or torch.equal(*probs)
-    return ours
+    return ours.token_ids
 
 
 @torch.inference_mode()
@@ -233,11 +233,11 @@ def test_a_chain_ends_where_logits_are_not_finite(model: LoadedModel, sampled: b
     chains[0].previous[1].tensor()[1, 0] = float("nan")  # both chains' start
     kernels, mtp = model.target.kernels, model.mtp
     assert mtp is not None
-    drafts = kernels.draft_chain(mtp.decoder.prepared, model.target.head, chains[0])
+    drafts = kernels.draft_chain(mtp.decoder.prepared, model.target.head, chains[0]).token_ids
     assert drafts[1] == [NOT_FINITE]
     assert len(drafts[0]) == 1
     assert drafts[0][0] >= 0
-    assert drafts == composed.draft_chain(kernels, mtp.decoder.prepared, model.target.head, chains[1])
+    assert drafts == composed.draft_chain(kernels, mtp.decoder.prepared, model.target.head, chains[1]).token_ids
 
 
 RULES = [EXACT_MATCH, TOKEN_REJECTION, BLOCK_VERIFICATION]

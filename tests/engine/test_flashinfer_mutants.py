@@ -1,0 +1,163 @@
+"""Mistakes that must not go unseen: each is made in the production code, and then a short run of the engine must fail,
+or leave other tokens, acceptance or cache."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
+
+import flashinfer_fakes
+from flashinfer_fakes import FakeDevice
+from specdec import SamplingParams, SpeculationParams
+from specdec.kernels.flashinfer import argmax, backend, chain, drafts, experts, graphs, pages, planner
+
+PROMPTS = ["class Stack:\n", "import os\n\ndef main():\n", "def test(self):\n    self.assertEqual("]
+PARAMS = [
+    SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, speculation=SpeculationParams(3)) for n in (11, 18, 24)
+]
+# As many pages as the three need, so that the last one is in use.
+CONFIG = {"max_num_seqs": 3, "page_size": 4, "num_pages": 13}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """kv_cache: as the run leaves it, without the scratch page."""
+
+    token_ids: list[list[int]]
+    num_accepted: list[int]
+    kv_cache: Tensor
+
+    def assert_equal(self, other: Outcome) -> None:
+        assert self.token_ids == other.token_ids
+        assert self.num_accepted == other.num_accepted
+        assert torch.equal(self.kv_cache, other.kv_cache)
+
+
+def run(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool) -> Outcome:
+    """Fails where the fakes object, or where a step waits more than once."""
+    engine = flashinfer_fakes.engine(monkeypatch, "bundled", cuda_graphs=cuda_graphs, **CONFIG)
+    num_steps, step = 0, engine.core.step
+
+    def counting() -> object:
+        nonlocal num_steps
+        num_steps += 1
+        return step()
+
+    monkeypatch.setattr(engine.core, "step", counting)
+    with fake.waiting() as waits:
+        outputs = engine.generate(PROMPTS, PARAMS)
+    assert len(waits) <= num_steps
+    kv_cache = engine.runtime.kv_cache[:, : CONFIG["num_pages"]].as_subclass(Tensor)
+    return Outcome([o.token_ids for o in outputs], [o.stats.num_accepted_tokens for o in outputs], kv_cache)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[bool, Outcome]:
+    """Without a mistake; that this is right is for other tests."""
+    outcomes = {}
+    for cuda_graphs in (False, True):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            outcomes[cuda_graphs] = run(flashinfer_fakes.install(monkeypatch), monkeypatch, cuda_graphs)
+    return outcomes
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in the source of `function`. graphs: it shows where they are replayed."""
+
+    function: Callable[..., Any]
+    old: str
+    new: str
+    graphs: bool = False
+
+
+MUTANTS = {
+    "stale indptr": Mutant(
+        graphs.CapturedForward._prepare, "pinned(pages.indptr)", "pinned(self._planned or pages.indptr)", graphs=True
+    ),
+    "stale positions and slots": Mutant(
+        graphs.CapturedForward._prepare,
+        "self._numbers[: len(numbers)].copy_(numbers, non_blocking=True)",
+        "pass",
+        graphs=True,
+    ),
+    "page crossing without a plan": Mutant(
+        graphs.CapturedForward._prepare, "if pages.indptr != self._planned:", "if not self._planned:", graphs=True
+    ),
+    "swapped gate and up": Mutant(experts.FusedExperts.pack_gate_up, "[up, gate]", "[gate, up]"),
+    "float16 default dtype": Mutant(planner.Wrapper.plan, "q_data_type=shape.dtype, kv_data_type=shape.dtype, ", ""),
+    "float16 queries": Mutant(planner.Wrapper.plan, "q_data_type=shape.dtype, kv_data", "kv_data"),
+    "backend left to FlashInfer": Mutant(planner.Planner._make_prefill, ', backend="fa2"', ', backend="fa3"'),
+    "no tensor cores": Mutant(planner.Planner._make_decode, "use_tensor_cores=True, ", ""),
+    "not causal": Mutant(planner.Planner.plan, "causal=True", "causal=False"),
+    "missing scratch page": Mutant(graphs.CapturedForward._prepare, "shape[1] - 1", "shape[1] - 2", graphs=True),
+    "padding on a live page": Mutant(
+        pages.FixedBatch.fill, "[scratch_page * size + i % size", "[i % size", graphs=True
+    ),
+    "padding sequences without rows": Mutant(
+        pages.FixedBatch.fill, "kv_lens += [query_len] * num_padding", "kv_lens += [1] * num_padding", graphs=True
+    ),
+    "plan before the last one was copied": Mutant(planner.Planner._next, "< NUM_IN_TURN", "< 1"),
+    "drafts read at once": Mutant(
+        chain.device_chain,
+        "Drafts([[0] * count for count in counts], draws.ids)",
+        "Drafts([row[:n] for row, n in zip(draws.ids.tolist(), counts)])",
+    ),
+    "drafts not placed": Mutant(drafts.place_, "if places:", "if False:"),
+    "drafts one row late": Mutant(drafts.place_, "first + 1 + i", "min(first + 2 + i, len(tokens) - 1)"),
+    "previous states not copied": Mutant(
+        graphs.CapturedForward.run, "self._inputs.previous.index_copy_(0, rows, previous)", "pass", graphs=True
+    ),
+    "tokens not copied": Mutant(
+        graphs.CapturedForward.run, "self._inputs.tokens.index_copy_(0, rows, tokens)", "pass", graphs=True
+    ),
+    "outputs handed out without a copy": Mutant(
+        graphs.CapturedForward.run,
+        "*(x.index_select(0, rows) for x in self._output)",
+        "*(x[: len(rows)] for x in self._output)",
+        graphs=True,
+    ),
+    "the wrong row goes on": Mutant(chain.device_chain, "ends[b] - 1", "max(ends[b] - 2, 0)"),
+    "drafts at the position before": Mutant(
+        chain.device_chain, "metadata.kv_lens[b] + step", "metadata.kv_lens[b] + step - 1"
+    ),
+    "drafts of other sequences": Mutant(argmax.ArgmaxDraws.draw, "upload(active,", "upload(list(range(len(active))),"),
+    "a sum in no fixed order": Mutant(
+        experts.FusedExperts.__call__, "use_fused_finalize=False", "use_fused_finalize=True"
+    ),
+    "lengths from the device": Mutant(
+        planner.Planner.plan, "pinned(pages.last_page_len)", "upload(pages.last_page_len, self.device)"
+    ),
+}
+
+
+def mutate(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
+    function = mutant.function
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(mutant.old) == 1, "the production code has changed: the mutant must, too"
+    module = sys.modules[function.__module__]
+    namespace = dict(vars(module))
+    exec(f"from __future__ import annotations\n{source.replace(mutant.old, mutant.new)}", namespace)
+    changed = namespace[function.__name__]
+    owner, _, name = function.__qualname__.rpartition(".")
+    monkeypatch.setattr(getattr(module, owner) if owner else module, name, changed)
+    if not owner and name in vars(backend):  # which imports it by name
+        monkeypatch.setattr(backend, name, changed)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_it_is_seen(monkeypatch: pytest.MonkeyPatch, expected: dict[bool, Outcome], name: str) -> None:
+    mutant, fake = MUTANTS[name], flashinfer_fakes.install(monkeypatch)
+    mutate(monkeypatch, mutant)
+    with pytest.raises((AssertionError, ValueError)):
+        run(fake, monkeypatch, mutant.graphs).assert_equal(expected[mutant.graphs])
