@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.config import EngineConfig, SamplingParams, SpeculationParams
+from specdec.config import MAX_SPECULATIVE_TOKENS, EngineConfig, SamplingParams, SpeculationParams
 from specdec.errors import KernelsUnavailableError, NotEnoughMemoryError, SpecdecWarning
 from specdec.kernels import Kernels, select
 from specdec.kernels.flashinfer.requirements import missing
@@ -26,6 +26,7 @@ from specdec.model.tokenizer import Tokenizer
 from specdec.model.weights import CheckpointIndex, LoadedModel, build_model, load_model
 
 DEFAULT_KV_CACHE_BYTES = 2 * 2**30
+AUTO_GRAPHS = [1, 2, 3, 5, MAX_SPECULATIVE_TOKENS]  # draft lengths with CUDA graphs of their own; others are filled up
 GIB = 2**30
 
 
@@ -185,14 +186,14 @@ def _capture_graphs(
 ) -> None:
     """For requests with the engine's own number of drafts, or fewer."""
     speculation = config.speculation or SpeculationParams()
-    num_drafts = speculation.max_draft_tokens
+    draft_lengths = AUTO_GRAPHS if speculation.automatic else [speculation.max_draft_tokens]
     mtp = None if model.mtp is None else model.mtp.decoder.prepared
     backend.capture(
         model.target.decoder.prepared,
         mtp,
         kv_cache,
         max_num_seqs=config.max_num_seqs,
-        draft_lengths=[num_drafts] if mtp is not None and num_drafts > 0 else [],
+        draft_lengths=[] if mtp is None else [length for length in draft_lengths if length > 0],
         max_model_len=max_model_len,
     )
 

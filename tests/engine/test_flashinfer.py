@@ -16,6 +16,7 @@ from fakes import tiny_config, write_checkpoint
 from flashinfer_fakes import FakeDevice
 from near_ties import Forced, acceptance, num_differing, relative_error, teacher_forced
 from specdec import Engine, SamplingParams, SpeculationParams
+from specdec.cost import CostTable
 from specdec.errors import ModelError
 from specdec.eval.prompts.sets import load_stdlib
 from specdec.kernels import composed
@@ -205,3 +206,18 @@ def test_the_shapes_of_glm_at_reduced_width_and_depth(
         outputs = engine.generate([token_ids[:20], token_ids[:3]], greedy(3))
     assert [len(o.token_ids) for o in outputs] == [24, 24]
     assert set(waits) == {"tolist in decide"}
+
+
+def test_draft_length_auto_has_graphs_of_several_lengths_and_pairs_that_wait(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, exact: Engine, plain_bf16: Engine, prompts: list[list[int]]
+) -> None:
+    costs = CostTable({1: 1.0, 40: 1.2}, {1: 0.1, 40: 0.1}, {1: 0.05})
+    speculation = SpeculationParams("auto")
+    engine = flashinfer_fakes.engine(monkeypatch, "bundled", speculation=speculation, cost_table=costs, **TIGHT)
+    auto = replace(greedy(0), speculation=speculation)
+    ours, theirs = engine.generate(prompts, auto), plain_bf16.generate(prompts, greedy(3))
+    assert num_differing(exact, ours, theirs) <= 3
+    chosen = engine.stats().draft_length.chosen
+    assert sum(count > 0 for count in chosen) >= 3, chosen
+    lengths = {query_len - 1 for query_len, _ in engine.runtime.model.target.decoder.prepared.graphs._by_shape}
+    assert lengths == {0, 1, 2, 3, 5, 8}

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
+
 import flashinfer_fakes
 import fp8_checkpoints
 from specdec.batch import Extend, build_batch
