@@ -90,7 +90,7 @@ class AsyncEngine:
         self._numbers = itertools.count()
         self._shut_down = False
         self._thread = EngineThread(engine.core)
-        weakref.finalize(self, self._thread.stop)
+        weakref.finalize(self, _stop, weakref.ref(self._thread))  # which runs on, or is nobody's any more
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, max_queue: int = 1024, **arguments: Any) -> AsyncEngine:
@@ -201,6 +201,12 @@ class AsyncEngine:
                 f"{self._engine.config.max_num_seqs} leave no room for {len(request_ids)} more: try again later, or "
                 "raise max_queue"
             )
+
+
+def _stop(thread: weakref.ref[EngineThread]) -> None:
+    running = thread()
+    if running is not None:
+        running.stop()
 
 
 def _check_request(request_id: str | None, priority: int, deadline_s: float | None) -> None:

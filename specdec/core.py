@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 
+import torch
+
 from specdec.admission import Admission
 from specdec.commit import abort, fail
 from specdec.config import EngineConfig
@@ -40,6 +42,12 @@ class EngineCore:
         self._stats.draft_length = self.draft_length.stats
         self._abandoned: deque[Sequence] = deque()
         self._trace: list[Decision] | None = None
+
+    def use_device(self) -> None:
+        """Makes its CUDA device, if it has one, the calling thread's."""
+        device = self.verifier.kv_cache.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a request. Raises CacheFullError, with which the request ends, where the whole cache could not hold

@@ -113,6 +113,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            self.core.use_device()
             while self._requests or not self._stopping:
                 self._turn()
         except BaseException as error:

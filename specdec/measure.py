@@ -86,14 +86,21 @@ def measure_costs(
             run = bench.run(trial)
             if repeat == 0 and number < 4:
                 bench.run(trial)()  # warms up
-            times.setdefault(trial, []).append(_seconds(run))
+            times.setdefault(trial, []).append(_seconds(run, bench.device))
     return _table({trial: sorted(seconds)[len(seconds) // 4] for trial, seconds in times.items()})
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
     start = time.perf_counter()
     run()
+    _synchronize(device)
     return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _table(seconds: dict[Trial, float]) -> CostTable:
@@ -132,7 +139,7 @@ class Bench:
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer, most_sequences: int) -> None:
         target, mtp, cache = runtime.model.target, runtime.model.mtp, runtime.kv_cache
-        self.tokenizer, self.page_size = tokenizer, cache.shape[3]
+        self.tokenizer, self.page_size, self.device = tokenizer, cache.shape[3], cache.device
         length = min(CONTEXT, runtime.max_model_len // 2)
         self.num_pages = -(-(length + MAX_PAIRS) // self.page_size)
         # its own pages: those of the engine may be in use

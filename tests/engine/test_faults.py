@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 from pathlib import Path
@@ -14,9 +15,10 @@ from fakes import write_planted_checkpoint
 from specdec import AsyncEngine, Engine, ModelError, SamplingParams, SpeculationParams
 from specdec.core import EngineCore
 from specdec.engine_stats import EngineStats
+from specdec.engine_thread import EngineThread
 from specdec.eval.faults import Fault, FaultPlan, InjectedError
 from specdec.eval.soak import SoakOptions, make_cases, soak
-from specdec.kernels.interface import NOT_FINITE
+from specdec.kernels.interface import NOT_FINITE, Drafts
 
 PROMPTS = ["a", "hello world", "x" * 70, "The quick brown fox", "\n\n", "0123456789" * 5, "zz top"]
 PATIENCE_S = 120.0
@@ -141,7 +143,7 @@ def test_logits_that_are_not_finite_end_their_own_request(
 
     def broken_chain(*args: Any) -> Any:
         extended = [s for s in scheduled if s.sequence.pending_hidden]
-        return [breaks(s, rows) for s, rows in zip(extended, chain(*args))]
+        return Drafts([breaks(s, rows) for s, rows in zip(extended, chain(*args).token_ids)])
 
     monkeypatch.setattr(core.scheduler, "schedule", recording)
     if stage == "verify":
@@ -220,6 +222,8 @@ def test_a_thread_that_ends_leaves_nobody_waiting(planted: Path, monkeypatch: py
         await engine.shutdown()
 
     asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is EngineThread], "model and cache would stay, too"
 
 
 def check(stats: EngineStats) -> None:

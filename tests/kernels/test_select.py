@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from specdec.kernels.flashinfer import requirements
 from specdec.loading import resolve_backend, resolve_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CONFIG: Any = SimpleNamespace(dtype=torch.bfloat16, quantization=None)
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_a_gpu_that_has_everything_gets_flashinfer(cuda: None) -> None:
     assert chosen(CUDA, None, "flashinfer") == ("flashinfer", "cuda")
     assert chosen(CUDA, torch.float32) == ("reference", "cuda")  # FlashInfer has no attention in fp32
     assert chosen(CUDA, None, "reference") == ("reference", "cuda")
-    assert resolve_backend("auto", "auto", "reference", torch.bfloat16).device == CUDA
+    assert resolve_backend("auto", "auto", "reference", CONFIG).device == CUDA
 
 
 def test_what_was_asked_for_is_never_replaced(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,9 +63,9 @@ def test_what_was_asked_for_is_never_replaced(cuda: None, monkeypatch: pytest.Mo
 
 @NEEDS_COMPILER
 def test_kernels_for_the_cpu_choose_the_device(cuda: None) -> None:
-    assert resolve_backend("auto", "auto", "cpu", torch.bfloat16).device == CPU
+    assert resolve_backend("auto", "auto", "cpu", CONFIG).device == CPU
     with pytest.raises(KernelsUnavailableError):
-        resolve_backend("cuda", "auto", "cpu", torch.bfloat16)
+        resolve_backend("cuda", "auto", "cpu", CONFIG)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -71,4 +73,4 @@ def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu() -> None:
     assert resolve_device("auto") == CPU
     for arguments in (("cuda", "auto", "auto"), ("cuda", "auto", "flashinfer"), ("auto", "auto", "flashinfer")):
         with pytest.raises(KernelsUnavailableError, match="install a CUDA build of torch"):
-            resolve_backend(*arguments, torch.bfloat16)
+            resolve_backend(*arguments, CONFIG)
