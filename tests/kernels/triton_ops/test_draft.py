@@ -59,7 +59,7 @@ def composed_chain(logits: Tensor, sampling: DraftSampling) -> list[list[int]]:
         recycle_unnormed=False,
         sampling=sampling,
     )
-    return composed.draft_chain(GivenChain(logits), None, None, chain)
+    return composed.draft_chain(GivenChain(logits), None, None, chain).token_ids
 
 
 def drawn(drawer: Drawer, logits: Tensor, sampling: DraftSampling) -> list[list[int]]:
