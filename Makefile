@@ -14,7 +14,7 @@ test: .venv/test.stamp  ## the whole test-suite
 # FlashInfer's Python imports beside a CPU torch; what it compiles is replaced by fakes. 560 MB under build/.
 FLASHINFER := build/flashinfer
 test-flashinfer: .venv/test.stamp $(FLASHINFER)/stamp  ## the FlashInfer backend, without a GPU
-	PYTHONPATH=$(FLASHINFER):tests/kernels:tests FLASHINFER_WORKSPACE_BASE=build/flashinfer-cache \
+	TRITON_INTERPRET=1 PYTHONPATH=$(FLASHINFER):tests/kernels:tests FLASHINFER_WORKSPACE_BASE=build/flashinfer-cache \
 	$(BIN)/python -m flashinfer_fakes -q
 
 test-gpu: .venv/test.stamp  ## the CUDA backend on a real GPU, with the gpu extra installed; skipped without one

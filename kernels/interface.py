@@ -218,7 +218,7 @@ class RowSampling:
     @property
     def cuts(self) -> bool:
         """Whether `Kernels.truncate_` has anything to cut."""
-        return any(self.top_k) or any(self.min_p) or min(self.top_p) < 1
+        return any(self.top_k) or any(self.min_p) or any(p < 1 for p in self.top_p)
 
     def packed(self) -> tuple[array[float], array[int], array[int]]:
         """scales, top_p, min_p as doubles; top_k, streams, positions, starts as int64; seeds as uint64."""
@@ -273,7 +273,7 @@ class DraftChain:
 
 class Drafts(NamedTuple):
     """Drafts of B sequences. on_device [B, K], padded with NOT_DRAFTED: where it is given the ids are only there, and
-    token_ids, whose lengths are right, has zeros in their place."""
+    token_ids has as many zeros as there may be: chains that their confidence ended are shorter."""
 
     token_ids: list[list[int]]
     on_device: Tensor | None = None
@@ -287,8 +287,9 @@ class Verification:
     drafts [B] of up to K. rules [B]: EXACT_MATCH, TOKEN_REJECTION or BLOCK_VERIFICATION. rows: of each first row;
     positions advance by one per row; a rejection rule's iteration starts at the first position. edits [B]: of the
     logits before. prob_rows [B]: of draft_probs [Q, K, V], the laws that the drafts were drawn from; -1: point masses.
-    keep_logits: hand them back. drafts_on_device [D, K]: where it is given, the drafts of sequence b are its row
-    draft_rows[b] (-1: there are none), and `drafts` and the forward's input_ids have zeros for them.
+    keep_logits: hand them back. drafts_on_device [D, K], padded with NOT_DRAFTED: where it is given, the drafts of
+    sequence b are its row draft_rows[b] (-1: there are none), and `drafts` and the forward's input_ids have as many
+    zeros as there may be.
     """
 
     first_rows: list[int]
@@ -306,8 +307,9 @@ class Verification:
 class Verified(NamedTuple):
     """hidden [T, H]: the target's, after its final norm. token_ids [B]: what each sequence emits, its accepted drafts
     and one token more, which is -1 where a row of logits that decides is not finite. raw, processed [R, V], or None:
-    the logits of all rows, k + 1 per sequence, before and after edits and truncation; processed ones are valid for the
-    rows of emitted tokens. draft_token_ids [B]: the drafts, where they were on the device."""
+    the logits of all rows, one more per sequence than Verification.drafts has, before and after edits and truncation;
+    processed ones are valid for the rows of emitted tokens. draft_token_ids [B]: the drafts that there were, given
+    where they were on the device."""
 
     hidden: Tensor
     token_ids: list[list[int]]

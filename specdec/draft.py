@@ -29,7 +29,7 @@ class DraftResult:
 
     draft_probs[prob_rows[b], i]: the law that draft i of sequence b was really drawn from. prob_rows[b] = -1: its
     drafts are point masses, or its rule needs no laws. on_device [D, K]: where it is given, the ids of sequence b are
-    row device_rows[b] of it, and draft_token_ids has as many zeros.
+    row device_rows[b] of it, padded, and draft_token_ids has as many zeros as there may be.
     """
 
     draft_token_ids: list[list[int]]  # [B] of up to K

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -34,31 +39,53 @@ class TokenLogprobs:
         }
 
 
-def token_logprobs(
-    token_ids: Seq[int], raw_logits: Tensor, processed_logits: Tensor, num_top: int
-) -> list[TokenLogprobs]:
-    """token_ids [n] and the rows [n or more, V] that decided them, processed ones with the temperature in them."""
-    result = []
-    for token_id, raw, processed in zip(token_ids, raw_logits, processed_logits):
-        # A row at a time: torch's sums over several rows may differ from those over one in the last bit.
-        law, processed_law = raw.double().log_softmax(-1), processed.double().log_softmax(-1)
-        result.append(
-            TokenLogprobs(
-                token_id=token_id,
-                logprob=float(law[token_id]),
-                processed_logprob=float(processed_law[token_id]),
-                top=_top(law, num_top),
-                processed_top=_top(processed_law, num_top),
-            )
-        )
-    return result
+class DecidedRows(NamedTuple):
+    """A request's tokens [n] and the rows [n or more, V] that decided them, processed ones with the temperature in
+    them; num_top of their log-probabilities are wanted."""
+
+    token_ids: list[int]
+    raw_logits: Tensor
+    processed_logits: Tensor
+    num_top: int
 
 
-def _top(law: Tensor, num: int) -> list[tuple[int, float]]:
+def token_logprobs(requests: Seq[DecidedRows]) -> list[list[TokenLogprobs]]:
+    """Of each request's tokens. What is computed on a device is read once, for all of them."""
+    computed = [
+        _numbers(law, token_id, request.num_top)
+        for request in requests
+        for token_id, *laws in zip(request.token_ids, request.raw_logits, request.processed_logits)
+        for law in laws
+    ]
+    numbers = iter(torch.cat(computed).tolist()) if computed else iter([])
+    return [[_read(numbers, token_id, r.num_top, r.raw_logits.shape[-1]) for token_id in r.token_ids] for r in requests]
+
+
+def _numbers(logits: Tensor, token_id: int, num_top: int) -> Tensor:
+    """Logits [V] -> what `_read_law` takes: the token's log-probability, the largest ones in any order, their ids, and
+    the lowest ids of those that equal the least of them, negative."""
+    law = logits.double().log_softmax(-1)  # a row at a time: sums over several may differ in the last bit
+    parts = [law[token_id : token_id + 1]]
+    if num_top > 0:
+        num = min(num_top, len(law))
+        largest, ids = law.topk(num)
+        lowest = -torch.arange(len(law), dtype=law.dtype, device=law.device)
+        tied = torch.where(law == largest[-1], lowest, -len(law)).topk(num).values
+        parts += [largest, ids.double(), tied]
+    return torch.cat(parts)
+
+
+def _read(numbers: Iterator[float], token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs:
+    num = min(num_top, vocab_size)
+    (logprob, top), (processed_logprob, processed_top) = (_read_law(numbers, num, vocab_size) for _ in range(2))
+    return TokenLogprobs(token_id, logprob, processed_logprob, top, processed_top)
+
+
+def _read_law(numbers: Iterator[float], num: int, vocab_size: int) -> tuple[float, list[tuple[int, float]]]:
     """The lowest ids first among equals; impossible tokens are left out."""
-    if num == 0:
-        return []
-    kth = law.topk(min(num, len(law))).values[-1]
-    ids = ((law >= kth) & (law > float("-inf"))).nonzero().squeeze(-1)
-    ids = ids[law[ids].sort(descending=True, stable=True).indices[:num]]
-    return list(zip(ids.tolist(), law[ids].tolist()))
+    logprob = next(numbers)
+    largest, ids, tied = (list(islice(numbers, num)) for _ in range(3))
+    least = min(largest, default=0.0)
+    above = sorted((-value, int(token)) for value, token in zip(largest, ids) if value > least)
+    equal = [int(-token) for token in tied if -token < vocab_size] if least > -math.inf else []
+    return logprob, ([(token, -value) for value, token in above] + [(token, least) for token in equal])[:num]

@@ -6,7 +6,6 @@ V vocabulary, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -23,7 +22,7 @@ from specdec.kernels.interface import (
     Verification,
     Verified,
 )
-from specdec.logprobs import TokenLogprobs, token_logprobs
+from specdec.logprobs import DecidedRows, TokenLogprobs, token_logprobs
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.sampling import row_sampling, target_stream
 from specdec.scheduler import ScheduledSequence
@@ -41,7 +40,8 @@ RULES: dict[Rule, int] = {
 class TargetResult:
     """output_token_ids[b]: what sequence b emits, its accepted drafts and one token more; empty where it does not
     sample. logprobs[b]: of these tokens, where the request asks for them. hidden[b]: the target's hidden states of its
-    rows, the new tokens and then the drafts. draft_token_ids[b]: what was verified, known by now wherever it was made.
+    rows, the new tokens and then the drafts. draft_token_ids[b]: what was verified, known by now wherever it was made,
+    and perhaps less than there were rows for.
     """
 
     output_token_ids: list[list[int]]
@@ -89,8 +89,8 @@ class TargetVerifier:
         if verification.keep_logits:
             for b, found in zip(deciding, _logprobs(sequences, verification, verified)):
                 logprobs[b] = found
-        spans = zip(batch.row_starts, batch.metadata.query_lens)
-        hidden = [HiddenRows(verified.hidden, first, count) for first, count in spans]
+        spans = zip(batch.row_starts, scheduled, draft_token_ids)
+        hidden = [HiddenRows(verified.hidden, first, s.num_new_tokens + len(row)) for first, s, row in spans]
         return TargetResult(output_token_ids, logprobs, hidden, draft_token_ids)
 
     def _build_batch(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> ForwardBatch:
@@ -102,18 +102,16 @@ class TargetVerifier:
         return build_batch(extends, self.page_size)
 
 
-def _logprobs(
-    sequences: list[Sequence], verification: Verification, verified: Verified
-) -> Iterator[list[TokenLogprobs]]:
+def _logprobs(sequences: list[Sequence], verification: Verification, verified: Verified) -> list[list[TokenLogprobs]]:
     """Of each sequence's tokens; none where it does not ask."""
     assert verified.raw is not None
     assert verified.processed is not None
     rows = [len(drafts) + 1 for drafts in verification.drafts]
     laws = zip(verified.raw.split_with_sizes(rows), verified.processed.split_with_sizes(rows))
+    requests = []
     for sequence, token_ids, (raw, processed) in zip(sequences, verified.token_ids, laws):
         params = sequence.params
-        if params.logprobs is None:
-            yield []
-        else:
-            emitted = processed[: len(token_ids)] / (params.temperature or 1.0)
-            yield token_logprobs(token_ids, raw, emitted, params.logprobs)
+        asked = [] if params.logprobs is None else token_ids
+        emitted = processed[: len(asked)] / (params.temperature or 1.0)
+        requests.append(DecidedRows(asked, raw, emitted, params.logprobs or 0))
+    return token_logprobs(requests)

@@ -1,5 +1,7 @@
 """Decisions at temperature 0, without edits: argmaxes on the device, and one reading of them at a step's end.
 
+What `sampled` would do, too, but with no batch to pack and no kernels to compile.
+
 Shapes: B sequences, of which b still draft; K draft tokens, R rows that decide, T packed tokens, H hidden.
 """
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import rules
-from specdec.kernels.flashinfer.drafts import on_host
+from specdec.kernels.flashinfer.drafts import deciding, on_host
 from specdec.kernels.flashinfer.transfer import upload
 from specdec.kernels.interface import (
     EXACT_MATCH,
@@ -53,12 +55,10 @@ def decides(v: Verification) -> bool:
 
 def decide(kernels: FlashInferKernels, head: Tensor, hidden: Tensor, v: Verification) -> Verified:
     """What follows the target's hidden states [T, H]. Choices and drafts are read together."""
-    num_rows = [len(drafts) + 1 for drafts in v.drafts]
-    deciding = [first + i for first, n in zip(v.first_rows, num_rows) for i in range(n)]
-    choices = kernels.head_argmax(hidden.index_select(0, upload(deciding, kernels.device)), head)  # [R]
+    choices = kernels.head_argmax(deciding(hidden, v), head)  # [R]
     drafts = choices.new_empty(0) if v.drafts_on_device is None else v.drafts_on_device.flatten()
     numbers = torch.cat([choices, drafts]).tolist()
-    known = on_host(v, numbers[len(deciding) :])
+    known = on_host(v, numbers[len(choices) :])
     each = iter(numbers)
-    token_ids = [rules.match_choices([next(each) for _ in range(n)], d) for n, d in zip(num_rows, known)]
+    token_ids = [rules.match_choices([next(each) for _ in range(len(row) + 1)], d) for row, d in zip(v.drafts, known)]
     return Verified(hidden, token_ids, None, None, known)

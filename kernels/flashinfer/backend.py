@@ -1,9 +1,9 @@
 """`FlashInferKernels`: bf16 on one CUDA device.
 
-A step's forwards are planned and launched, or replayed from CUDA graphs, without waiting for the device; what `verify`
-reads at its end is the one wait. (A chain of more drafts than graphs were captured for waits for its plans, too.) So
-far this holds where every decision is an argmax: temperature 0, no edits, no log-probabilities. The others still decide
-with torch's reference operations, which wait for their numbers.
+A step's forwards are planned and launched, or replayed from CUDA graphs, without waiting for the device, and so are its
+decisions: argmaxes by torch (`argmax`), all others by Triton (`sampled`). What `verify` reads at its end is the one
+wait. (A chain of more drafts than graphs were captured for waits for its plans, too, and one whose experts are traced
+for its drafts.)
 
 Shapes: T packed tokens, B sequences, K draft tokens, V vocabulary, H hidden, D head_dim, Hq/Hkv query/KV heads.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from flashinfer.activation import silu_and_mul
 from flashinfer.norm import fused_add_rmsnorm, rmsnorm
 from flashinfer.page import append_paged_kv_cache
@@ -24,13 +25,15 @@ from torch import Tensor
 
 from specdec.kernels import composed
 from specdec.kernels.composed import ForwardInputs
-from specdec.kernels.flashinfer import argmax, drafts
+from specdec.kernels.flashinfer import argmax, drafts, sampled
 from specdec.kernels.flashinfer.argmax import ArgmaxDraws
 from specdec.kernels.flashinfer.chain import device_chain
 from specdec.kernels.flashinfer.experts import Experts, GroupedExperts, experts_for
 from specdec.kernels.flashinfer.graphs import CapturedForward, DecoderGraphs, batch_sizes
+from specdec.kernels.flashinfer.kept import Kept
 from specdec.kernels.flashinfer.planner import AttentionShape, Planner, Wrapper
 from specdec.kernels.flashinfer.requirements import fp8_kinds
+from specdec.kernels.flashinfer.sampled import SampledDraws
 from specdec.kernels.flashinfer.transfer import upload
 from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, fp8_linear, plain
 from specdec.kernels.interface import (
@@ -44,6 +47,7 @@ from specdec.kernels.interface import (
     Verified,
 )
 from specdec.kernels.reference import ReferenceKernels
+from specdec.kernels.triton import Decider, Drawer, TritonSampling
 
 HEAD_DIMS = (64, 128, 256)  # of FlashInfer's RoPE and attention
 
@@ -56,8 +60,11 @@ class PreparedDecoder:
     graphs: DecoderGraphs | None = None
 
 
-class FlashInferKernels(ReferenceKernels):
-    """See `specdec.kernels.interface.Kernels` for the contracts. What decides tokens is the reference's."""
+class FlashInferKernels(TritonSampling, ReferenceKernels):
+    """See `specdec.kernels.interface.Kernels` for the contracts.
+
+    deciders, drawers: for verifications and draft chains.
+    """
 
     name = "flashinfer"
     cache_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
@@ -67,6 +74,7 @@ class FlashInferKernels(ReferenceKernels):
         super().__init__(device, torch.bfloat16)
         self.fp8 = fp8
         self.experts, self.planner = experts, Planner(device)
+        self.deciders, self.drawers = Kept(Decider, device), Kept(Drawer, device)
         self._whole_caches: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     @classmethod
@@ -91,13 +99,15 @@ class FlashInferKernels(ReferenceKernels):
         return ("experts" if weight.values.dim() == 3 else "linear") in self.fp8
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        return fp8_linear(x, weight, bias) if isinstance(weight, Fp8Matrix) else super().linear(x, weight, bias)
+        return fp8_linear(x, weight, bias) if isinstance(weight, Fp8Matrix) else F.linear(x, weight, bias)
 
     def prepare(self, decoder: DecoderWeights) -> PreparedDecoder:  # type: ignore[override]
         head_dim = decoder.shape.head_dim
         if head_dim not in HEAD_DIMS:
             raise ValueError(f"head_dim = {head_dim}: kernels = 'flashinfer' have {HEAD_DIMS}; use 'reference'")
         return PreparedDecoder(decoder)
+
+    head_argmax = ReferenceKernels.head_argmax  # without packing anything
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rmsnorm(x, weight, eps)
@@ -171,9 +181,9 @@ class FlashInferKernels(ReferenceKernels):
     def draft_chain(  # type: ignore[override]
         self, decoder: PreparedDecoder, head: Tensor, chain: DraftChain, expert_ids: Tensor | None = None
     ) -> Drafts:
-        if chain.sampling is None and expert_ids is None:
-            return device_chain(self, decoder, chain, ArgmaxDraws(self, head, chain))
-        return composed.draft_chain(self, decoder, head, chain, expert_ids)
+        if expert_ids is not None:
+            return composed.draft_chain(self, decoder, head, chain, expert_ids)
+        return device_chain(self, decoder, head, chain, ArgmaxDraws if chain.sampling is None else SampledDraws)
 
     def verify(  # type: ignore[override]
         self,
@@ -190,10 +200,8 @@ class FlashInferKernels(ReferenceKernels):
         hidden = self.run(decoder, tokens, None, metadata, kv_cache, expert_ids).normed
         if not verification.rules:
             return Verified(hidden, [], None, None)
-        if argmax.decides(verification):
-            return argmax.decide(self, head, hidden, verification)
-        known = drafts.read(verification)
-        return composed.decide(self, head, hidden, known)._replace(draft_token_ids=known.drafts)
+        decide = argmax.decide if argmax.decides(verification) else sampled.decide
+        return decide(self, head, hidden, verification)
 
     def capture(
         self,

@@ -11,7 +11,7 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 import torch
@@ -41,7 +41,14 @@ def requirements(environ: Mapping[str, str] = os.environ) -> list[Requirement]:
     cuda_home = _cuda_home(environ)
     flags = shlex.split(environ.get("FLASHINFER_EXTRA_CUDAFLAGS", ""))
     includes = [cuda_home / "include", *(Path(flag[2:]) for flag in flags if flag.startswith("-I"))]
-    return [_torch(), *_device(), _flashinfer(), _nvcc(cuda_home), *(_header(name, includes) for name in HEADERS)]
+    return [
+        _torch(),
+        _triton(),
+        *_device(),
+        _flashinfer(),
+        _nvcc(cuda_home),
+        *(_header(name, includes) for name in HEADERS),
+    ]
 
 
 def missing(found: list[Requirement] | None = None) -> str:
@@ -63,6 +70,12 @@ def _torch() -> Requirement:
         cuda is not None,
         "install a CUDA build of torch",
     )
+
+
+def _triton() -> Requirement:
+    there = util.find_spec("triton") is not None
+    found = "installed" if there else "not installed"
+    return Requirement("triton", found, there, "it comes with torch's CUDA builds for Linux: pip install triton")
 
 
 def _device() -> list[Requirement]:

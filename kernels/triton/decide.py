@@ -1,6 +1,7 @@
 """From a target forward's logits to accepted tokens, on the device: no call here waits for it.
 
-Every buffer has a fixed size and address, so the launches can be captured into a CUDA graph.
+Every buffer has a fixed size and address, and launches depend on nothing but `Batch.cuts`, so they can be captured into
+a CUDA graph: of a batch that cuts, for all.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Decider:
         """The first half: edits and truncation, in place; what `Verified.processed` keeps."""
         slots = verified_slots(self.batch, drafts)
         edit_(logits, slots)
-        self._truncation.run_(logits, slots)
+        self._truncation.run_(logits, slots, cuts=self.batch.cuts)
 
     def emit(self, logits: Tensor, drafts: Tensor, draft_probs: Tensor | None) -> Decided:
         """The second half: rules. Rows that rejection decides on become probabilities."""

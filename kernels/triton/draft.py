@@ -27,7 +27,7 @@ class Drawer:
     each step on the device."""
 
     def __init__(self, batch: Batch, vocab_size: int) -> None:
-        self.batch = batch
+        self.batch, self.vocab_size = batch, vocab_size
         tiling = Tiling(batch.size, vocab_size, batch.device)
         self._truncation, self._choice, self._softmax = Truncation(tiling), Choice(tiling), Softmax(tiling)
 
@@ -39,7 +39,7 @@ class Drawer:
         """
         slots = drafted_slots(self.batch, self.batch.drafts, step)
         edit_(logits, slots)
-        self._truncation.run_(logits, slots)
+        self._truncation.run_(logits, slots, cuts=self.batch.cuts)
         choices = self._choice.run(logits, slots)
         self._softmax.survey(logits, slots)
         if draft_probs is not None:

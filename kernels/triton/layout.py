@@ -46,7 +46,8 @@ class Batch:
     """
 
     def __init__(self, size: int, num_drafts: int, device: torch.device, edit_words: int = 0) -> None:
-        self.size, self.num_drafts, self.device = size, num_drafts, device
+        self.size, self.num_drafts, self.device, self.edit_words = size, num_drafts, device, edit_words
+        self.cuts = True  # whether a row of the step that is packed does, see `RowSampling.cuts`
         self._edits_at = (NUM_FIELDS + num_drafts) * size
         self._host = torch.zeros(self._edits_at + edit_words, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._words = self._host.numpy()
@@ -108,7 +109,7 @@ class Batch:
         self._copy()
 
     def _fill(self, rows: RowSampling, edits: Seq[LogitEdits | None]) -> None:
-        num = len(rows)
+        num, self.cuts = len(rows), rows.cuts
         assert num <= self.size, f"{num} sequences in a batch of {self.size}"
         self._clear()
         for field, ints in (
@@ -134,9 +135,11 @@ class Batch:
             row[: len(given)] = given
 
     def _put_edits(self, edits: Seq[LogitEdits | None]) -> None:
-        needed, room = edit_words(edits), len(self._words) - self._edits_at
-        if needed > room:
-            raise ValueError(f"these edits take {needed} words, the batch has {room}: make it with more edit_words")
+        needed = edit_words(edits)
+        if needed > self.edit_words:
+            raise ValueError(
+                f"these edits take {needed} words, the batch has {self.edit_words}: make it with more edit_words"
+            )
         at = self._edits_at
         for b, e in enumerate(edits):
             if e is not None:

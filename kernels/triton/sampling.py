@@ -47,7 +47,7 @@ class TritonSampling:
 
     def truncate_(self, logits: Tensor, sampling: RowSampling) -> None:
         slots, tiling = self._rows(logits, sampling)
-        Truncation(tiling).run_(logits, slots)
+        Truncation(tiling).run_(logits, slots, cuts=sampling.cuts)
 
     def choose(self, logits: Tensor, sampling: RowSampling) -> Tensor:
         slots, tiling = self._rows(logits, sampling)

@@ -45,18 +45,20 @@ class Truncation:
         self.states = torch.empty(NUM_PASSES, tiling.num_slots, 3, dtype=torch.int64, device=tiling.device)
         self.unit = 2.0 ** (62 - tiling.vocab_size.bit_length())
 
-    def run_(self, logits: Tensor, slots: Slots) -> None:
-        """See `Kernels.truncate_`; every active row, in place."""
+    def run_(self, logits: Tensor, slots: Slots, *, cuts: bool) -> None:
+        """See `Kernels.truncate_`; every active row, in place. cuts: the rows' `RowSampling.cuts`; where nothing is cut
+        there is nothing to search for, and these are most of the launches."""
         t = self.tiling
         t.check(logits)
         assert logits.dtype == torch.float32
         _survey[t.grid](logits, slots, t.vocab_size, self.tops, TILE=TILE, **UNFUSED)
-        self._search(logits, slots, by_weight=False)
-        _drop_below_kth[t.grid](
-            logits, slots, t.vocab_size, self.tops, self.sums[1], self.states, TILE=TILE, TILES=t.padded_tiles,
-            **UNFUSED,
-        )  # fmt: skip
-        self._search(logits, slots, by_weight=True)
+        if cuts:
+            self._search(logits, slots, by_weight=False)
+            _drop_below_kth[t.grid](
+                logits, slots, t.vocab_size, self.tops, self.sums[1], self.states, TILE=TILE, TILES=t.padded_tiles,
+                **UNFUSED,
+            )  # fmt: skip
+            self._search(logits, slots, by_weight=True)
         _drop_the_rest[t.grid](
             logits, slots, t.vocab_size, self.tops, self.sums[1], self.states, UNIT=self.unit, TILE=TILE,
             TILES=t.padded_tiles, **UNFUSED,

@@ -3,6 +3,7 @@ or leave other tokens, acceptance or cache."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import textwrap
@@ -16,14 +17,28 @@ from torch import Tensor
 
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
 
+import triton
+
 import flashinfer_fakes
 from flashinfer_fakes import FakeDevice
-from specdec import SamplingParams, SpeculationParams
-from specdec.kernels.flashinfer import argmax, backend, chain, drafts, experts, graphs, pages, planner
+from specdec import SamplingParams, SpeculationParams, verify
+from specdec.kernels.flashinfer import argmax, backend, chain, drafts, experts, graphs, pages, planner, sampled
+from specdec.kernels.triton import layout
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, for what no lane goes on to use
 PROMPTS = ["class Stack:\n", "import os\n\ndef main():\n", "def test(self):\n    self.assertEqual("]
 PARAMS = [
     SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, speculation=SpeculationParams(3)) for n in (11, 18, 24)
+]
+# Every rule, edits, chains of different lengths and some that end early; short, as Triton is interpreted.
+SAMPLED = [
+    SamplingParams(
+        max_tokens=5,
+        seed=number,
+        repetition_penalty=1.2,
+        speculation=SpeculationParams(k, rule, min_draft_confidence=least),
+    )
+    for number, (k, rule, least) in enumerate([(1, "coupled", 0.0), (2, "token", 0.0), (2, "block", 0.4)])
 ]
 # As many pages as the three need, so that the last one is in use.
 CONFIG = {"max_num_seqs": 3, "page_size": 4, "num_pages": 13}
@@ -34,16 +49,16 @@ class Outcome:
     """kv_cache: as the run leaves it, without the scratch page."""
 
     token_ids: list[list[int]]
-    num_accepted: list[int]
+    outcomes: list[dict[tuple[int, int], int]]
     kv_cache: Tensor
 
     def assert_equal(self, other: Outcome) -> None:
         assert self.token_ids == other.token_ids
-        assert self.num_accepted == other.num_accepted
+        assert self.outcomes == other.outcomes
         assert torch.equal(self.kv_cache, other.kv_cache)
 
 
-def run(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool) -> Outcome:
+def run(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, *, cuda_graphs: bool, sampled: bool) -> Outcome:
     """Fails where the fakes object, or where a step waits more than once."""
     engine = flashinfer_fakes.engine(monkeypatch, "bundled", cuda_graphs=cuda_graphs, **CONFIG)
     num_steps, step = 0, engine.core.step
@@ -55,30 +70,34 @@ def run(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool) ->
 
     monkeypatch.setattr(engine.core, "step", counting)
     with fake.waiting() as waits:
-        outputs = engine.generate(PROMPTS, PARAMS)
+        outputs = engine.generate(PROMPTS, SAMPLED if sampled else PARAMS)
     assert len(waits) <= num_steps
     kv_cache = engine.runtime.kv_cache[:, : CONFIG["num_pages"]].as_subclass(Tensor)
-    return Outcome([o.token_ids for o in outputs], [o.stats.num_accepted_tokens for o in outputs], kv_cache)
+    return Outcome([o.token_ids for o in outputs], [o.stats.outcomes for o in outputs], kv_cache)
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[bool, Outcome]:
-    """Without a mistake; that this is right is for other tests."""
-    outcomes = {}
-    for cuda_graphs in (False, True):
+def expected() -> Callable[..., Outcome]:
+    """Of a run without a mistake; that this is right is for other tests."""
+
+    @functools.cache
+    def outcome(**how: bool) -> Outcome:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            outcomes[cuda_graphs] = run(flashinfer_fakes.install(monkeypatch), monkeypatch, cuda_graphs)
-    return outcomes
+            return run(flashinfer_fakes.install(monkeypatch), monkeypatch, **how)
+
+    return outcome
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` becomes `new` in the source of `function`. graphs: it shows where they are replayed."""
+    """`old` becomes `new` in the source of `function`. It shows where graphs are replayed, or where tokens are
+    sampled."""
 
     function: Callable[..., Any]
     old: str
     new: str
     graphs: bool = False
+    sampled: bool = False
 
 
 MUTANTS = {
@@ -110,7 +129,7 @@ MUTANTS = {
     "plan before the last one was copied": Mutant(planner.Planner._next, "< NUM_IN_TURN", "< 1"),
     "drafts read at once": Mutant(
         chain.device_chain,
-        "Drafts([[0] * count for count in counts], draws.ids)",
+        "Drafts([[0] * count for count in counts], draws.ids.clone())",
         "Drafts([row[:n] for row, n in zip(draws.ids.tolist(), counts)])",
     ),
     "drafts not placed": Mutant(drafts.place_, "if places:", "if False:"),
@@ -135,6 +154,32 @@ MUTANTS = {
     "a sum in no fixed order": Mutant(
         experts.FusedExperts.__call__, "use_fused_finalize=False", "use_fused_finalize=True"
     ),
+    "a second wait": Mutant(
+        sampled.decide, "raw = logits.clone()", "given.tolist(); raw = logits.clone()", sampled=True
+    ),
+    "a wait in a chain": Mutant(
+        sampled.SampledDraws.draw, "if len(active)", "if self.ids[0, 0] != 0 and len(active)", sampled=True
+    ),
+    "stale batch": Mutant(
+        layout.Batch._fill,
+        "(POSITION, rows.positions)",
+        '(POSITION, vars(self).setdefault("before", rows.positions))',
+        sampled=True,
+    ),
+    "laws of another row": Mutant(
+        sampled.decide, "v.draft_probs)", "None if v.draft_probs is None else v.draft_probs.flip(0))", sampled=True
+    ),
+    "logits of another sequence": Mutant(sampled.SampledDraws.draw, "places.get(b, 0)", "0", sampled=True),
+    "uncapped counts": Mutant(
+        verify.TargetVerifier.verify,
+        "s.num_new_tokens + len(row)",
+        "s.num_new_tokens + s.num_draft_tokens",
+        sampled=True,
+    ),
+    "drafts up to their count": Mutant(drafts.up_to_end, "NOT_DRAFTED in ids", "False", sampled=True),
+    "another sequence's drafts": Mutant(
+        drafts.in_order, "last if row < 0 else row for row in rows", "(row + 1) % last for row in rows", sampled=True
+    ),
     "lengths from the device": Mutant(
         planner.Planner.plan, "pinned(pages.last_page_len)", "upload(pages.last_page_len, self.device)"
     ),
@@ -156,8 +201,12 @@ def mutate(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_it_is_seen(monkeypatch: pytest.MonkeyPatch, expected: dict[bool, Outcome], name: str) -> None:
-    mutant, fake = MUTANTS[name], flashinfer_fakes.install(monkeypatch)
+def test_it_is_seen(monkeypatch: pytest.MonkeyPatch, expected: Callable[..., Outcome], name: str) -> None:
+    mutant = MUTANTS[name]
+    if mutant.sampled and not triton.knobs.runtime.interpret:
+        pytest.skip("Triton compiles in this process")
+    how = {"cuda_graphs": mutant.graphs, "sampled": mutant.sampled}
+    sound, fake = expected(**how), flashinfer_fakes.install(monkeypatch)
     mutate(monkeypatch, mutant)
     with pytest.raises((AssertionError, ValueError)):
-        run(fake, monkeypatch, mutant.graphs).assert_equal(expected[mutant.graphs])
+        run(fake, monkeypatch, **how).assert_equal(sound)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,10 +88,23 @@ def sync_warnings() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+SAMPLED = [
+    replace(
+        PARAMS, temperature=0.8, seed=1, top_p=top_p, repetition_penalty=penalty, speculation=SpeculationParams(3, rule)
+    )
+    for rule, top_p, penalty in (("coupled", 1.0, 1.0), ("token", 0.9, 1.0), ("block", 1.0, 1.2), ("token", 1.0, 1.0))
+]
+
+
+@pytest.mark.parametrize("params", [[PARAMS] * 4, SAMPLED], ids=["greedy", "sampled"])
 def test_a_decode_step_waits_for_the_device_once(
-    on_gpu: Engine, prompts: list[list[int]], sync_warnings: None, monkeypatch: pytest.MonkeyPatch
+    on_gpu: Engine,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    sync_warnings: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    on_gpu.generate(prompts[:4], PARAMS)  # whatever is compiled or allocated at first
+    on_gpu.generate(prompts[:4], params)  # whatever is compiled or allocated at first
     step = on_gpu.core.step
 
     def counting() -> object:
@@ -102,7 +116,7 @@ def test_a_decode_step_waits_for_the_device_once(
         return done
 
     monkeypatch.setattr(on_gpu.core, "step", counting)
-    on_gpu.generate(prompts[:4], PARAMS)
+    on_gpu.generate(prompts[:4], params)
 
 
 def test_replays_survive_preemption_and_pages_that_move(

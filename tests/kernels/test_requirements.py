@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 import pytest
@@ -23,8 +23,12 @@ class Machine:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o755)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
+        self.triton(True)
         self.gpu((9, 0))
         self.flashinfer("0.7.2.post1")
+
+    def triton(self, there: bool) -> None:
+        self.monkeypatch.setattr(util, "find_spec", lambda _: object() if there else None)
 
     def gpu(self, capability: tuple[int, int] | None) -> None:
         functions = {
@@ -60,7 +64,8 @@ def lacking(found: dict[str, Requirement]) -> list[str]:
 def test_a_gpu_machine_lacks_nothing(machine: Machine) -> None:
     found = machine.found()
     assert list(found) == [
-        "torch with CUDA", "CUDA device", "device memory", "flashinfer-python", "nvcc", "cublasLt.h", "curand.h",
+        "torch with CUDA", "triton", "CUDA device", "device memory", "flashinfer-python", "nvcc", "cublasLt.h",
+        "curand.h",
     ]  # fmt: skip
     assert missing(list(found.values())) == ""
     assert found["CUDA device"].found == "NVIDIA Test, compute capability 9.0"
@@ -86,6 +91,7 @@ def test_this_machine_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp
         assert part in text
     assert [r.name for r in found] == [
         "torch with CUDA",
+        "triton",
         "CUDA device",
         "flashinfer-python",
         "nvcc",
@@ -98,6 +104,11 @@ def test_this_machine_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp
 def test_each_file_of_the_toolkit_is_looked_for(machine: Machine, name: str) -> None:
     (machine.cuda_home / name).unlink()
     assert lacking(machine.found()) == [name.split("/")[1]]
+
+
+def test_triton_is_needed(machine: Machine) -> None:
+    machine.triton(False)
+    assert lacking(machine.found()) == ["triton"]
 
 
 def test_headers_may_be_where_flashinfer_is_told_to_look(machine: Machine, tmp_path: Path) -> None:

@@ -1,23 +1,33 @@
 """FlashInfer's own Python over kernels in plain torch, on a CPU that passes for a CUDA device.
 
-`install` replaces what FlashInfer compiles (`kernels`) and what torch.cuda offers (`device`, `graphs`), and binds every
-call to the signatures of 0.7.2.post1 that are committed here (`signatures`). The fakes check what the kernels do not.
+`install` replaces what FlashInfer compiles (`kernels`) and what torch.cuda offers (`device`, `graphs`), lets our Triton
+kernels be interpreted (`triton_kernels`), and binds every call to the signatures of 0.7.2.post1 that are committed here
+(`signatures`). The fakes check what the kernels do not.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from flashinfer_fakes import device, graphs, kernels, signatures
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+
+from flashinfer_fakes import device, graphs, kernels, signatures, triton_kernels
 from flashinfer_fakes.device import CPU, FakeDevice
 from specdec import Engine
+from specdec.kernels import composed
 from specdec.kernels.flashinfer.backend import FlashInferKernels
 from specdec.kernels.flashinfer.experts import Experts, FusedExperts
+from specdec.kernels.reference import ReferenceKernels
 
-__all__ = ["FakeDevice", "engine", "install"]
+__all__ = ["FakeDevice", "decide_on_the_host", "engine", "install"]
+
+OPERATIONS = "edit_", "truncate_", "choose", "softmax", "residual_mass", "sample_residual", "uniforms"
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
@@ -26,6 +36,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     graphs.install(fake, monkeypatch)
     kernels.install(fake, monkeypatch)
     signatures.install(monkeypatch)
+    triton_kernels.install(fake, monkeypatch)
     return fake
 
 
@@ -35,3 +46,11 @@ def engine(monkeypatch: pytest.MonkeyPatch, model: str | Path, experts: Experts 
     with monkeypatch.context() as patch:
         patch.setattr("specdec.engine.resolve_backend", lambda *_: kernels)
         return Engine.from_pretrained(model, **config)
+
+
+def decide_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same forwards, but drafts and decisions of the composed path over the reference's operations."""
+    monkeypatch.setattr(FlashInferKernels, "draft_chain", composed.draft_chain)
+    monkeypatch.setattr(FlashInferKernels, "verify", composed.verify)
+    for name in OPERATIONS:
+        monkeypatch.setattr(FlashInferKernels, name, getattr(ReferenceKernels, name))

@@ -24,6 +24,7 @@ UPLOADING = (
     "drafts",
     "graphs",
     "planner",
+    "sampled",
 )  # modules of specdec.kernels.flashinfer that import `upload`
 
 
@@ -97,7 +98,7 @@ def on_device(x: Tensor) -> Tensor:
 
 def install(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     OnDevice.device_of_all = fake
-    for name in ("empty", "zeros", "full", "arange", "tensor"):
+    for name in ("empty", "zeros", "zeros_like", "full", "arange", "tensor"):
         monkeypatch.setattr(torch, name, _making(fake, getattr(torch, name)))
     monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(fake))
     import specdec.kernels.flashinfer.backend  # all of its modules, before what they import is replaced

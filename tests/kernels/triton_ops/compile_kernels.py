@@ -37,7 +37,7 @@ def launches() -> list[Launch]:
         first_rows=[0, K + 1],
         drafts=[[1, 2, 3], [4]],
         rules=[TOKEN_REJECTION, BLOCK_VERIFICATION],
-        rows=sampling(B),
+        rows=sampling(B, top_p=0.9),
         edits=[random_edits(50, 1), None],
         prob_rows=[0, -1],
         draft_probs=torch.zeros(1, K, V),

@@ -1,0 +1,49 @@
+"""What decides on the device, kept from step to step: buffers of fixed size and address, made when first needed.
+
+Shapes: B sequences, K draft tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import torch
+
+from specdec.kernels.interface import LogitEdits
+from specdec.kernels.triton import Batch, Decider, Drawer, edit_words
+
+Worker = TypeVar("Worker", Decider, Drawer)
+
+
+class Kept(Generic[Worker]):
+    """Deciders, or drawers, by power of two of sequences, number of drafts and vocabulary. One whose batch has no room
+    for a step's edits gives way to one with twice the room that they need."""
+
+    def __init__(self, make: Callable[[Batch, int], Worker], device: torch.device) -> None:
+        self._make: Callable[[Batch, int], Worker] = make
+        self._device = device
+        self._workers: dict[tuple[int, int, int], tuple[Worker, torch.cuda.Event]] = {}
+
+    @contextmanager
+    def packing(self, num_drafts: int, edits: Seq[LogitEdits | None], vocab_size: int) -> Iterator[Worker]:
+        """One for B sequences with these edits [B], whose batch is packed while this is entered. It waits for the copy
+        of what was packed before, which is done where a step's result has been read since."""
+        shape, needed = (_power_of_two(len(edits)), num_drafts, vocab_size), edit_words(edits)
+        if shape not in self._workers or self._workers[shape][0].batch.edit_words < needed:
+            self._workers[shape] = self._new(*shape, 2 * needed), torch.cuda.Event()
+        worker, copied = self._workers[shape]
+        copied.synchronize()
+        yield worker
+        copied.record()
+
+    @torch.inference_mode(False)  # they live on after a caller's inference mode
+    def _new(self, size: int, num_drafts: int, vocab_size: int, room: int) -> Worker:
+        return self._make(Batch(size, num_drafts, self._device, room), vocab_size)
+
+
+def _power_of_two(num: int) -> int:
+    """The least that is not below."""
+    return 1 << (num - 1).bit_length()
