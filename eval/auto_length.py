@@ -28,6 +28,7 @@ import torch
 
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.config import AUTO, NumSpeculativeTokens
+from specdec.draft_length import DraftLengthStats
 from specdec.eval.planted import SIZES, planted_prompts, write_planted_checkpoint
 from specdec.eval.prompts import load_stdlib
 
@@ -78,19 +79,24 @@ class Comparison:
 def compare(
     engine: Engine, prompts: list[list[int]], temperature: float, max_tokens: int, num_repeats: int
 ) -> Comparison:
-    stats = engine.core.draft_length.stats
-    assert stats is not None, "the checkpoint has no MTP layer"
+    before = _stats(engine).chosen
     rates: dict[NumSpeculativeTokens, list[float]] = {k: [] for k in LENGTHS}
-    before = list(stats.chosen)
     for repeat in range(num_repeats + 1):
         for k in random.Random(repeat).sample(LENGTHS, len(LENGTHS)):
             rate = _rate(engine, prompts, k, temperature, max_tokens, seed=repeat)
             if repeat:
                 rates[k].append(rate)
         if repeat == 0:
-            before = list(stats.chosen)
+            before = _stats(engine).chosen
+    stats = _stats(engine)
     chosen = [after - earlier for after, earlier in zip(stats.chosen, before)]
     return Comparison(rates, chosen, stats.times.median_relative_error)
+
+
+def _stats(engine: Engine) -> DraftLengthStats:
+    stats = engine.stats().draft_length
+    assert stats is not None, "the checkpoint has no MTP layer"
+    return stats
 
 
 def _rate(

@@ -125,6 +125,9 @@ def measure(batch_size: int, num_steps: int, k: int, *, warm: bool) -> StepCost:
         scheduler.remove_finished()
         committed = time.perf_counter()
         stats.record_step(scheduled, start, committed, draft_length)
+        for s in scheduled:
+            if s.sequence.finished:
+                stats.record_finished(s.sequence)
         stats.record_state(scheduler)
         if step >= MAX_TOKENS:
             times.append((planned - start, committed - decided, time.perf_counter() - committed))

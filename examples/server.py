@@ -118,7 +118,7 @@ class Server:
 
 async def until_done_or_gone(work: asyncio.Future[None], reader: asyncio.StreamReader) -> None:
     """Cancels the work when the client closes the connection, which is seen while nothing is written, too."""
-    gone = asyncio.ensure_future(reader.read(1))
+    gone = asyncio.ensure_future(until_closed(reader))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -126,6 +126,12 @@ async def until_done_or_gone(work: asyncio.Future[None], reader: asyncio.StreamR
         work.cancel()  # nothing where it is done
     with contextlib.suppress(asyncio.CancelledError):
         await work
+
+
+async def until_closed(reader: asyncio.StreamReader) -> None:
+    """Whatever comes after the request is not looked at."""
+    while await reader.read(1024):
+        pass
 
 
 async def read_request(reader: asyncio.StreamReader) -> tuple[str, str, bytes]:
@@ -136,7 +142,7 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[str, str, bytes]:
         raise Refusal(HTTPStatus.BAD_REQUEST, f"no HTTP request: {error}") from error
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     length = headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+    if not (length.isascii() and length.isdigit()) or int(length) > MAX_BODY_BYTES:
         raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body has at most {MAX_BODY_BYTES} bytes, not {length}")
     return method, path, await reader.readexactly(int(length))
 

@@ -16,6 +16,8 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
 
     Raises CheckpointError when it is none of these, or the Hub cannot serve it.
     """
+    if not isinstance(model, str | Path):
+        raise ValueError(f"model = {model!r} must be a string or a path: 'bundled', a checkpoint folder or a Hub id")
     if str(model) == BUNDLED:
         if revision is not None:
             raise CheckpointError(f"revision {revision!r}: the bundled checkpoint has no revisions")

@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from specdec.checks import is_number, require, require_int
 from specdec.config import SamplingParams
 from specdec.engine import Engine
 from specdec.engine_stats import EngineStats
-from specdec.engine_thread import Command, EngineThread, Mailroom, Request
+from specdec.engine_thread import Command, EngineThread, Mailroom, Request, stop
 from specdec.errors import QueueFullError
 from specdec.outputs import GenerationOutput, StreamChunk
-from specdec.prompts import Prompt, as_prompt, params_per_prompt
+from specdec.prompts import Prompt, as_params, as_prompt
 
 
 class AsyncTokenStream(AsyncIterator[StreamChunk]):
@@ -82,15 +83,14 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, max_queue: int = 1024) -> None:
         """engine: its requests come from here alone from now on."""
-        if isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 0:
-            raise ValueError(f"max_queue = {max_queue!r} must be an integer, at least 0")
+        require_int("max_queue", max_queue, 0)
         self.max_queue, self.tokenizer, self.max_model_len = max_queue, engine.tokenizer, engine.max_model_len
         self._engine, self._core = engine, engine.core
         self._mailroom: Mailroom | None = None
         self._numbers = itertools.count()
         self._shut_down = False
         self._thread = EngineThread(engine.core)
-        weakref.finalize(self, _stop, weakref.ref(self._thread))  # which runs on, or is nobody's any more
+        weakref.finalize(self, stop, self._thread.commands)  # the thread may hold errors that lead back here
 
     @classmethod
     def from_pretrained(cls, model: str | Path, *, max_queue: int = 1024, **arguments: Any) -> AsyncEngine:
@@ -113,7 +113,7 @@ class AsyncEngine:
         use included; QueueFullError; RuntimeError after a shutdown and in another event loop. While it runs the stream
         may raise CacheFullError, or what made the engine fail for this request.
         """
-        if params is not None and params.n > 1:
+        if isinstance(params, SamplingParams) and params.n > 1:
             raise ValueError(f"n = {params.n}: this is one stream; `samples` gives one for each")
         return self._queue(prompt, params, request_id, priority, deadline_s)[0]
 
@@ -136,12 +136,12 @@ class AsyncEngine:
     ) -> list[AsyncTokenStream]:  # fmt: skip
         mailroom = self._open_mailroom()
         _check_request(request_id, priority, deadline_s)
-        (one,) = params_per_prompt(self.default_sampling_params() if params is None else params, 1)
+        one = self.default_sampling_params() if params is None else as_params(params)
         if request_id is None:
             request_id = next(i for i in map("request-{}".format, self._numbers) if i not in mailroom.requests)
         sequences = self._core.admission.sequences(as_prompt(prompt), one, request_id=request_id, priority=priority)
         self._check_room(mailroom, [s.request_id for s in sequences])
-        deadline = math.inf if deadline_s is None else time.monotonic() + deadline_s
+        deadline = math.inf if deadline_s is None else time.monotonic() + float(deadline_s)
         requests = [Request(sequence, mailroom, deadline) for sequence in sequences]
         for request in requests:
             mailroom.requests[request.request_id] = request
@@ -203,16 +203,11 @@ class AsyncEngine:
             )
 
 
-def _stop(thread: weakref.ref[EngineThread]) -> None:
-    running = thread()
-    if running is not None:
-        running.stop()
-
-
 def _check_request(request_id: str | None, priority: int, deadline_s: float | None) -> None:
-    if request_id is not None and (not isinstance(request_id, str) or not request_id):
-        raise ValueError(f"request_id = {request_id!r} must be a non-empty string or None")
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise ValueError(f"priority = {priority!r} must be an integer; lower ones run first")
-    if deadline_s is not None and not (isinstance(deadline_s, int | float) and 0 < deadline_s < math.inf):
-        raise ValueError(f"deadline_s = {deadline_s!r} must be a finite number of seconds, above 0, or None")
+    named = request_id is None or (isinstance(request_id, str) and request_id != "")
+    require(named, f"request_id = {request_id!r} must be a non-empty string or None")
+    require_int("priority", priority, remedy="; lower ones run first")
+    require(
+        deadline_s is None or (is_number(deadline_s) and deadline_s > 0),
+        f"deadline_s = {deadline_s!r} must be a finite number of seconds, above 0, or None",
+    )

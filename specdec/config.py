@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args
 
+from specdec.checks import require, require_bool, require_choice, require_int, require_number
 from specdec.cost import CostTable
 
 Verification = Literal["coupled", "block", "token"]
@@ -27,65 +26,44 @@ MAX_SAMPLES = 128  # of one prompt, as in OpenAI's API
 MAX_PENALTY = 2.0  # of presence and frequency, as in OpenAI's API
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_int(name: str, value: Any, low: int, high: int | None = None, remedy: str = "") -> None:
-    limits = f"at least {low}" if high is None else f"from {low} to {high}"
-    inside = isinstance(value, Integral) and not isinstance(value, bool)
-    inside = inside and value >= low and (high is None or value <= high)
-    _require(inside, f"{name} = {value!r} must be an integer, {limits}{remedy}")
-
-
-def _require_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    inside = isinstance(value, Real) and not isinstance(value, bool)
-    inside = inside and (low < value if open_low else low <= value) and value <= min(high, sys.float_info.max)
-    if math.isfinite(high):
-        limits = f"in {'(' if open_low else '['}{low:g}, {high:g}]"
-    else:
-        limits = f"a finite number, {'above' if open_low else 'at least'} {low:g}"
-    _require(inside, f"{name} = {value!r} must be {limits}")
+def _require_int_field(owner: Any, name: str, low: int, high: int | None = None, remedy: str = "") -> None:
+    """NumPy's integers become Python's, which do not overflow."""
+    value = getattr(owner, name)
+    require_int(name, value, low, high, remedy)
+    object.__setattr__(owner, name, int(value))
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
-    _require(
-        isinstance(value, Iterable) and not isinstance(value, bytes), f"{name} = {value!r} must be a list or tuple"
-    )
+    require(isinstance(value, Iterable) and not isinstance(value, bytes), f"{name} = {value!r} must be a list or tuple")
     return tuple(value)
 
 
 def _as_pairs(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     """A mapping, or pairs, of token ids and numbers -> pairs in ascending order of ids."""
-    _require(not isinstance(value, str), f"{name} = {value!r} must map token ids to numbers")
+    require(not isinstance(value, str), f"{name} = {value!r} must map token ids to numbers")
     pairs = _as_tuple(name, value.items() if isinstance(value, Mapping) else value)
     for pair in pairs:
-        _require(isinstance(pair, tuple) and len(pair) == 2, f"{name}: {pair!r} must be a token id and a number")
+        require(isinstance(pair, tuple) and len(pair) == 2, f"{name}: {pair!r} must be a token id and a number")
     ids = [token for token, _ in pairs]
     for token in ids:
-        _require_int(name, token, 0, remedy=": it is a token id")
-    _require(len(set(ids)) == len(ids), f"{name} = {value!r} names a token twice")
+        require_int(name, token, 0, remedy=": it is a token id")
+    require(len(set(ids)) == len(ids), f"{name} = {value!r} names a token twice")
     return tuple(sorted((int(token), number) for token, number in pairs))
 
 
 def _as_bad_word(value: Any) -> str | tuple[int, ...]:
     if isinstance(value, str):
-        _require(value != "", "bad_words: '' must be a non-empty string or token ids")
+        require(value != "", "bad_words: '' must be a non-empty string or token ids")
         return value
     tokens = _as_tuple("bad_words", value)
-    _require(len(tokens) > 0, f"bad_words: {value!r} must be a non-empty string or token ids")
+    require(len(tokens) > 0, f"bad_words: {value!r} must be a non-empty string or token ids")
     for token in tokens:
-        _require_int("bad_words", token, 0, remedy=": it is a token id")
+        require_int("bad_words", token, 0, remedy=": it is a token id")
     return tuple(int(token) for token in tokens)
 
 
-def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name} = {value!r} is unknown: choose one of {', '.join(choices)}")
-
-
 def _require_speculation(value: Any) -> None:
-    _require(
+    require(
         value is None or isinstance(value, SpeculationParams),
         f"speculation = {value!r} must be a SpeculationParams or None",
     )
@@ -116,13 +94,13 @@ class SpeculationParams:
 
     def __post_init__(self) -> None:
         if not self.automatic:
-            _require_int(
-                "num_speculative_tokens", self.num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS,
+            _require_int_field(
+                self, "num_speculative_tokens", 0, MAX_SPECULATIVE_TOKENS,
                 "; 0 switches it off, 'auto' chooses for every step",
             )  # fmt: skip
-        _require_choice("verification", self.verification, get_args(Verification))
-        _require_choice("draft_sampling", self.draft_sampling, get_args(DraftSampling))
-        _require_number("min_draft_confidence", self.min_draft_confidence, 0.0, 1.0)
+        require_choice("verification", self.verification, get_args(Verification))
+        require_choice("draft_sampling", self.draft_sampling, get_args(DraftSampling))
+        require_number("min_draft_confidence", self.min_draft_confidence, 0.0, 1.0)
 
     @cached_property
     def automatic(self) -> bool:
@@ -190,31 +168,33 @@ class SamplingParams:
         words = (self.bad_words,) if isinstance(self.bad_words, str) else _as_tuple("bad_words", self.bad_words)
         object.__setattr__(self, "bad_words", tuple(_as_bad_word(word) for word in words))
         object.__setattr__(self, "logit_bias", _as_pairs("logit_bias", self.logit_bias or ()))
-        _require_int("n", self.n, 1, MAX_SAMPLES, ": samples of one prompt")
-        _require_int("max_tokens", self.max_tokens, 1)
-        _require_int("min_tokens", self.min_tokens, 0, self.max_tokens, ": it is at most max_tokens")
-        _require_number("temperature", self.temperature, 0.0, math.inf)
-        _require(
+        _require_int_field(self, "n", 1, MAX_SAMPLES, ": samples of one prompt")
+        _require_int_field(self, "max_tokens", 1)
+        _require_int_field(self, "min_tokens", 0, self.max_tokens, ": it is at most max_tokens")
+        require_number("temperature", self.temperature, 0.0, math.inf)
+        require(
             self.temperature == 0 or self.temperature >= MIN_TEMPERATURE,
             f"temperature = {self.temperature!r} must be 0 (greedy) or at least {MIN_TEMPERATURE:g}",
         )
-        _require_int("top_k", self.top_k, 0, remedy="; 0 switches it off")
-        _require_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _require_number("min_p", self.min_p, 0.0, 1.0)
-        _require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
-        _require_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
-        _require_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _require_int_field(self, "top_k", 0, remedy="; 0 switches it off")
+        require_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        require_number("min_p", self.min_p, 0.0, 1.0)
+        require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        require_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        require_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         for token, bias in self.biases:
             if bias != -math.inf:
-                _require_number(f"logit_bias of token {token}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+                require_number(f"logit_bias of token {token}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            require_bool(name, getattr(self, name))
         for text in self.stop:
-            _require(isinstance(text, str) and text != "", f"stop = {text!r} must be a non-empty string")
+            require(isinstance(text, str) and text != "", f"stop = {text!r} must be a non-empty string")
         for token in self.stop_token_ids:
-            _require_int("stop_token_ids", token, 0)
+            require_int("stop_token_ids", token, 0)
         if self.seed is not None:
-            _require_int("seed", self.seed, 0, SEED_LIMIT - 1)
+            _require_int_field(self, "seed", 0, SEED_LIMIT - 1)
         if self.logprobs is not None:
-            _require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, "; 0 reports the output's tokens alone")
+            _require_int_field(self, "logprobs", 0, MAX_LOGPROBS, "; 0 reports the output's tokens alone")
         _require_speculation(self.speculation)
 
     @property
@@ -270,30 +250,28 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require_speculation(self.speculation)
-        _require_int("max_num_seqs", self.max_num_seqs, 1)
-        _require_int("page_size", self.page_size, 1)
-        _require_int(
+        _require_int_field(self, "max_num_seqs", 1)
+        _require_int_field(self, "page_size", 1)
+        require_int(
             "max_num_batched_tokens", self.token_budget, self._least_token_budget,
             remedy=f", so that every one of max_num_seqs = {self.max_num_seqs} requests can be verified in one step",
         )  # fmt: skip
         for name in ("num_pages", "kv_cache_bytes"):
             if getattr(self, name) is not None:
-                _require_int(name, getattr(self, name), 1)
-        _require(
+                _require_int_field(self, name, 1)
+        require(
             self.num_pages is None or self.kv_cache_bytes is None,
             f"num_pages = {self.num_pages} and kv_cache_bytes = {self.kv_cache_bytes} both size the cache: give one",
         )
         if self.max_model_len is not None:
-            _require_int("max_model_len", self.max_model_len, 2)
-        _require(
-            isinstance(self.prefix_caching, bool), f"prefix_caching = {self.prefix_caching!r} must be True or False"
-        )
-        _require(
+            _require_int_field(self, "max_model_len", 2)
+        require_bool("prefix_caching", self.prefix_caching)
+        require(
             self.cost_table is None or isinstance(self.cost_table, CostTable),
             f"cost_table = {self.cost_table!r} must be a CostTable or None",
         )
-        _require(isinstance(self.cuda_graphs, bool), f"cuda_graphs = {self.cuda_graphs!r} must be True or False")
-        _require_choice("mtp_recycling", self.mtp_recycling, get_args(Recycling))
+        require(isinstance(self.cuda_graphs, bool), f"cuda_graphs = {self.cuda_graphs!r} must be True or False")
+        require_choice("mtp_recycling", self.mtp_recycling, get_args(Recycling))
 
     @property
     def token_budget(self) -> int:

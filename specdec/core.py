@@ -22,7 +22,7 @@ from specdec.engine_stats import EngineStats
 from specdec.kv_cache import PagePool
 from specdec.loading import Checkpoint, Runtime
 from specdec.measure import cost_table
-from specdec.scheduler import ScheduledSequence, Scheduler
+from specdec.scheduler import Scheduler
 from specdec.sequence import FinishReason, Sequence
 from specdec.step import Decision, StepError, step
 from specdec.verify import TargetVerifier
@@ -39,7 +39,8 @@ class EngineCore:
         self.drafter = _make_drafter(runtime, config)
         self.verifier = TargetVerifier(runtime.model.target, runtime.kv_cache, config.page_size)
         self._stats, self._stats_lock = EngineStats(pool.num_pages, config.prefix_caching), threading.Lock()
-        self._stats.draft_length = self.draft_length.stats
+        self._stats.draft_length = self.draft_length.snapshot()
+        self._alive: dict[Sequence, None] = {}  # every request that has not ended
         self._abandoned: deque[Sequence] = deque()
         self._trace: list[Decision] | None = None
 
@@ -52,17 +53,19 @@ class EngineCore:
     def add(self, sequence: Sequence) -> None:
         """Queues a request. Raises CacheFullError, with which the request ends, where the whole cache could not hold
         it."""
-        with self._stats_lock:
-            self._stats.num_requests += 1
         try:
             if sequence.speculation.automatic:
                 self.draft_length.prepare()
             self.scheduler.add(sequence)
-        except Exception as error:
-            self._fail([sequence], error)
+        except BaseException as error:
+            _end(sequence, error)
+            self.scheduler.remove(sequence)
             raise
-        with self._stats_lock:
-            self._stats.record_state(self.scheduler)
+        finally:
+            with self._stats_lock:
+                self._alive[sequence] = None
+                self._stats.num_requests += 1
+                self._settle([sequence])
 
     def step(self) -> list[Sequence]:
         """One engine step; -> the sequences that took part.
@@ -72,6 +75,15 @@ class EngineCore:
         """
         while self._abandoned:
             self.abort(self._abandoned.popleft())
+        try:
+            return self._step()
+        except Exception as error:  # no stage's own, which are StepErrors
+            return self._start_over(error)
+        except BaseException as interrupt:
+            self._start_over(interrupt)
+            raise
+
+    def _step(self) -> list[Sequence]:
         start_s, num_failures = time.perf_counter(), 0
         try:
             done = step(self.scheduler, self.draft_length, self.drafter, self.verifier)
@@ -80,33 +92,30 @@ class EngineCore:
                 self._trace += done.decisions()
         except StepError as error:
             scheduled, num_failures = error.scheduled, 1
-            self._fail(error.failed, error.error)
-        except Exception as error:  # the scheduler's own: nothing is known of those that run, or wait where none does
-            failed = list(self.scheduler.running) or list(self.scheduler.waiting)
-            self._fail(failed, error)
-            return failed
-        except BaseException:  # a half-done step may have left any of them between two states
-            running = list(self.scheduler.running)
-            for sequence in running:
-                if not sequence.finished:
-                    abort(sequence)
-            self._ended(running)
-            raise
-        self._record(scheduled, start_s, num_failures)
-        return [s.sequence for s in scheduled]
+            for sequence in error.failed:
+                _fail(sequence, error.error)
+                self.scheduler.remove(sequence)
+            self.scheduler.remove_finished()  # those that had committed
+        sequences = [s.sequence for s in scheduled]
+        with self._stats_lock:
+            self._stats.record_step(scheduled, start_s, time.perf_counter(), self.draft_length)
+            self._stats.num_failed_steps += num_failures
+            if any(s.speculation.automatic for s in sequences):
+                self._stats.draft_length = self.draft_length.snapshot()
+            self._settle(sequences)
+        return sequences
 
     def abort(self, sequence: Sequence, reason: FinishReason = "abort") -> None:
         """Ends a request unless it has ended; its pages are free at once."""
         if not sequence.finished:
-            try:
-                abort(sequence, reason)
-            finally:
-                self._ended([sequence])
+            _abort(sequence, reason)
+            self._leave([sequence])
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
         """Ends a request with an error, unless it has ended."""
         if not sequence.finished:
-            self._fail([sequence], error)
+            _fail(sequence, error)
+            self._leave([sequence])
 
     def abandon(self, sequence: Sequence) -> None:
         """Aborts it before the next step; from a finaliser, which may run in the middle of one."""
@@ -132,26 +141,51 @@ class EngineCore:
         finally:
             self._trace = None
 
-    def _fail(self, sequences: Seq[Sequence], error: Exception) -> None:
-        traceback.clear_frames(error.__traceback__)  # requests keep the error: it must not keep the step's tensors
-        for sequence in sequences:
-            fail(sequence, error)
-        self._ended(sequences)
+    def _start_over(self, error: BaseException) -> list[Sequence]:
+        """After what came in the middle of a step, whatever it left half done: ends all requests but those that wait,
+        or, where there are no others, the first of these. Everything cached is forgotten. -> those that it ended."""
+        waiting = set(self.scheduler.waiting)
+        ended = [s for s in self._alive if s not in waiting] or self.scheduler.waiting[:1]
+        self.scheduler.start_over()
+        for sequence in ended:
+            if not (sequence.finished and isinstance(error, Exception)):  # an interrupt may have come in its commit
+                _end(sequence, error)
+        self._leave(ended)
+        return ended
 
-    def _ended(self, sequences: Seq[Sequence]) -> None:
-        for sequence in sequences:
+    def _leave(self, ended: list[Sequence]) -> None:
+        for sequence in ended:
             self.scheduler.remove(sequence)
-        self.scheduler.remove_finished()  # those that a failed step had committed
         with self._stats_lock:
-            for sequence in sequences:
-                self._stats.record_finished(sequence)
-            self._stats.record_state(self.scheduler)
+            self._settle(ended)
 
-    def _record(self, scheduled: Seq[ScheduledSequence], start_s: float, num_failures: int) -> None:
-        with self._stats_lock:
-            self._stats.record_step(scheduled, start_s, time.perf_counter(), self.draft_length)
-            self._stats.num_failed_steps += num_failures
-            self._stats.record_state(self.scheduler)
+    def _settle(self, sequences: Seq[Sequence]) -> None:
+        """Counts those that have ended, and that they are gone, at once: nobody sees the one without the other."""
+        for sequence in sequences:
+            if sequence.finished and sequence in self._alive:
+                del self._alive[sequence]
+                self._stats.record_finished(sequence)
+        self._stats.record_state(self.scheduler)
+
+
+def _end(sequence: Sequence, cause: BaseException) -> None:
+    """An interrupt is no error of the request."""
+    if isinstance(cause, Exception):
+        _fail(sequence, cause)
+    else:
+        _abort(sequence, "abort")
+
+
+def _abort(sequence: Sequence, reason: FinishReason) -> None:
+    try:
+        abort(sequence, reason)
+    except Exception as error:  # of the text that was held back
+        _fail(sequence, error)
+
+
+def _fail(sequence: Sequence, error: Exception) -> None:
+    traceback.clear_frames(error.__traceback__)  # requests keep the error: it must not keep the step's tensors
+    fail(sequence, error)
 
 
 def _make_draft_length(checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig) -> DraftLength:

@@ -9,8 +9,11 @@ import statistics
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+
+from specdec.checks import require, require_int, require_number
 
 NUM_DENSE = 512  # rows whose seconds are looked up, not computed
 CORRECTION_STEPS = 64  # steps over which the correction follows a drift
@@ -64,12 +67,15 @@ class CostTable:
 
     def __post_init__(self) -> None:
         for name, entries in (("target", self.target), ("mtp_extend", self.mtp_extend), ("mtp_step", self.mtp_step)):
-            wrong = not entries and name == "target"
-            if wrong or any(rows < 1 or seconds <= 0 for rows, seconds in entries.items()):
-                raise ValueError(f"{name} = {entries} must map numbers of rows, at least 1, to seconds above 0")
+            require(
+                isinstance(entries, Mapping) and (len(entries) > 0 or name != "target"),
+                f"{name} = {entries!r} must map numbers of rows, at least 1, to seconds above 0",
+            )
+            for rows, seconds in entries.items():
+                require_int(f"{name}: rows", rows, 1)
+                require_number(f"{name}[{rows}]", seconds, 0, open_low=True)
         for name, seconds in (("sequence_s", self.sequence_s), ("sampled_s", self.sampled_s)):
-            if seconds < 0:
-                raise ValueError(f"{name} = {seconds} must be at least 0")
+            require_number(name, seconds, 0)
 
     @cached_property
     def target_s(self) -> Curve:
@@ -119,6 +125,11 @@ class StepTimes:
     def forget(self) -> None:
         """For another table."""
         self.plain, self.drafting = Correction(), Correction()
+
+    def copy(self) -> StepTimes:
+        other = copy(self)
+        other.plain, other.drafting, other._errors = copy(self.plain), copy(self.drafting), self._errors.copy()
+        return other
 
     @property
     def drafting_factor(self) -> float:

@@ -18,7 +18,7 @@ from specdec.acceptance import EngineAcceptance, RequestAcceptance
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.cost import CostTable, StepTimes
 from specdec.draft_plan import NO_DRAFTS, Request, StepPlan, best_lengths
-from specdec.scheduler import MAX_PENDING_PAIRS, ScheduledSequence
+from specdec.scheduler import ScheduledSequence
 
 PROBE_SHARE = 0.006  # of the time, for drafts that are not expected to pay
 FLUSH_SHARE = 0.004  # of the time, for pairs that wait though nothing is drafted
@@ -35,11 +35,11 @@ FLUSH_PAIRS = 64  # that wait before they are worth a call
 
 
 class DraftLength(Protocol):
-    """Chooses every sequence's number of drafts, at most what the scheduler allows. stats: None where nothing is
-    chosen."""
+    """Chooses every sequence's number of drafts, at most what the scheduler allows."""
 
-    @property
-    def stats(self) -> DraftLengthStats | None: ...
+    def snapshot(self) -> DraftLengthStats | None:
+        """A copy of the statistics, which no later step changes; None where nothing is chosen."""
+        ...
 
     def prepare(self) -> None:
         """Measures what choosing needs and is not known, or has proved wrong: tenths of a second. Called between two
@@ -63,7 +63,8 @@ class DraftLength(Protocol):
 class FixedDraftLength:
     """As many as the scheduler allows."""
 
-    stats = None
+    def snapshot(self) -> DraftLengthStats | None:
+        return None
 
     def prepare(self) -> None:
         pass
@@ -139,6 +140,9 @@ class AutoDraftLength:
         self._rests_until_s = -math.inf
         self._started_s: float | None = None  # of a step that is timed
         self._ended_s: float | None = None  # of the last step
+
+    def snapshot(self) -> DraftLengthStats:
+        return replace(self.stats, chosen=list(self.stats.chosen), times=self.stats.times.copy())
 
     def prepare(self) -> None:
         """A table is wrong where steps have turned out much faster than it says: it was measured on a busy machine."""
@@ -362,7 +366,7 @@ class AutoDraftLength:
             return
         for b, k in zip(plan.members, plan.lengths):
             num_pairs = scheduled[b].sequence.num_pending_pairs
-            if k or b in plan.extra or not FLUSH_PAIRS <= num_pairs < MAX_PENDING_PAIRS:
+            if k or b in plan.extra or num_pairs < FLUSH_PAIRS or scheduled[b].extends_mtp_with(0):
                 continue
             cost = extend_s(plan.num_pairs + num_pairs) - extend_s(plan.num_pairs)
             if cost <= self._flush_s:

@@ -24,7 +24,7 @@ from specdec.loading import (
 )
 from specdec.model.hub import resolve_model
 from specdec.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
-from specdec.prompts import Prompt, as_batch, as_prompt, params_per_prompt
+from specdec.prompts import Prompt, as_batch, as_params, as_prompt, params_per_prompt
 from specdec.scheduler import Scheduler
 from specdec.sequence import Sequence
 
@@ -110,7 +110,7 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
         """Completes one prompt chunk by chunk; closing the stream aborts the request. A step serves all open streams:
         where one's request fails, that one raises the error."""
-        (one,) = params_per_prompt(self.default_sampling_params() if params is None else params, 1)
+        one = self.default_sampling_params() if params is None else as_params(params)
         sequence = self.core.admission.sequence(as_prompt(prompt), one)
         self.core.add(sequence)
         return TokenStream(sequence, self._chunks(sequence), self.core.abort, self.core.abandon)

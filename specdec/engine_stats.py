@@ -135,8 +135,6 @@ class EngineStats:
             self.first_token.observe(sequence.stats.ttft_s or 0.0)
         else:
             self.inter_token.observe(commit.interval_s)
-        if sequence.finished:
-            self.record_finished(sequence)
 
     def _compare(self, costs: PlainCosts, step_s: float, num_rows: int, num_decoding: int, num_more: int) -> None:
         """Plain decoding would have done this step's rows without drafts, and for the `num_more` tokens that drafts

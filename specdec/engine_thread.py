@@ -8,11 +8,13 @@ unread keeps its tokens to itself, and the next chunk has all of them.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import math
 import queue
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -85,28 +87,41 @@ class Command(NamedTuple):
     request: Request | None = None
 
 
+def stop(commands: queue.SimpleQueue[Command]) -> None:
+    """Aborts everything and ends the thread that obeys these commands."""
+    commands.put(Command("abort all"))
+    commands.put(Command("stop"))
+
+
+_threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread that is inside a kernel when the interpreter ends would take the process down with it."""
+    for thread in list(_threads):
+        stop(thread.commands)
+        thread.join()
+
+
 class EngineThread:
     """Steps the core while there are requests, and sleeps while there are none."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self.broken: BaseException | None = None  # what ended the thread, if it was a fault of ours
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._requests: dict[Sequence, Request] = {}
         self._unsent: set[Request] = set()  # have tokens that their consumers were not ready for
         self._next_deadline = math.inf
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="specdec-engine", daemon=True)
         self._thread.start()
+        _threads.add(self)
 
     def send(self, command: Command) -> None:
         """Any thread may call it, a finaliser too."""
-        self._commands.put(command)
-
-    def stop(self) -> None:
-        """Aborts everything and ends the thread."""
-        self.send(Command("abort all"))
-        self.send(Command("stop"))
+        self.commands.put(command)
 
     def join(self) -> None:
         self._thread.join()
@@ -133,7 +148,7 @@ class EngineThread:
         may_wait = not self._requests
         while True:
             try:
-                kind, request = self._commands.get(block=may_wait)
+                kind, request = self.commands.get(block=may_wait)
             except queue.Empty:
                 return ended
             may_wait = False
@@ -157,10 +172,7 @@ class EngineThread:
         """Ends a request from outside; False where it had ended."""
         if sequence.finished:
             return False
-        try:
-            self.core.abort(sequence, reason)
-        except Exception as error:
-            self.core.fail(sequence, error)
+        self.core.abort(sequence, reason)
         return True
 
     def _expire(self) -> list[Sequence]:
@@ -210,7 +222,7 @@ class EngineThread:
         requests = list(self._requests.values())
         while True:
             try:
-                request = self._commands.get_nowait().request
+                request = self.commands.get_nowait().request
             except queue.Empty:
                 break
             if request is not None and request not in requests:

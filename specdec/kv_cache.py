@@ -36,8 +36,12 @@ class PagePool:
 
     def __init__(self, num_pages: int, page_size: int, *, prefix_caching: bool = True) -> None:
         self.num_pages, self.page_size, self.prefix_caching = num_pages, page_size, prefix_caching
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._num_holders = [0] * num_pages
+        self.reset()
+
+    def reset(self) -> None:
+        """Every page is free, and nothing cached."""
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._num_holders = [0] * self.num_pages
         self._cache = PrefixCache()
 
     @property

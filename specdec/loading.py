@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def resolve_dtype(
 
 def check_num_threads(num_threads: int) -> None:
     most = os.cpu_count() or 1
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or not 1 <= num_threads <= most:
+    if isinstance(num_threads, bool) or not isinstance(num_threads, Integral) or not 1 <= num_threads <= most:
         raise ValueError(f"num_threads = {num_threads!r} must be an integer from 1 to {most}, the machine's CPUs")
 
 

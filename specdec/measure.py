@@ -75,8 +75,10 @@ def measure_costs(
     runtime: Runtime, tokenizer: Tokenizer, wanted: Seq[Trial], repeats: int = REPEATS, budget_s: float = BUDGET_S
 ) -> CostTable:
     """Each the lower quartile of `repeats` runs on other tokens, which take other experts, all trials in turn. Once
-    `budget_s` is spent it ends, after the first four trials at least."""
+    `budget_s` is spent it ends, after the first four trials at least. Those that do not fit into the context are left
+    out."""
     bench = Bench(runtime, tokenizer, max(trial.num_sequences for trial in wanted))
+    wanted = [trial for trial in wanted if bench.length + trial.rows <= runtime.max_model_len]
     times: dict[Trial, list[float]] = {}
     start = time.perf_counter()
     for repeat in range(repeats):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from specdec.checks import require
 from specdec.config import SamplingParams
 
 Prompt = str | Seq[int]
@@ -29,6 +30,11 @@ def as_prompt(prompt: Prompt) -> str | list[int]:
     return prompt if isinstance(prompt, str) else _as_token_ids(_as_list(prompt))
 
 
+def as_params(params: SamplingParams) -> SamplingParams:
+    require(isinstance(params, SamplingParams), f"params = {params!r} must be a SamplingParams")
+    return params
+
+
 def params_per_prompt(params: SamplingParams | Iterable[SamplingParams], num_prompts: int) -> list[SamplingParams]:
     """One SamplingParams for all prompts, or one for each."""
     if isinstance(params, SamplingParams):
@@ -47,7 +53,7 @@ def params_per_prompt(params: SamplingParams | Iterable[SamplingParams], num_pro
 def _as_list(value: Any) -> list[Any]:
     if hasattr(value, "tolist"):  # NumPy arrays and torch tensors
         value = value.tolist()
-    if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
+    if isinstance(value, bytes | Mapping | Set) or not isinstance(value, Iterable):
         raise ValueError(f"{_shown(value)} is no prompt: give text, token ids, or a list of either")
     return list(value)
 

@@ -119,6 +119,14 @@ class Scheduler:
                 del queue[at]
                 self.pool.release(sequence.give_up_pages())
 
+    def start_over(self) -> None:
+        """Nobody runs, and every page is free, however a step that was interrupted has left them."""
+        running, self.running = self.running, []
+        self._refused = None, 0
+        self.pool.reset()
+        for sequence in running:
+            sequence.give_up_pages()
+
     def check_integrity(self) -> None:
         """Raises AssertionError unless queues, page tables, pool and prefix cache agree."""
         assert sorted(self.waiting, key=_order) == self.waiting, "waiting is out of order"

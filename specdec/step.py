@@ -19,8 +19,9 @@ def step(scheduler: Scheduler, draft_length: DraftLength, drafter: Drafter, veri
     A sequence contributes a chunk of its prompt, or its last token plus up to K drafts, to one ragged
     target forward; each of those that decode ends the step with 1 to K+1 new tokens. Raises StepError.
     """
-    scheduled = draft_length.choose(scheduler.schedule())
+    scheduled = scheduler.schedule()
     try:
+        scheduled = draft_length.choose(scheduled)
         drafts = drafter.draft(scheduled)
         result = verifier.verify(scheduled, drafts)
         commit(scheduled, result)

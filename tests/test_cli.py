@@ -290,7 +290,8 @@ def test_inspect_says_what_cuda_needs_and_what_fits(tmp_path: Path, monkeypatch:
     assert document["missing"].startswith("torch with CUDA: torch")
     assert document["paths"]["A100 80GB"]["experts"] == "grouped matrix product"
     assert len(document["fits"]) == 5 * 2 * 4
-    assert {k: v for k, v in document["requirements"][1].items() if k != "remedy"} == {
+    device = next(r for r in document["requirements"] if r["name"] == "CUDA device")
+    assert {k: v for k, v in device.items() if k != "remedy"} == {
         "name": "CUDA device",
         "found": "none is visible",
         "ok": False,

@@ -93,6 +93,24 @@ def test_the_server_refuses_what_it_cannot_do(port: int) -> None:
     assert ask(port, "GET", "/health") == (200, '{"status": "ok"}\n')
 
 
+def raw(port: int, request: bytes) -> bytes:
+    async def work() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    return asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+
+
+def test_a_client_that_sends_more_than_its_request_is_answered(port: int) -> None:
+    body = json.dumps({"prompt": "import os\n", "max_tokens": 60, "temperature": 0}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    assert b"completion_tokens" in raw(port, head + body + b"\r\n" * 3)
+    assert b"HTTP/1.1 413" in raw(port, b"POST / HTTP/1.1\r\nContent-Length: \xb2\r\n\r\n")
+
+
 def test_a_client_that_goes_away_aborts_its_request(port: int) -> None:
     def count(reason: str) -> int:
         lines = ask(port, "GET", "/metrics")[1].splitlines()

@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fakes import write_planted_checkpoint
@@ -384,6 +388,42 @@ def test_an_engine_that_is_dropped_ends_its_thread(planted: Path) -> None:
         time.sleep(0.001)
 
 
+def test_a_process_ends_in_order_though_nobody_shut_the_engine_down(planted: Path) -> None:
+    """What is registered before specdec comes after it; a thread in a kernel would then end the process by a signal."""
+    script = f"""
+import asyncio, atexit, threading
+atexit.register(lambda: print([t.name for t in threading.enumerate()]))
+from specdec import AsyncEngine, SamplingParams
+
+async def main():
+    global stream
+    engine = AsyncEngine.from_pretrained({str(planted)!r})
+    stream = engine.generate("abc", SamplingParams(max_tokens=200, ignore_eos=True))
+    await anext(stream)
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
+    assert done.stdout == "['MainThread']\n"
+
+
+def test_an_engine_whose_thread_broke_is_let_go(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        served = AsyncEngine.from_pretrained(planted)
+        monkeypatch.setattr(served._core, "step", lambda: (_ for _ in ()).throw(SystemExit("gone")))
+        with pytest.raises(SystemExit):
+            await anext(served.generate("abc", greedy(5)))
+        engines.append(weakref.ref(served))
+        monkeypatch.undo()
+
+    engines: list[weakref.ref[AsyncEngine]] = []
+    run(work())
+    gc.collect()
+    assert engines[0]() is None
+
+
 def test_what_cannot_be_asked_for_is_refused_at_once(planted: Path) -> None:
     async def work() -> None:
         async with serving(planted, num_pages=4, page_size=8) as served:
@@ -394,14 +434,22 @@ def test_what_cannot_be_asked_for_is_refused_at_once(planted: Path) -> None:
                 ({"priority": 1.5}, "priority = 1.5 must be an integer"),
                 ({"deadline_s": 0}, "deadline_s = 0 must be a finite number of seconds, above 0"),
                 ({"deadline_s": "1"}, "deadline_s = '1' must be"),
+                ({"deadline_s": True}, "deadline_s = True must be"),
+                ({"deadline_s": float("nan")}, "deadline_s = nan must be"),
+                ({"deadline_s": 10**400}, "deadline_s = 10+ must be"),
+                ({"params": {"temperature": 0}}, r"params = {'temperature': 0} must be a SamplingParams"),
+                ({"params": [greedy(10)]}, r"params = \[SamplingParams.* must be a SamplingParams"),
+                ({"prompt": {5, 6}}, "{5, 6} is no prompt"),
             ):
                 with pytest.raises(ValueError, match=message):
-                    served.generate("abc", greedy(10), **arguments)
+                    served.generate(**{"prompt": "abc", "params": greedy(10)} | arguments)
             with pytest.raises(ValueError, match="the prompt is empty"):
                 served.generate("", greedy(10))
             with pytest.raises(CacheFullError, match="needs 5 pages of 8"):
                 await read(served.generate([5] * 3, greedy(30)))
             assert len(tokens_of(await read(mine))) == 10
+            numpys = served.generate("abc", greedy(10), priority=np.int64(1), deadline_s=np.float32(1000))
+            assert len(tokens_of(await read(numpys))) == 10
             assert len(await read(served.generate("abc", greedy(1), request_id="mine"))) == 1
         with pytest.raises(ValueError, match="max_queue = -1 must be an integer, at least 0"):
             AsyncEngine.from_pretrained(planted, max_queue=-1)

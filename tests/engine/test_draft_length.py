@@ -14,8 +14,8 @@ import pytest
 from draft_simulation import BUNDLED, GPU, MEDIUM, Simulation, expected_rate
 from enumeration import Enumerator, Law, RandomModel, RandomPath, distance, target_law
 
-from fakes import NEEDS_COMPILER, write_planted_checkpoint
-from specdec import Engine, SamplingParams, SpeculationParams, draft_length
+from fakes import KERNELS, NEEDS_COMPILER, write_planted_checkpoint
+from specdec import Engine, SamplingParams, SpeculationParams, batch, draft_length, measure
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.cost import CostTable, StepTimes
 from specdec.draft import DraftResult
@@ -308,6 +308,30 @@ def test_measuring_ends_when_its_time_is_spent(tmp_path: Path) -> None:
     assert (list(table.target), list(table.mtp_extend), list(table.mtp_step)) == ([1, 4], [1], [1])
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("max_model_len", [2, 3, 17, 64, 100])
+def test_measuring_stays_inside_the_context(
+    tmp_path: Path, kernels: str, max_model_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotations of positions beyond it do not exist."""
+    monkeypatch.setattr(measure, "_tables", {})
+    ends: list[int] = []
+
+    def building(extends: Seq[batch.Extend], page_size: int) -> batch.ForwardBatch:
+        ends.extend(extend.start + len(extend.token_ids) for extend in extends)
+        return batch.build_batch(extends, page_size)
+
+    for module in ("verify", "draft"):
+        monkeypatch.setattr(f"specdec.{module}.build_batch", building)
+    engine = Engine.from_pretrained(
+        write_planted_checkpoint(tmp_path), kernels=kernels, max_model_len=max_model_len, max_num_seqs=4
+    )
+    engine.measure_costs()
+    assert 0 < max(ends) <= max_model_len
+    given = SamplingParams(max_tokens=99, temperature=0, ignore_eos=True, speculation=SpeculationParams("auto"))
+    assert len(engine.generate([[5]], given)[0].token_ids) == min(99, max_model_len - 1)
+
+
 def test_without_auto_nothing_is_measured(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.from_pretrained(tiny_checkpoint, kernels="reference")
     monkeypatch.setattr(engine.core.draft_length, "_measure", None)
@@ -323,7 +347,12 @@ def test_other_words_are_refused(wrong: object) -> None:
 
 
 def test_tables_that_cannot_be_are_refused() -> None:
-    for fields in ({"target": {}}, {"mtp_step": {0: 1.0}}, {"mtp_extend": {1: 0.0}}, {"sequence_s": -1.0}):
+    nan, inf = float("nan"), float("inf")
+    for fields in (
+        {"target": {}}, {"mtp_step": {0: 1.0}}, {"mtp_extend": {1: 0.0}}, {"sequence_s": -1.0}, {"target": {1: nan}},
+        {"target": {1: inf}}, {"target": {1.5: 1.0}}, {"target": {True: 1.0}}, {"target": {"1": 1.0}},
+        {"target": {1: "1"}}, {"target": [1.0]}, {"mtp_step": None}, {"sequence_s": nan}, {"sampled_s": None},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(fields))):
             CostTable(**({"target": {1: 1.0}, "mtp_extend": {1: 1.0}, "mtp_step": {1: 1.0}} | fields))
     with pytest.raises(ValueError, match="cost_table"):
@@ -339,6 +368,17 @@ def test_a_prompt_is_shared_though_nothing_is_drafted(tmp_path: Path) -> None:
     outputs = [engine.generate([list(range(3, 53))], given)[0] for _ in range(2)]
     assert [o.stats.num_draft_tokens for o in outputs] == [0, 0]
     assert [o.stats.num_cached_tokens for o in outputs] == [0, 48]
+
+
+@NEEDS_COMPILER
+def test_pairs_that_run_anyway_are_no_flush(tmp_path: Path) -> None:
+    """Those of a prompt; an output's are flushed as soon as there are 64 of them, at these costs."""
+    table = CostTable({1: 1.0, 2: 10.0}, {1: 1e-9}, {1: 1e-9})
+    engine = Engine.from_pretrained(write_planted_checkpoint(tmp_path), kernels="cpu", cost_table=table)
+    given = SamplingParams(max_tokens=70, temperature=0, ignore_eos=True, speculation=SpeculationParams("auto"))
+    for max_tokens, num_flushes in ((40, 0), (90, 1)):
+        engine.generate([list(range(3, 103))], replace(given, max_tokens=max_tokens))
+        assert engine.core.draft_length.snapshot().num_flushes == num_flushes
 
 
 def test_deciding_takes_a_small_share_of_the_time_though_requests_come_and_go() -> None:

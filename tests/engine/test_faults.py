@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import gc
 import json
 import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from draft_simulation import GPU
 
 from fakes import write_planted_checkpoint
-from specdec import AsyncEngine, Engine, ModelError, SamplingParams, SpeculationParams
+from specdec import AsyncEngine, CacheFullError, Engine, ModelError, SamplingParams, SpeculationParams
 from specdec.core import EngineCore
+from specdec.draft_length import AutoDraftLength
 from specdec.engine_stats import EngineStats
 from specdec.engine_thread import EngineThread
 from specdec.eval.faults import Fault, FaultPlan, InjectedError
 from specdec.eval.soak import SoakOptions, make_cases, soak
 from specdec.kernels.interface import NOT_FINITE, Drafts
+from specdec.kv_cache import PagePool
+from specdec.prefix_cache import PrefixCache
+from specdec.scheduler import Scheduler
+from specdec.sequence import Sequence
+from specdec.stats import SequenceStats
+from specdec.text import OutputText
+from specdec.verify import TargetVerifier
 
 PROMPTS = ["a", "hello world", "x" * 70, "The quick brown fox", "\n\n", "0123456789" * 5, "zz top"]
 PATIENCE_S = 120.0
@@ -209,6 +223,54 @@ def test_text_that_cannot_be_decoded_fails_its_own_request(
     asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
 
 
+def test_text_that_cannot_be_decoded_at_an_abort_fails_its_own_request(planted: Path) -> None:
+    engine = Engine.from_pretrained(planted)
+    core = engine.core
+    streams = [engine.stream("abc", params(9)) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+    broken = streams[1]._sequence
+    broken.output.flush = lambda: (_ for _ in ()).throw(InjectedError("text"))  # type: ignore[method-assign]
+    del streams[1], stream  # dropped: aborted by whoever steps next
+    assert sum(len(chunk.token_ids) for chunk in streams[0]) > 0
+    assert isinstance(broken.error, InjectedError)
+    assert core.stats().finished["error"] == 1
+    streams[1].close()
+    assert core.scheduler.idle
+
+
+@pytest.mark.parametrize("stage", ["choose", "record"])
+def test_a_controller_that_fails_ends_its_step_alone(planted: Path, expected: list[list[int]], stage: str) -> None:
+    engine = Engine.from_pretrained(planted, max_num_seqs=4, max_num_batched_tokens=36, cost_table=GPU)
+    core = engine.core
+    method, num_calls = getattr(core.draft_length, stage), 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            raise InjectedError(stage)
+        return method(*args)
+
+    setattr(core.draft_length, stage, failing)
+    auto = [replace(params(i), speculation=SpeculationParams("auto")) for i in range(12)]
+    sequences = [core.admission.sequence(PROMPTS[i % len(PROMPTS)], auto[i]) for i in (2, 9, 3, 4, 5, 6)]
+    for sequence in sequences:
+        core.add(sequence)
+    core.step()
+    bystanders = [s for s in core.scheduler.running if not s.num_computed_tokens] + core.scheduler.waiting
+    failed = core.step()
+    assert core.stats().num_failed_steps == 1
+    assert {s for s in sequences if s.error} == set(failed)
+    while not core.scheduler.idle:
+        core.step()
+    spared = [i for i, s in zip((2, 9, 3, 4, 5, 6), sequences) if s not in failed]
+    assert spared
+    assert bystanders
+    assert [s.output_token_ids for s in sequences if s not in failed] == [expected[i] for i in spared]
+    check(core.stats())
+
+
 def test_a_thread_that_ends_leaves_nobody_waiting(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         engine = AsyncEngine.from_pretrained(planted)
@@ -267,6 +329,135 @@ def test_snapshots_are_consistent_at_any_time(planted: Path) -> None:
         assert stats.num_output_tokens >= sum(map(len, complete))
 
     asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+
+
+class CheckedLock:
+    """In place of the statistics' lock: whoever gets it next sees counts that agree."""
+
+    def __init__(self, stats: EngineStats) -> None:
+        self.stats, self.lock = stats, threading.Lock()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        check(copy.deepcopy(self.stats))
+        self.lock.release()
+
+
+def test_no_state_between_two_counts_is_seen(planted: Path) -> None:
+    """Requests that end in a step that fails for others, and requests that end as they come, included."""
+    engine = Engine.from_pretrained(planted, max_num_seqs=4, num_pages=7, cost_table=GPU)
+    core = engine.core
+    faults = FaultPlan(core)
+    core._stats_lock = CheckedLock(core._stats)  # type: ignore[assignment]
+    prepare = core.draft_length.prepare
+    core.draft_length.prepare = lambda: (check(core.stats()), prepare())  # type: ignore[method-assign, func-returns-value]
+    auto = [replace(params(i), speculation=SpeculationParams("auto")) for i in range(8)]
+    sequences = [core.admission.sequence(PROMPTS[i % len(PROMPTS)], auto[i]) for i in range(8)]
+    sequences.append(core.admission.sequence([5], SamplingParams(max_tokens=255)))
+    for sequence in sequences[:8]:
+        core.add(sequence)
+    with pytest.raises(CacheFullError):
+        core.add(sequences[8])
+    for number, fault in enumerate(Fault):
+        faults.plan(sequences[number].request_id, fault, 2 + number)
+    core.abort(sequences[7])
+    while not core.scheduler.idle:
+        core.step()
+    assert core.stats().num_requests == 9
+
+
+def test_a_snapshot_of_draft_lengths_is_of_between_two_steps(planted: Path) -> None:
+    engine = Engine.from_pretrained(planted, cost_table=GPU)
+    core, controller = engine.core, engine.core.draft_length
+    choose, record, seen = controller.choose, controller.record, []
+
+    def shown() -> dict[str, object]:
+        draft_length = core.stats().draft_length
+        assert draft_length is not None
+        return draft_length.as_dict()
+
+    def choosing(scheduled: Any) -> Any:
+        seen.append(shown())
+        return choose(scheduled)
+
+    def recording(*step: Any) -> None:
+        record(*step)
+        assert shown() == seen[-1], "a step under way shows"
+
+    controller.choose, controller.record = choosing, recording  # type: ignore[method-assign]
+    auto = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, speculation=SpeculationParams("auto"))
+    engine.generate(PROMPTS, auto)
+    assert seen[-1] != seen[0] != shown() == engine.core.draft_length.snapshot().as_dict()  # type: ignore[union-attr]
+
+
+Place = tuple[type, str]
+PLACES: list[Place] = [
+    (Scheduler, "schedule"), (PagePool, "hold"), (PagePool, "allocate"), (Sequence, "admit"), (Sequence, "preempt"),
+    (PagePool, "publish"), (PagePool, "release"), (PrefixCache, "set_idle"), (AutoDraftLength, "choose"),
+    (TargetVerifier, "verify"), (OutputText, "push"), (SequenceStats, "record_commit"), (AutoDraftLength, "record"),
+    (Scheduler, "remove_finished"), (EngineStats, "record_step"), (EngineStats, "record_state"),
+]  # fmt: skip
+
+
+class Strike:
+    """Raises at the nth call of a method while it is armed, before or after the call."""
+
+    def __init__(self, method: Callable[..., Any], error: type[BaseException], nth: int, *, afterwards: bool) -> None:
+        self.num_calls, self._armed = 0, False
+
+        def strikes(*args: Any, **kwargs: Any) -> Any:
+            self.num_calls += self._armed
+            due = self._armed and self.num_calls == nth
+            if due:
+                self._armed = False  # cleaning up may call it too
+            if due and not afterwards:
+                raise error
+            result = method(*args, **kwargs)
+            if due:
+                raise error
+            return result
+
+        self.method, self._nth = strikes, nth
+
+    @contextlib.contextmanager
+    def armed(self) -> Iterator[None]:
+        self._armed = self.num_calls < self._nth
+        yield
+        self._armed = False
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InjectedError])
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0].__name__}.{place[1]}")
+@pytest.mark.parametrize("afterwards", [False, True])
+def test_whatever_a_step_is_interrupted_in_the_engine_is_usable(
+    planted: Path, expected: list[list[int]], place: Place, error: type[BaseException], afterwards: bool
+) -> None:
+    """Before or after a call of any of these, in a cache so small that requests are preempted."""
+    engine = Engine.from_pretrained(planted, max_num_seqs=4, num_pages=26, page_size=4, cost_table=GPU)
+    given = [replace(params(i), speculation=SpeculationParams("auto" if i % 3 else 2)) for i in range(8)]
+    core, rng = engine.core, random.Random(f"{place} {afterwards}")
+    for nth in (1, 2, rng.randint(3, 12), rng.randint(3, 40)):
+        strike = Strike(getattr(*place), error, nth, afterwards=afterwards)
+        sequences = [core.admission.sequence(PROMPTS[i % len(PROMPTS)], given[i]) for i in range(8)]
+        for sequence in sequences:
+            core.add(sequence)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*place, strike.method)
+            while not core.scheduler.idle:
+                with contextlib.suppress(error), strike.armed():
+                    core.step()
+                core.scheduler.check_integrity()
+        assert strike.num_calls >= min(nth, 2)
+        for i, sequence in enumerate(sequences):
+            assert sequence.finished, "nobody would ever hear of it"
+            output = sequence.output_token_ids
+            assert output == expected[i][: len(output)]
+            assert len(output) == len(expected[i]) or sequence.finish_reason in ("abort", "error")
+        stats = core.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_used_pages) == (0, 0, 0)
+        assert stats.num_requests == sum(stats.finished.values())
 
 
 def test_engine_counts_are_the_sums_of_its_requests(planted: Path) -> None:

@@ -638,6 +638,7 @@ def test_arguments_are_honoured_or_refused(planted: Path) -> None:
         ({"kv_dtype": "fp8"}, "kv_dtype = 'fp8' is unknown"),
         ({"kernels": "cuda"}, "kernels = 'cuda' is unknown"),
         ({"device": None}, "device = None is unknown"),
+        ({"model": 5}, "model = 5 must be a string or a path"),
         ({"num_threads": 0}, "num_threads = 0 must be an integer from 1 to"),
         ({"page_size": 0}, "page_size = 0 must be an integer, at least 1"),
         ({"max_model_len": 257}, "max_model_len = 257 exceeds the checkpoint's 256 positions"),
@@ -648,7 +649,7 @@ def test_arguments_are_honoured_or_refused(planted: Path) -> None:
         ({"mtp_recycling": "none"}, "mtp_recycling = 'none' is unknown"),
     ):
         with pytest.raises(ValueError, match=message):
-            Engine.from_pretrained(planted, **arguments)
+            Engine.from_pretrained(**{"model": planted} | arguments)
     with pytest.raises(TypeError, match="max_seqs"):
         Engine.from_pretrained(planted, max_seqs=3)
     for kernels, dtype in (("reference", torch.bfloat16), ("auto", torch.float64)):
@@ -662,6 +663,21 @@ def test_arguments_are_honoured_or_refused(planted: Path) -> None:
 
 
 @NEEDS_COMPILER
+def test_numpys_numbers_are_as_good_as_pythons(planted: Path) -> None:
+    outputs = []
+    for integer, number in ((int, float), (np.int64, np.float32), (np.uint8, np.float64)):
+        engine = Engine.from_pretrained(
+            planted, num_threads=integer(1), page_size=integer(8), max_num_seqs=integer(2), num_pages=integer(20)
+        )
+        params = SamplingParams(
+            n=integer(2), seed=integer(200), max_tokens=integer(9), temperature=number(0.5), top_k=integer(50),
+            logprobs=integer(1), speculation=SpeculationParams(integer(2), min_draft_confidence=number(0.25)),
+        )  # fmt: skip
+        first = engine.generate(np.array([5, 6]), params)[0]
+        outputs.append(json.dumps([[o.token_ids, o.seed] for o in (first, *first.outputs)]))
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
 def test_arguments_of_the_cpp_kernels_are_honoured_or_refused(planted: Path) -> None:
     engine = Engine.from_pretrained(planted, kernels="cpu", dtype="bfloat16", kv_dtype="float32", kv_cache_bytes=10**6)
     assert engine.generate("abc", greedy(3, max_tokens=9))[0].stats.num_output_tokens == 9

@@ -1,0 +1,45 @@
+"""What users give, checked: ValueError with the name, the value and the limit."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_int(name: str, value: Any, low: int | None = None, high: int | None = None, remedy: str = "") -> None:
+    """Python's, or NumPy's; no bool."""
+    limits = "" if low is None else f", at least {low}" if high is None else f", from {low} to {high}"
+    inside = isinstance(value, Integral) and not isinstance(value, bool)
+    inside = inside and (low is None or value >= low) and (high is None or value <= high)
+    require(inside, f"{name} = {value!r} must be an integer{limits}{remedy}")
+
+
+def is_number(value: Any) -> bool:
+    """A finite one; no bool."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def require_number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    inside = is_number(value) and (low < value if open_low else low <= value) and value <= high
+    if math.isfinite(high):
+        limits = f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+    else:
+        limits = f"a finite number, {'above' if open_low else 'at least'} {low:g}"
+    require(inside, f"{name} = {value!r} must be {limits}")
+
+
+def require_bool(name: str, value: Any) -> None:
+    require(isinstance(value, bool), f"{name} = {value!r} must be True or False")
+
+
+def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{name} = {value!r} is unknown: choose one of {', '.join(choices)}")
