@@ -29,7 +29,7 @@ compile-gpu: .venv/run.stamp $(FLASHINFER)/stamp  ## whether FlashInfer's kernel
 lint: .venv/dev.stamp  ## format, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	rm -rf build/installed
+	rm -rf build/installed build/lib build/bdist.*
 	$(BIN)/pip install --quiet --no-deps --target build/installed .
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p specdec
 	cd build/installed && ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
