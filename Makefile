@@ -8,13 +8,14 @@ PROMPT := class Stack:\n    """A last-in, first-out container."""\n\n    def __i
 demo: .venv/run.stamp  ## generate from the bundled checkpoint
 	printf '$(PROMPT)' | $(BIN)/specdec generate --prompt-file - --max-tokens 96 --temperature 0.6 --seed 1
 
-test: .venv/test.stamp  ## the whole test-suite
-	$(BIN)/python -m pytest
+test: .venv/test.stamp  ## the whole test-suite, on the CPU wherever it runs
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
 # FlashInfer's Python imports beside a CPU torch; what it compiles is replaced by fakes. 560 MB under build/.
 FLASHINFER := build/flashinfer
 test-flashinfer: .venv/test.stamp $(FLASHINFER)/stamp  ## the FlashInfer backend, without a GPU
-	TRITON_INTERPRET=1 PYTHONPATH=$(FLASHINFER):tests/kernels:tests FLASHINFER_WORKSPACE_BASE=build/flashinfer-cache \
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=$(FLASHINFER):tests/kernels:tests \
+	FLASHINFER_WORKSPACE_BASE=build/flashinfer-cache \
 	$(BIN)/python -m flashinfer_fakes -q
 
 test-gpu: .venv/test.stamp  ## the CUDA backend on a real GPU, with the gpu extra installed; skipped without one
