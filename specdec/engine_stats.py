@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol, get_args
+from typing import get_args
 
-from specdec.draft_length import DraftLengthStats
+from specdec.draft_length import DraftLength, DraftLengthStats
 from specdec.scheduler import ScheduledSequence, Scheduler
 from specdec.sequence import FinishReason, Sequence
 from specdec.stats import CommitRecord, DraftStats, Histogram
@@ -20,14 +20,6 @@ REQUEST_BOUNDS = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
 STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-
-
-class PlainCosts(Protocol):
-    """Estimates what a step without speculation would take."""
-
-    def plain_step_s(self, rows: int) -> float | None:
-        """Seconds of a whole step whose target forward has so many rows and nothing is drafted; None: unknown."""
-        ...
 
 
 @dataclass
@@ -81,9 +73,7 @@ class EngineStats:
         self.num_running, self.num_waiting = len(scheduler.running), len(scheduler.waiting)
         self.num_used_pages = self.num_pages - scheduler.pool.num_free
 
-    def record_step(
-        self, scheduled: Seq[ScheduledSequence], start_s: float, end_s: float, costs: PlainCosts | None
-    ) -> None:
+    def record_step(self, scheduled: Seq[ScheduledSequence], start_s: float, end_s: float, costs: DraftLength) -> None:
         """A step and what it committed; of requests that it failed for only that they took part."""
         self.num_steps += 1
         self.steps_s += end_s - start_s
@@ -105,7 +95,7 @@ class EngineStats:
                 num_tokens += commit.num_tokens
                 self._record_commit(sequence, commit)
         self.step_tokens.observe(num_prefilled + num_tokens)
-        if costs is not None and speculates:
+        if speculates:
             self._compare(costs, end_s - start_s, num_rows, num_decoding, num_tokens - num_deciding)
 
     def record_finished(self, sequence: Sequence) -> None:
@@ -136,7 +126,7 @@ class EngineStats:
         else:
             self.inter_token.observe(commit.interval_s)
 
-    def _compare(self, costs: PlainCosts, step_s: float, num_rows: int, num_decoding: int, num_more: int) -> None:
+    def _compare(self, costs: DraftLength, step_s: float, num_rows: int, num_decoding: int, num_more: int) -> None:
         """Plain decoding would have done this step's rows without drafts, and for the `num_more` tokens that drafts
         brought further steps of the decoding requests."""
         first_s, further_s = costs.plain_step_s(num_rows), costs.plain_step_s(num_decoding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from specdec.commit import commit
-from specdec.draft import Drafter, DraftResult
+from specdec.draft import Drafter
 from specdec.draft_length import DraftLength
 from specdec.errors import RowsError
 from specdec.scheduler import ScheduledSequence, Scheduler
@@ -29,7 +29,7 @@ def step(scheduler: Scheduler, draft_length: DraftLength, drafter: Drafter, veri
     except Exception as error:
         raise StepError(scheduled, error) from error
     scheduler.remove_finished()
-    return StepResult(scheduled, drafts, result)
+    return StepResult(scheduled, result)
 
 
 class Decision(NamedTuple):
@@ -45,7 +45,6 @@ class StepResult(NamedTuple):
     """What a step did, after its commit."""
 
     scheduled: list[ScheduledSequence]
-    drafts: DraftResult
     result: TargetResult
 
     def decisions(self) -> list[Decision]:
