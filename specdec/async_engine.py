@@ -77,8 +77,8 @@ class AsyncEngine:
     """An `Engine` in a thread of its own, for one asyncio event loop.
 
     Build it with `AsyncEngine.from_pretrained`; `await shutdown()` ends it. It belongs to the loop in which `generate`
-    was called first, until that is closed. max_queue: so many requests may wait beside those that the engine runs at
-    once (max_num_seqs).
+    was called first, until that is closed. It lowers `sys.setswitchinterval` to 20 us, see docs/serving.md.
+    max_queue: so many requests may wait beside those that the engine runs at once (max_num_seqs).
     """
 
     def __init__(self, engine: Engine, max_queue: int = 1024) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import ctypes
 import math
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -22,6 +24,9 @@ from typing import Literal, NamedTuple
 from specdec.core import EngineCore
 from specdec.outputs import ChunkCutter, StreamChunk
 from specdec.sequence import FinishReason, Sequence
+
+SWITCH_INTERVAL_S = 20e-6
+PR_SET_TIMERSLACK = 29  # prctl(2)
 
 
 class Mailbox:
@@ -104,6 +109,20 @@ def _stop_all() -> None:
         thread.join()
 
 
+def _insist() -> None:
+    """Lets the calling thread take over from a busy event loop.
+
+    CPython's waiting threads ask the one that runs to let go only after a whole switch interval (5 ms) in which it did
+    not do so of itself. An event loop does in each of its turns, in `select`, too briefly for anybody else to wake up:
+    one that is never idle, and whose turns are shorter than that, would keep this thread out for good. So the interval
+    must be shorter than a turn. It is one for the whole process, and only ever lowered. Linux may oversleep it by 50
+    us, unless the thread has a timer slack of its own.
+    """
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
 class EngineThread:
     """Steps the core while there are requests, and sleeps while there are none."""
 
@@ -128,6 +147,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            _insist()
             self.core.use_device()
             while self._requests or not self._stopping:
                 self._turn()

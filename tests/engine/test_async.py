@@ -339,6 +339,22 @@ def test_shutdown_aborts_where_it_shall_not_drain(planted: Path) -> None:
     run(work())
 
 
+@pytest.mark.parametrize("turn_s", [0, 25e-6, 2e-4, 3e-3])
+def test_a_loop_that_is_never_idle_keeps_nobody_out(planted: Path, turn_s: float) -> None:
+    """It lets go of the interpreter in each turn, which must be enough: without help the engine would take minutes."""
+
+    async def work() -> None:
+        async with serving(planted) as served:
+            readers = [asyncio.ensure_future(read(served.generate("abc", greedy(40, k=1)))) for _ in range(4)]
+            while not all(reader.done() for reader in readers):
+                end = time.perf_counter() + turn_s
+                while time.perf_counter() < end:
+                    pass
+                await asyncio.sleep(0)
+
+    run(work())
+
+
 def test_one_event_loop_at_a_time(planted: Path) -> None:
     served = AsyncEngine.from_pretrained(planted)
     problems: list[BaseException] = []
