@@ -32,6 +32,7 @@ MIN_TIMED_STEPS, MIN_FACTOR, MAX_TABLES = 16, 0.7, 3  # when a table is measured
 RESUME_STEPS = 64  # over which drafting must earn what catching up with waiting pairs costs
 PROBE_INTERVAL = 64  # steps between two probes of a sequence, unless the last one was accepted
 FLUSH_PAIRS = 64  # that wait before they are worth a call
+NOBODY = -1  # in place of a sequence that may not draft: its first token is not there, or its last one is next
 
 
 class DraftLength(Protocol):
@@ -132,7 +133,7 @@ class AutoDraftLength:
         self._engine = EngineAcceptance()
         self._requests: dict[int, Request] = {}  # by arrival, as below
         self._step = self._decided_at = self._changed_at = self._wake_at = 0
-        self._scheduled: list[int] = []  # for whom the decision stands
+        self._scheduled: list[int] = []  # who may draft by the decision that stands
         self._lengths: list[int | None] = []  # of them; None: as scheduled
         self._usual_length = 0
         self._probe_s = self._flush_s = 0.0  # saved up
@@ -166,9 +167,9 @@ class AutoDraftLength:
     def choose(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
         if self._table is None:  # nobody asks for it
             return scheduled
-        arrivals = [s.sequence.arrival for s in scheduled]
+        drafting = [s.sequence.arrival if s.num_draft_tokens else NOBODY for s in scheduled]
         self._step, self._started_s = self._step + 1, None
-        if arrivals == self._scheduled and sum(s.num_new_tokens for s in scheduled) == len(scheduled):
+        if drafting == self._scheduled and sum(s.num_new_tokens for s in scheduled) == len(scheduled):
             if self._plan is None:
                 return scheduled
             if self._step < self._wake_at or self._rests:
@@ -177,7 +178,7 @@ class AutoDraftLength:
                 return self._chosen(scheduled, self._lengths)
             self._record_between()
         else:
-            self._scheduled, self._changed_at = arrivals, self._step
+            self._scheduled, self._changed_at = drafting, self._step
             if self._rests:
                 return self._carry_over(scheduled)
         started_s = self._clock()
@@ -306,11 +307,15 @@ class AutoDraftLength:
             num_sequences=len(scheduled),
             num_rows=sum(s.num_new_tokens for s in scheduled),
             others=[s.num_draft_tokens for s in scheduled if s.samples and not s.sequence.speculation.automatic],
-            catch_up_s=[scheduled[b].sequence.num_pending_pairs * self.table.pair_s / RESUME_STEPS for b in members],
+            catch_up_s=[self._catch_up_s(scheduled[b]) / RESUME_STEPS for b in members],
             sampled=[not scheduled[b].sequence.params.greedy for b in members],
             drafting_factor=self.stats.times.drafting_factor if self._follow_clock else 1.0,
             between_s=self.stats.between_s if self._follow_clock else 0.0,
         )
+
+    def _catch_up_s(self, scheduled: ScheduledSequence) -> float:
+        """What the pairs cost that would wait if nothing was drafted."""
+        return 0.0 if scheduled.extends_mtp_with(0) else scheduled.sequence.num_pending_pairs * self.table.pair_s
 
     def _planned(self, scheduled: list[ScheduledSequence], members: list[int], lengths: list[int]) -> StepPlan:
         num_rows = sum(s.num_new_tokens for s in scheduled)

@@ -15,6 +15,7 @@ from specdec.commit import commit
 from specdec.config import MAX_SPECULATIVE_TOKENS, EngineConfig, SamplingParams, SpeculationParams
 from specdec.cost import CostTable
 from specdec.draft import DraftResult, MTPDrafter, NoDrafter
+from specdec.errors import RowsError
 from specdec.kernels.interface import HiddenRows
 from specdec.kv_cache import allocate_kv_cache
 from specdec.loading import Runtime
@@ -35,12 +36,17 @@ _tables: dict[object, CostTable] = {}
 def cost_table(
     runtime: Runtime, tokenizer: Tokenizer, config: EngineConfig, wrong: CostTable | None = None
 ) -> CostTable:
-    """Of this model, backend and number of threads; measured once in a process, or again if it is the `wrong` one."""
+    """Of this model, backend and number of threads; measured once in a process, or again if it is the `wrong` one.
+    Raises what a forward raises."""
     target = runtime.model.target
     key = (target.config, target.kernels.name, target.kernels.dtype, config.max_num_seqs, torch.get_num_threads())
     if key not in _tables or _tables[key] is wrong:
         sizes = [size for size in (1, 4, 16, MOST_SEQUENCES) if size < config.max_num_seqs]
-        _tables[key] = measure_costs(runtime, tokenizer, trials([*sizes, min(config.max_num_seqs, MOST_SEQUENCES)]))
+        sizes.append(min(config.max_num_seqs, MOST_SEQUENCES))
+        try:
+            _tables[key] = measure_costs(runtime, tokenizer, trials(sizes))
+        except RowsError as error:  # which rows failed is of no interest
+            raise error.error from error
     return _tables[key]
 
 

@@ -15,13 +15,14 @@ from draft_simulation import BUNDLED, GPU, MEDIUM, Simulation, expected_rate
 from enumeration import Enumerator, Law, RandomModel, RandomPath, distance, target_law
 
 from fakes import KERNELS, NEEDS_COMPILER, write_planted_checkpoint
-from specdec import Engine, SamplingParams, SpeculationParams, batch, draft_length, measure
+from specdec import Engine, ModelError, SamplingParams, SpeculationParams, batch, draft_length, measure
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.cost import CostTable, StepTimes
 from specdec.draft import DraftResult
 from specdec.draft_length import AutoDraftLength, FixedDraftLength, best_lengths
 from specdec.measure import cost_table, measure_costs, trials
 from specdec.scheduler import MAX_PENDING_PAIRS, ScheduledSequence
+from specdec.sequence import Sequence
 
 TABLES = {"bundled": BUNDLED, "medium": MEDIUM, "gpu": GPU}
 NUM_TOKENS = {1: 5000, 4: 12000, 16: 20000}
@@ -398,3 +399,78 @@ def test_deciding_takes_a_small_share_of_the_time_though_requests_come_and_go() 
     assert 3 <= controller.num_decisions <= 0.011 * simulation.now_s / decision_s + 2
     plain = Simulation(MEDIUM, lambda *_: 0.9, 16, length=8)
     assert simulation.now_s < 0.85 * 10000 / plain.run(FixedDraftLength(), 10000, 0), "and it pays all the same"
+
+
+class Resting:
+    """Whoever decides takes ever so long by this clock, so that a first decision stands for all time."""
+
+    def __init__(self) -> None:
+        self.now_s, self.controller = 0.0, AutoDraftLength(lambda _: MEDIUM, self.clock)
+        self.sequences: list[Sequence] = []
+        self.simulation = Simulation(MEDIUM, lambda *_: 0.9, 1)
+        self.controller.prepare()
+
+    def clock(self) -> float:
+        self.now_s += 1.0
+        return self.now_s
+
+    def arrive(self) -> Sequence:
+        self.sequences.append(self.simulation._sequence("auto"))
+        self.simulation.num_requests += 1
+        return self.sequences[-1]
+
+    def step(self, *rows: tuple[int, int, int]) -> list[int]:
+        """Sequence, rows and drafts at most of each; -> how many it drafts."""
+        while len(self.sequences) <= max(i for i, _, _ in rows):
+            self.arrive()
+        scheduled = self.controller.choose([ScheduledSequence(self.sequences[i], n, k) for i, n, k in rows])
+        self.controller.record(scheduled, [[1] * s.num_draft_tokens for s in scheduled], [[1]] * len(rows))
+        return [s.num_draft_tokens for s in scheduled]
+
+
+def test_a_request_drafts_from_its_second_token_on_though_the_last_decision_stands() -> None:
+    """It was made with its prompt's last row, and a first token has no drafts."""
+    resting = Resting()
+    first, none = resting.step((0, 1, 8), (1, 1, 0))
+    assert (first > 0, none) == (True, 0)
+    first, second = resting.step((0, 1, 8), (1, 1, 8))
+    assert 0 < first == second < 8
+
+
+def test_nobody_drafts_all_there_are_because_it_was_not_asked() -> None:
+    """Its chunk did not sample when the others' lengths were decided."""
+    resting = Resting()
+    resting.step((0, 1, 8))
+    late = resting.arrive()
+    late.num_computed_tokens -= 1
+    usual = resting.step((0, 1, 8), (1, 1, 0))[0]
+    late.num_computed_tokens += 1
+    chosen = sum(resting.controller.stats.chosen)
+    assert resting.step((0, 1, 8), (1, 1, 8)) == [usual, usual]
+    assert sum(resting.controller.stats.chosen) == chosen + 2
+
+
+@pytest.mark.parametrize(("num_prompt_tokens", "drafts"), [(1000, True), (16, False)])
+def test_pairs_that_do_not_wait_cost_nothing_to_catch_up_with(num_prompt_tokens: int, drafts: bool) -> None:
+    """A prompt's run whether anything is drafted or not; with an output's of as many tokens drafts do not pay."""
+    table = CostTable({1: 1e-3, 9: 1.1e-3}, {1: 0.1e-3, 1001: 300.1e-3}, {1: 0.1e-3})
+    simulation = Simulation(table, lambda *_: 0.9, 1, prompt=num_prompt_tokens)
+    controller, sequence = simulation.auto(), simulation._sequence("auto")
+    controller.prepare()
+    sequence.num_computed_tokens = 1000
+    sequence.token_ids = [1] * 1001
+    sequence.num_mtp_tokens = 0 if num_prompt_tokens == 1000 else num_prompt_tokens - 1
+    controller.choose([ScheduledSequence(sequence, 1, 8)])
+    assert controller._plan is not None
+    assert (controller._plan.lengths[0] > 0) == drafts
+
+
+def test_broken_weights_are_the_same_error_when_costs_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_tables", {})
+    engine = Engine.from_pretrained(write_planted_checkpoint(tmp_path), kernels="reference")
+    engine.runtime.model.target.model.norm.weight.fill_(float("nan"))
+    for k in (3, "auto"):
+        with pytest.raises(ModelError, match="logits are not finite"):
+            engine.generate([[5]], SamplingParams(max_tokens=4, speculation=SpeculationParams(k)))
