@@ -85,7 +85,7 @@ class EngineStats:
                 stats.scheduled_s = start_s
             num_rows += s.num_new_tokens
             commit, stats.commit = stats.commit, None
-            if s.num_new_tokens > 1 or commit is None:
+            if s.num_new_tokens > 1 or stats.num_output_tokens == (commit.num_tokens if commit else 0):
                 num_prefilled += s.num_new_tokens
             else:
                 num_decoding += 1

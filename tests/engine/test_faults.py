@@ -331,6 +331,21 @@ def test_snapshots_are_consistent_at_any_time(planted: Path) -> None:
     asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
 
 
+@pytest.mark.parametrize("fault", list(Fault))
+def test_rows_of_a_failed_step_that_decode_are_no_prompts(planted: Path, fault: Fault) -> None:
+    engine = Engine.from_pretrained(planted)
+    faults = FaultPlan(engine.core)
+    sequences = [engine.core.admission.sequence([5, 6, 7, 8, number], params(number)) for number in range(4)]
+    for sequence in sequences:
+        engine.core.add(sequence)
+    faults.plan(sequences[1].request_id, fault, 3)
+    while not engine.core.scheduler.idle:
+        engine.core.step()
+    stats = engine.stats()
+    assert stats.num_failed_steps == 1
+    assert stats.step_tokens.sum == 4 * 5 + stats.num_output_tokens
+
+
 class CheckedLock:
     """In place of the statistics' lock: whoever gets it next sees counts that agree."""
 

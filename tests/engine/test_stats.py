@@ -162,10 +162,11 @@ class Costs(FixedDraftLength):
 
 
 def committed(num_new: int, num_drafts: int, num_tokens: int) -> ScheduledSequence:
-    """Of a sequence that speculates, after its commit; no tokens: a chunk of its prompt."""
+    """Of a sequence that speculates, after a commit that was not its first; no tokens: a chunk of its prompt."""
     params = SamplingParams()
     sequence = Sequence("r", [1] * 9, params, SpeculationParams(3), 0, 99, frozenset(), OutputText(None, params))
     if num_tokens:
+        sequence.stats.record_commit(time.perf_counter(), 0, 0, 1)
         sequence.stats.record_commit(time.perf_counter(), num_drafts, num_tokens - 1, num_tokens)
     return ScheduledSequence(sequence, num_new, num_drafts)
 
