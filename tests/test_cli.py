@@ -356,7 +356,10 @@ def test_version_and_help() -> None:
 def test_ctrl_c_exits_130_and_keeps_what_was_generated(tmp_path: Path) -> None:
     folder = write_planted_checkpoint(tmp_path, tiny_config(max_position_embeddings=100_000, eos_token_id=None))
     command = [sys.executable, "-m", "specdec", "generate", "hello", "--model", str(folder), "--max-tokens", "90000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert process.stdout is not None
     first = process.stdout.read(1)  # it generates now
     process.send_signal(signal.SIGINT)
