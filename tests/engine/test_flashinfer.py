@@ -76,12 +76,16 @@ def test_hidden_states_are_as_exact_as_the_references_in_bf16(
     assert errors(ours).median() <= 1.1 * errors(reference).median()
 
 
-@pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize(
+    ("cuda_graphs", "experts"),
+    [(False, FusedExperts()), (True, FusedExperts()), (True, GroupedExperts())],
+    ids=["eager", "graphs", "graphs-grouped"],
+)
 def test_greedy_outputs_are_the_references_up_to_near_ties(
     fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, exact: Engine, plain_bf16: Engine, prompts: list[list[int]],
-    cuda_graphs: bool,
+    cuda_graphs: bool, experts: FusedExperts | GroupedExperts,
 ) -> None:  # fmt: skip
-    engine = flashinfer_fakes.engine(monkeypatch, "bundled", cuda_graphs=cuda_graphs, **TIGHT)
+    engine = flashinfer_fakes.engine(monkeypatch, "bundled", experts, cuda_graphs=cuda_graphs, **TIGHT)
     ours, theirs = engine.generate(prompts, MIXED), plain_bf16.generate(prompts, MIXED)
     # Of six; there is at least one, since "x = " may go on in many ways, so that the bound is put to the test.
     assert 1 <= num_differing(exact, ours, theirs) <= 3

@@ -76,10 +76,14 @@ class _Capture(TorchDispatchMode):
         self.graph.makes(out)
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if func._schema.is_mutable:
-            self.graph.calls.append(lambda: func(*args, **kwargs) and None)
+            self.graph.calls.append(lambda: _run_again(func, args, kwargs))
         elif not is_view and not name.startswith(("empty", "new_empty")):
             self.graph.calls.append(lambda: _compute_again(func, args, kwargs, out))
         return out
+
+
+def _run_again(func: Any, args: Any, kwargs: Any) -> None:
+    func(*args, **kwargs)
 
 
 def _compute_again(func: Any, args: Any, kwargs: Any, into: Any) -> None:
