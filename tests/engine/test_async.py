@@ -431,13 +431,15 @@ def test_an_engine_whose_thread_broke_is_let_go(planted: Path, monkeypatch: pyte
         monkeypatch.setattr(served._core, "step", lambda: (_ for _ in ()).throw(SystemExit("gone")))
         with pytest.raises(SystemExit):
             await anext(served.generate("abc", greedy(5)))
-        engines.append(weakref.ref(served))
+        kept.append((weakref.ref(served), served._thread._thread))
         monkeypatch.undo()
 
-    engines: list[weakref.ref[AsyncEngine]] = []
+    kept: list[tuple[weakref.ref[AsyncEngine], threading.Thread]] = []
     run(work())
+    ((engine, thread),) = kept
+    thread.join(PATIENCE_S)
     gc.collect()
-    assert engines[0]() is None
+    assert engine() is None
 
 
 def test_what_cannot_be_asked_for_is_refused_at_once(planted: Path) -> None:
@@ -473,6 +475,11 @@ def test_what_cannot_be_asked_for_is_refused_at_once(planted: Path) -> None:
     run(work())
 
 
+def sequences_alive() -> list[Sequence]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) is Sequence]
+
+
 def test_ended_requests_leave_nothing_behind(planted: Path) -> None:
     async def work() -> None:
         async with serving(planted, max_num_seqs=4) as served:
@@ -486,9 +493,7 @@ def test_ended_requests_leave_nothing_behind(planted: Path) -> None:
                 await asyncio.gather(*map(read, streams[:3]))
             del streams
             await until(lambda: served.stats().num_running + served.stats().num_waiting == 0)
-            await asyncio.sleep(0.01)
-            gc.collect()
-            assert not [thing for thing in gc.get_objects() if type(thing) is Sequence]
+            await until(lambda: not sequences_alive())
             assert (served._thread._requests, served._thread._unsent) == ({}, set())
 
     gc.collect()
