@@ -94,6 +94,10 @@ class CostTable:
         """Of one pair among many."""
         return self.extend_s(NUM_DENSE) / NUM_DENSE
 
+    def plain_s(self, num_sequences: int) -> float:
+        """Of a step of so many sequences that decode without drafts, greedily."""
+        return self.sequence_s * num_sequences + self.target_s(num_sequences)
+
     def seconds(
         self, num_sequences: int, num_rows: int, num_pairs: int, drafting: list[int], num_sampled: int = 0
     ) -> float:

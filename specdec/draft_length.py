@@ -141,9 +141,16 @@ class AutoDraftLength:
         self._rests_until_s = -math.inf
         self._started_s: float | None = None  # of a step that is timed
         self._ended_s: float | None = None  # of the last step
+        self._copied = (0, 0.0), self.stats.times.copy()  # when they were so many steps
 
     def snapshot(self) -> DraftLengthStats:
-        return replace(self.stats, chosen=list(self.stats.chosen), times=self.stats.times.copy())
+        stats, times = self.stats, self.stats.times
+        state = times.num_steps, times.measured_s
+        if self._copied[0] != state:  # few steps are timed, and each of them has a snapshot
+            self._copied = state, times.copy()
+        return DraftLengthStats(
+            list(stats.chosen), stats.num_probes, stats.num_flushes, stats.between_s, self._copied[1]
+        )
 
     def prepare(self) -> None:
         """A table is wrong where steps have turned out much faster than it says: it was measured on a busy machine."""
@@ -162,7 +169,7 @@ class AutoDraftLength:
 
     def plain_step_s(self, rows: int) -> float | None:
         table = self._table
-        return None if table is None else self.stats.times.plain.factor * table.seconds(rows, rows, 0, NO_DRAFTS)
+        return None if table is None else self.stats.times.plain.factor * table.plain_s(rows)
 
     def choose(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
         if self._table is None:  # nobody asks for it

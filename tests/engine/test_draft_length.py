@@ -347,6 +347,12 @@ def test_other_words_are_refused(wrong: object) -> None:
         SpeculationParams(wrong)
 
 
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_a_plain_step_costs_what_one_without_drafts_does(table: CostTable) -> None:
+    for rows in (1, 3, 16, 700):
+        assert table.plain_s(rows) == table.seconds(rows, rows, 0, [0] * 8)
+
+
 def test_tables_that_cannot_be_are_refused() -> None:
     nan, inf = float("nan"), float("inf")
     for fields in (
@@ -399,6 +405,20 @@ def test_deciding_takes_a_small_share_of_the_time_though_requests_come_and_go() 
     assert 3 <= controller.num_decisions <= 0.011 * simulation.now_s / decision_s + 2
     plain = Simulation(MEDIUM, lambda *_: 0.9, 16, length=8)
     assert simulation.now_s < 0.85 * 10000 / plain.run(FixedDraftLength(), 10000, 0), "and it pays all the same"
+
+
+def test_snapshots_are_of_their_time() -> None:
+    simulation = Simulation(MEDIUM, lambda *_: 0.7, 4)
+    controller = simulation.auto()
+    snapshots = []
+    for number in range(60):
+        simulation.run(controller, 25)
+        if number == 40:
+            controller.stats.times.forget()  # as another table does
+        snapshots.append((controller.snapshot(), controller.stats.as_dict(), controller.stats.times.plain.factor))
+    assert len({kept["measured_s"] for _, kept, _ in snapshots}) > 5
+    for snapshot, kept, factor in snapshots:
+        assert (snapshot.as_dict(), snapshot.times.plain.factor) == (kept, factor)
 
 
 class Resting:
