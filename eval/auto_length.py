@@ -79,15 +79,14 @@ class Comparison:
 def compare(
     engine: Engine, prompts: list[list[int]], temperature: float, max_tokens: int, num_repeats: int
 ) -> Comparison:
+    def repeat(number: int) -> dict[NumSpeculativeTokens, float]:
+        lengths = random.Random(number).sample(LENGTHS, len(LENGTHS))
+        return {k: _rate(engine, prompts, k, temperature, max_tokens, seed=number) for k in lengths}
+
+    repeat(0)
     before = _stats(engine).chosen
-    rates: dict[NumSpeculativeTokens, list[float]] = {k: [] for k in LENGTHS}
-    for repeat in range(num_repeats + 1):
-        for k in random.Random(repeat).sample(LENGTHS, len(LENGTHS)):
-            rate = _rate(engine, prompts, k, temperature, max_tokens, seed=repeat)
-            if repeat:
-                rates[k].append(rate)
-        if repeat == 0:
-            before = _stats(engine).chosen
+    repeats = [repeat(number) for number in range(1, num_repeats + 1)]
+    rates = {k: [of[k] for of in repeats] for k in LENGTHS}
     stats = _stats(engine)
     chosen = [after - earlier for after, earlier in zip(stats.chosen, before)]
     return Comparison(rates, chosen, stats.times.median_relative_error)

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import gc
 import json
+import mmap
 import random
 import sys
 import tempfile
@@ -216,7 +217,7 @@ async def soak(model: str | Path, options: SoakOptions, cases: list[Case]) -> So
 def resident_bytes() -> int:
     """Of this process; 0 where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     except OSError:
         return 0
 

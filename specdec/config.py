@@ -270,7 +270,7 @@ class EngineConfig:
             self.cost_table is None or isinstance(self.cost_table, CostTable),
             f"cost_table = {self.cost_table!r} must be a CostTable or None",
         )
-        require(isinstance(self.cuda_graphs, bool), f"cuda_graphs = {self.cuda_graphs!r} must be True or False")
+        require_bool("cuda_graphs", self.cuda_graphs)
         require_choice("mtp_recycling", self.mtp_recycling, get_args(Recycling))
 
     @property

@@ -32,6 +32,7 @@ def _why_no_compiler() -> str:
 WHY_NO_COMPILER = _why_no_compiler()
 NEEDS_COMPILER = pytest.mark.skipif(WHY_NO_COMPILER != "", reason=WHY_NO_COMPILER)
 KERNELS = ["reference", pytest.param("cpu", marks=NEEDS_COMPILER)]
+PROMPTS = ["a", "hello world", "x" * 70, "The quick brown fox", "\n\n", "0123456789" * 5, "zz top"]
 SPECIAL_TOKENS = ["<|endoftext|>", "<|user|>", "<|assistant|>"]
 BYTE_VOCAB = 256 + len(SPECIAL_TOKENS)
 CHAT_TEMPLATE = (

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from fakes import randn
-from specdec.kernels import select
-from specdec.kernels.interface import LogitEdits, Residuals, RowSampling
+from specdec.kernels import Kernels, select
+from specdec.kernels.interface import GREEDY, LogitEdits, Residuals, RowSampling
+from specdec.kernels.reference import residual_law
 
 EXACT = select(torch.device("cpu"), torch.float64, "reference")
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
+GLM_VOCAB = 151_552
+UNIFORMS = [0.0, 1 - 2**-53, 0.5, 2**-53, 0.123456789, 0.987654321]
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result.
 PHILOX_VECTORS = [
@@ -112,6 +115,36 @@ def in_doubt(row: Tensor, law: RowSampling) -> Tensor:
     return torch.zeros_like(near).scatter(0, ids, near)
 
 
+def check_truncated(ours: Tensor, logits: Tensor, expected: Tensor, doubtful: Tensor) -> None:
+    """Rows after truncation against the exact ones, which may keep other tokens where `doubtful`."""
+    kept = ours > -INF
+    differs = kept != (expected > -INF)
+    assert not (differs & ~doubtful).any()
+    assert differs.any(1).sum() <= len(logits) / 50, "near-ties are rare"
+    assert torch.equal(ours[kept], logits[kept])
+    assert kept.any(1).all()
+    assert not ours.isnan().any()
+
+
+def check_rows_that_are_not_sound(kernels: Kernels, size: int) -> None:
+    """They become NaN, and choose nothing."""
+    logits = randn(9, size)
+    for r, (bad, at) in enumerate([(NAN, 0), (NAN, size - 1), (INF, size // 2), (INF, size - 1)]):
+        logits[r, at] = bad
+    logits[4] = -INF
+    logits[5, 1:] = -INF
+    logits = logits.to(kernels.device)
+    for law in (sampling(9), sampling(9, top_k=3, top_p=0.9, min_p=0.1), sampling(9, streams=GREEDY)):
+        ours = logits.clone()
+        kernels.truncate_(ours, law)
+        assert ours[:5].isnan().all()
+        assert not ours[5:].isnan().any()
+        for rows in (logits, ours):
+            ids = kernels.choose(rows, law)
+            assert (ids == -1).tolist() == [True] * 5 + [False] * 4
+            assert ids[5] == 0
+
+
 def residuals(size: int) -> Residuals:
     """Laws with and without q, of one-hot rows, without mass, with excluded tokens; rows used more than once."""
     p, q = ((3 * randn(2, 2, size, seed=i)).softmax(-1) for i in (1, 2))
@@ -137,3 +170,26 @@ def select_laws(laws: Residuals, rows: list[int]) -> Residuals:
         [values[r] for r in rows] for values in (laws.p_rows, laws.scales, laws.q_rows, laws.excluded)
     )
     return Residuals(laws.p, p_rows, scales, laws.q, q_rows, excluded)
+
+
+def check_residual_samples(exact: Residuals, ids: list[int], uniforms: list[float]) -> None:
+    """Each is where the law's sums pass its uniform number."""
+    for r, (token, uniform) in enumerate(zip(ids, uniforms)):
+        law = residual_law(exact, r)
+        target, slack = uniform * law.sum(), 1e-12 * law.sum()
+        assert law[token] > 0, "a token of the law"
+        assert law[:token].sum() <= target + slack
+        assert law[: token + 1].sum() >= target - slack
+
+
+def check_laws_that_are_not_finite(kernels: Kernels, size: int) -> None:
+    """They have neither a sample nor a mass."""
+    p, q = randn(4, size).softmax(-1), randn(1, size, seed=1).softmax(-1)
+    p[0, 7], p[1, size - 1], p[2] = NAN, INF, NAN
+    laws = Residuals(
+        p.to(kernels.device), [0, 0, 1, 2, 3, 3, 0], [1.0] * 7, q.to(kernels.device), [-1, 0, 0, -1, -1, 0, 0],
+        [-1] * 6 + [7],
+    )  # fmt: skip
+    finite = [False, False, False, False, True, True, True]
+    assert [token >= 0 for token in kernels.sample_residual(laws, [0.5] * 7)] == finite
+    assert [abs(mass) < INF for mass in kernels.residual_mass(laws)] == finite

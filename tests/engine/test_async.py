@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fakes import write_planted_checkpoint
+from fakes import PROMPTS
 from specdec import (
     AsyncEngine,
     AsyncTokenStream,
@@ -32,13 +32,7 @@ from specdec import (
 )
 from specdec.sequence import Sequence
 
-PROMPTS = ["a", "hello world", "x" * 70, "The quick brown fox", "\n\n", "0123456789" * 5, "zz top"]
 PATIENCE_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_planted_checkpoint(tmp_path_factory.mktemp("planted"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from draft_simulation import GPU
 
-from fakes import write_planted_checkpoint
+from fakes import PROMPTS
 from specdec import AsyncEngine, CacheFullError, Engine, ModelError, SamplingParams, SpeculationParams
 from specdec.core import EngineCore
 from specdec.draft_length import AutoDraftLength
@@ -34,13 +34,7 @@ from specdec.stats import SequenceStats
 from specdec.text import OutputText
 from specdec.verify import TargetVerifier
 
-PROMPTS = ["a", "hello world", "x" * 70, "The quick brown fox", "\n\n", "0123456789" * 5, "zz top"]
 PATIENCE_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_planted_checkpoint(tmp_path_factory.mktemp("planted"))
 
 
 def params(number: int) -> SamplingParams:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from fakes import (
     KERNELS,
     NEEDS_COMPILER,
+    PROMPTS,
     planted_tensors,
     tiny_config,
     write_checkpoint,
@@ -38,13 +39,6 @@ from specdec.kernels.reference import ReferenceKernels
 from specdec.kv_cache import allocate_kv_cache
 from specdec.model.layers import Decoder
 from specdec.scheduler import ScheduledSequence
-
-PROMPTS = ["a", "hello world", "x" * 70, "The quick brown fox", "\n\n", "0123456789" * 5, "zz top"]
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_planted_checkpoint(tmp_path_factory.mktemp("planted"))
 
 
 @pytest.fixture(scope="module", params=KERNELS)

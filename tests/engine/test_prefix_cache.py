@@ -8,6 +8,18 @@ import pytest
 from scheduling import Memory, Request, Setting, make_scheduler, make_sequence, simple_request
 
 from specdec.kv_cache import PagePool
+from specdec.scheduler import Scheduler
+from specdec.sequence import Sequence
+
+
+def run_alone(scheduler: Scheduler, memory: Memory, requests: dict[str, Request], name: str) -> Sequence:
+    """To its end."""
+    sequence = make_sequence(requests[name])
+    scheduler.add(sequence)
+    while not scheduler.idle:
+        memory.run(scheduler.schedule(), requests)
+        scheduler.remove_finished()
+    return sequence
 
 
 def test_a_finished_requests_pages_serve_its_continuation() -> None:
@@ -18,11 +30,7 @@ def test_a_finished_requests_pages_serve_its_continuation() -> None:
         second = replace(first, name="2", prompt=[*range(10), *[7] * 11, 5])
         requests = {r.name: r for r in (first, second)}
         for name in "12":
-            sequence = make_sequence(requests[name])
-            scheduler.add(sequence)
-            while not scheduler.idle:
-                memory.run(scheduler.schedule(), requests)
-                scheduler.remove_finished()
+            sequence = run_alone(scheduler, memory, requests, name)
             scheduler.check_integrity()
         assert sequence.stats.num_cached_tokens == (20 if k == 0 else 16)
 
@@ -33,11 +41,7 @@ def test_pages_without_mtp_rows_serve_the_target_alone() -> None:
         scheduler, memory = make_scheduler(Setting(4, 30, 4, 64, True, False)), Memory(4)
         requests = {n: replace(simple_request("1", 18, k=k), name=n) for n, k in (("1", first_k), ("2", second_k))}
         for name in "12":
-            sequence = make_sequence(requests[name])
-            scheduler.add(sequence)
-            while not scheduler.idle:
-                memory.run(scheduler.schedule(), requests)
-                scheduler.remove_finished()
+            sequence = run_alone(scheduler, memory, requests, name)
         hits[first_k, second_k] = sequence.stats.num_cached_tokens
     assert hits == {(0, 0): 16, (0, 3): 0, (3, 0): 16, (3, 3): 16}
 

@@ -16,22 +16,35 @@ import torch
 from torch import Tensor
 
 from fakes import WHY_NO_COMPILER, randn
-from sampled_rows import distributions, flat, in_doubt, random_edits, residuals, sampling, select_laws
-from specdec.kernels import philox, select
+from sampled_rows import (
+    EXACT,
+    GLM_VOCAB,
+    INF,
+    UNIFORMS,
+    check_laws_that_are_not_finite,
+    check_residual_samples,
+    check_rows_that_are_not_sound,
+    check_truncated,
+    distributions,
+    flat,
+    in_doubt,
+    random_edits,
+    residuals,
+    sampling,
+    select_laws,
+)
+from specdec.kernels import philox
 from specdec.kernels.cpu import CpuKernels, build
 from specdec.kernels.interface import GREEDY, Residuals, RowSampling
-from specdec.kernels.reference import lowest_argmax, residual_law
+from specdec.kernels.reference import lowest_argmax
 
 if WHY_NO_COMPILER:
     pytest.skip(WHY_NO_COMPILER, allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "num_threads")
 
-EXACT = select(torch.device("cpu"), torch.float64, "reference")
 MAX_ROWS = 17
 ARCHITECTURES = ["native", *(["haswell", "x86-64"] if platform.machine() == "x86_64" else [])]  # as in test_cpu
-INF, NAN = float("inf"), float("nan")
-GLM_VOCAB = 151_552
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -66,13 +79,7 @@ def test_truncate_keeps_what_the_reference_keeps(kernels: CpuKernels, size: int)
     logits, law, expected, doubtful = truncated(size)
     ours = logits.clone()
     kernels.truncate_(ours, law)
-    kept = ours > -INF
-    differs = kept != (expected > -INF)
-    assert not (differs & ~doubtful).any()
-    assert differs.any(1).sum() <= len(logits) / 50, "near-ties are rare"
-    assert torch.equal(ours[kept], logits[kept])
-    assert kept.any(1).all()
-    assert not ours.isnan().any()
+    check_truncated(ours, logits, expected, doubtful)
     if size <= 5000:
         for num in range(1, MAX_ROWS + 1):
             few = logits[num : 2 * num].clone()
@@ -111,20 +118,7 @@ def test_edits_are_the_reference_edits(kernels: CpuKernels, size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 40, 173])
 def test_rows_that_are_not_sound_become_nan(kernels: CpuKernels, size: int) -> None:
-    logits = randn(9, size)
-    for r, (bad, at) in enumerate([(NAN, 0), (NAN, size - 1), (INF, size // 2), (INF, size - 1)]):
-        logits[r, at] = bad
-    logits[4] = -INF
-    logits[5, 1:] = -INF
-    for law in (sampling(9), sampling(9, top_k=3, top_p=0.9, min_p=0.1), sampling(9, streams=GREEDY)):
-        ours = logits.clone()
-        kernels.truncate_(ours, law)
-        assert ours[:5].isnan().all()
-        assert not ours[5:].isnan().any()
-        for rows in (logits, ours):
-            ids = kernels.choose(rows, law)
-            assert (ids == -1).tolist() == [True] * 5 + [False] * 4
-            assert ids[5] == 0
+    check_rows_that_are_not_sound(kernels, size)
 
 
 STRAIGHT = """
@@ -259,9 +253,6 @@ def test_softmax_is_right_and_row_invariant(kernels: CpuKernels, size: int) -> N
         assert torch.equal(kernels.softmax(logits[:rows], scales[:rows]), whole[:rows]), rows
 
 
-UNIFORMS = [0.0, 1 - 2**-53, 0.5, 2**-53, 0.123456789, 0.987654321]
-
-
 @pytest.mark.parametrize("size", [1, 6, 173, 512, 5000, GLM_VOCAB])
 def test_residual_laws_are_right_and_independent_of_each_other(kernels: CpuKernels, size: int) -> None:
     laws = residuals(size)
@@ -272,12 +263,7 @@ def test_residual_laws_are_right_and_independent_of_each_other(kernels: CpuKerne
     for i, u in enumerate(UNIFORMS):
         uniforms = [u if r % 2 else UNIFORMS[(r + i) % len(UNIFORMS)] for r in range(num)]
         ids = kernels.sample_residual(laws, uniforms)
-        for r, (token, uniform) in enumerate(zip(ids, uniforms)):
-            law = residual_law(exact, r)
-            target, slack = uniform * law.sum(), 1e-12 * law.sum()
-            assert law[token] > 0, "a token of the law"
-            assert law[:token].sum() <= target + slack
-            assert law[: token + 1].sum() >= target - slack
+        check_residual_samples(exact, ids, uniforms)
         for few in range(1, MAX_ROWS + 1 if size < GLM_VOCAB else 3):
             some = list(range(few, 2 * few))
             assert kernels.sample_residual(select_laws(laws, some), [uniforms[r] for r in some]) == [
@@ -310,12 +296,7 @@ def test_residual_laws_lose_nothing_to_rounding(kernels: CpuKernels) -> None:
 
 
 def test_residual_laws_that_are_not_finite_have_no_sample(kernels: CpuKernels) -> None:
-    p, q = randn(4, 1000).softmax(-1), randn(1, 1000, seed=1).softmax(-1)
-    p[0, 7], p[1, 999], p[2] = NAN, INF, NAN
-    laws = Residuals(p, [0, 0, 1, 2, 3, 3, 0], [1.0] * 7, q, [-1, 0, 0, -1, -1, 0, 0], [-1] * 6 + [7])
-    finite = [False, False, False, False, True, True, True]
-    assert [token >= 0 for token in kernels.sample_residual(laws, [0.5] * 7)] == finite
-    assert [abs(mass) < INF for mass in kernels.residual_mass(laws)] == finite
+    check_laws_that_are_not_finite(kernels, 1000)
 
 
 @pytest.mark.parametrize("num", [0, 1, 130])

@@ -25,7 +25,7 @@ from specdec.kernels.flashinfer.backend import FlashInferKernels
 from specdec.kernels.flashinfer.experts import Experts, FusedExperts
 from specdec.kernels.reference import ReferenceKernels
 
-__all__ = ["FakeDevice", "decide_on_the_host", "engine", "install"]
+__all__ = ["FakeDevice", "break_norm", "decide_on_the_host", "engine", "install"]
 
 OPERATIONS = "edit_", "truncate_", "choose", "softmax", "residual_mass", "sample_residual", "uniforms"
 
@@ -46,6 +46,15 @@ def engine(monkeypatch: pytest.MonkeyPatch, model: str | Path, experts: Experts 
     with monkeypatch.context() as patch:
         patch.setattr("specdec.engine.resolve_backend", lambda *_: kernels)
         return Engine.from_pretrained(model, **config)
+
+
+def break_norm(engine: Engine, of: str) -> str:
+    """Weights that are NaN, of the "mtp" layer or the "target". -> what the engine says."""
+    model = engine.runtime.model
+    assert model.mtp is not None
+    norm = model.mtp.shared_head.norm if of == "mtp" else model.target.model.norm
+    norm.weight.data.fill_(float("nan"))
+    return "the MTP layer's logits are not finite" if of == "mtp" else "the target's logits are not finite"
 
 
 def decide_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,26 @@ import triton
 from torch import Tensor
 
 from fakes import randn
-from sampled_rows import distributions, flat, in_doubt, random_edits, residuals, sampling, select_laws
+from sampled_rows import (
+    EXACT,
+    GLM_VOCAB,
+    INF,
+    NAN,
+    UNIFORMS,
+    check_laws_that_are_not_finite,
+    check_residual_samples,
+    check_rows_that_are_not_sound,
+    check_truncated,
+    distributions,
+    flat,
+    in_doubt,
+    random_edits,
+    residuals,
+    sampling,
+    select_laws,
+)
 from specdec.kernels import select
 from specdec.kernels.interface import GREEDY, Residuals, RowSampling
-from specdec.kernels.reference import residual_law
 from specdec.kernels.triton import TritonSampling, slots, truncate
 
 pytestmark = [
@@ -22,10 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of numpy, for what no lane goes on to use
 ]
 
-EXACT = select(torch.device("cpu"), torch.float64, "reference")
 REFERENCE = select(torch.device("cpu"), torch.float32, "reference")
-INF, NAN = float("inf"), float("nan")
-GLM_VOCAB = 151_552
 # top_k, top_p, min_p
 CUTS = [
     (0, 1.0, 0.0), (1, 1.0, 0.0), (50, 0.95007, 0.05), (0, 0.90013, 0.0), (0, 1e-9, 0.0), (0, 0.99993, 1e-3),
@@ -47,14 +60,8 @@ def assert_truncated(kernels: TritonSampling, logits: Tensor, law: RowSampling) 
     kernels.truncate_(ours, law)
     EXACT.truncate_(expected, law)
     ours = ours.cpu()
-    kept = ours > -INF
     doubtful = torch.stack([in_doubt(row, law.select([r])) for r, row in enumerate(logits)])
-    differs = kept != (expected > -INF)
-    assert not (differs & ~doubtful).any()
-    assert differs.any(1).sum() <= len(logits) / 50, "near-ties are rare"
-    assert torch.equal(ours[kept], logits[kept])
-    assert kept.any(1).all()
-    assert not ours.isnan().any()
+    check_truncated(ours, logits, expected, doubtful)
     return ours
 
 
@@ -90,21 +97,7 @@ def test_truncate_keeps_ties_of_top_k_and_the_lowest_ids_of_top_p(kernels: Trito
 
 @pytest.mark.parametrize("size", [1, 1500])
 def test_rows_that_are_not_sound_become_nan(kernels: TritonSampling, size: int) -> None:
-    logits = randn(7, size)
-    for r, (bad, at) in enumerate([(NAN, 0), (NAN, size - 1), (INF, size // 2), (INF, size - 1)]):
-        logits[r, at] = bad
-    logits[4] = -INF
-    logits[5, 1:] = -INF
-    logits = logits.to(kernels.device)
-    for law in (sampling(7), sampling(7, top_k=3, top_p=0.9, min_p=0.1), sampling(7, streams=GREEDY)):
-        ours = logits.clone()
-        kernels.truncate_(ours, law)
-        assert ours[:5].isnan().all()
-        assert not ours[5:].isnan().any()
-        for rows in (logits, ours):
-            ids = kernels.choose(rows, law)
-            assert (ids == -1).tolist() == [True] * 5 + [False] * 2
-            assert ids[5] == 0
+    check_rows_that_are_not_sound(kernels, size)
 
 
 @pytest.mark.parametrize(("size", "num"), [(1, 1), (6, 13), (173, 26), (2500, 12)])
@@ -192,9 +185,6 @@ def test_edits_longer_than_a_block_of_lanes(kernels: TritonSampling) -> None:
     assert torch.equal(ours.cpu(), expected)
 
 
-UNIFORMS = [0.0, 1 - 2**-53, 0.5, 2**-53, 0.123456789, 0.987654321]
-
-
 @pytest.mark.parametrize("size", [1, 6, 1500])
 def test_residual_laws_are_right_and_independent_of_each_other(kernels: TritonSampling, size: int) -> None:
     exact = flat(residuals(size))
@@ -209,12 +199,7 @@ def test_residual_laws_are_right_and_independent_of_each_other(kernels: TritonSa
     for i in range(2):
         uniforms = [UNIFORMS[(r + i) % len(UNIFORMS)] for r in range(num)]
         ids = kernels.sample_residual(laws, uniforms)
-        for r, (token, uniform) in enumerate(zip(ids, uniforms)):
-            law = residual_law(exact, r)
-            target, slack = uniform * law.sum(), 1e-12 * law.sum()
-            assert law[token] > 0, "a token of the law"
-            assert law[:token].sum() <= target + slack
-            assert law[: token + 1].sum() >= target - slack
+        check_residual_samples(exact, ids, uniforms)
     some = [40, 3, 17]
     assert kernels.sample_residual(select_laws(laws, some), [uniforms[r] for r in some]) == [ids[r] for r in some]
     assert kernels.residual_mass(select_laws(laws, some)) == [mass[r] for r in some]
@@ -240,15 +225,7 @@ def test_residual_laws_lose_nothing_to_rounding(kernels: TritonSampling) -> None
 
 
 def test_residual_laws_that_are_not_finite_have_no_sample(kernels: TritonSampling) -> None:
-    p, q = randn(4, 1100).softmax(-1), randn(1, 1100, seed=1).softmax(-1)
-    p[0, 7], p[1, 1099], p[2] = NAN, INF, NAN
-    laws = Residuals(
-        p.to(kernels.device), [0, 0, 1, 2, 3, 3, 0], [1.0] * 7, q.to(kernels.device), [-1, 0, 0, -1, -1, 0, 0],
-        [-1] * 6 + [7],
-    )  # fmt: skip
-    finite = [False, False, False, False, True, True, True]
-    assert [token >= 0 for token in kernels.sample_residual(laws, [0.5] * 7)] == finite
-    assert [abs(mass) < INF for mass in kernels.residual_mass(laws)] == finite
+    check_laws_that_are_not_finite(kernels, 1100)
 
 
 def test_nothing_to_do(kernels: TritonSampling) -> None:
