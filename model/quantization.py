@@ -113,7 +113,7 @@ def _names(value: Any, where: str) -> tuple[str, ...]:
         raise CheckpointError(f"config.json: {where} = {value!r} is not a list of names")
     for name in value:
         try:
-            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+            _Patterns((name,))
         except re.error as error:
             raise CheckpointError(f"config.json: {where}: {name!r} holds no regular expression: {error}") from error
     return tuple(value)

@@ -47,8 +47,7 @@ def check_finite(draft_token_ids: list[list[int]]) -> None:
     """Raises RowsError of the sequences for which the MTP layer's logits were not finite."""
     broken = [b for b, token_ids in enumerate(draft_token_ids) if NOT_FINITE in token_ids]
     if broken:
-        message = "the MTP layer's logits are not finite: its weights are broken, or its dtype overflows"
-        raise RowsError(broken, ModelError(message))
+        raise RowsError(broken, ModelError.not_finite("the MTP layer"))
 
 
 class Drafter(Protocol):

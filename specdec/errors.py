@@ -1,5 +1,7 @@
 """Errors of the engine that are not plain ValueErrors, and its warning."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence as Seq
 
 from specdec.kernels.errors import KernelsUnavailableError, SpecdecWarning
@@ -25,6 +27,10 @@ class NotEnoughMemoryError(ValueError):
 
 class ModelError(RuntimeError):
     """The model computed something that cannot be used."""
+
+    @classmethod
+    def not_finite(cls, whose: str) -> ModelError:
+        return cls(f"{whose}'s logits are not finite: its weights are broken, or its dtype overflows")
 
 
 class QueueFullError(RuntimeError):

@@ -21,12 +21,10 @@ def render(stats: EngineStats, model_name: str | None = None) -> str:
 
 
 def _lines(stats: EngineStats, labels: Mapping[str, str]) -> Iterator[str]:
-    for name, meaning, value in _gauges(stats):
-        yield from _family(name, "gauge", meaning)
-        yield _sample(name, labels, value)
-    for name, meaning, value in _counters(stats):
-        yield from _family(name, "counter", meaning)
-        yield _sample(name, labels, value)
+    for kind, samples in (("gauge", _gauges(stats)), ("counter", _counters(stats))):
+        for name, meaning, value in samples:
+            yield from _family(name, kind, meaning)
+            yield _sample(name, labels, value)
     for name, meaning, label, values in _labelled_counters(stats):
         yield from _family(name, "counter", meaning)
         for key, value in values.items():

@@ -83,8 +83,7 @@ class TargetVerifier:
             output_token_ids[b] = token_ids
         broken = [b for b in deciding if output_token_ids[b][-1] < 0]
         if broken:
-            message = "the target's logits are not finite: its weights are broken, or its dtype overflows"
-            raise RowsError(broken, ModelError(message))
+            raise RowsError(broken, ModelError.not_finite("the target"))
         logprobs: list[list[TokenLogprobs]] = [[] for _ in scheduled]
         if verification.keep_logits:
             for b, found in zip(deciding, _logprobs(sequences, verification, verified)):

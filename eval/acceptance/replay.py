@@ -142,9 +142,7 @@ class Reader:
             logits.append(self.target.compute_logits(last.normed))
             choices.append(self.kernels.choose(logits[-1], rows.select(list(range(len(rows))), [step] * len(rows))))
             if (choices[-1] < 0).any():
-                raise ModelError(
-                    "the MTP layer's logits are not finite: its weights are broken, or its dtype overflows"
-                )
+                raise ModelError.not_finite("the MTP layer")
             drafts[:, step] = choices[-1] if given is None else given[:, step]
         return torch.stack(logits, 1), drafts, torch.stack(choices, 1)
 
