@@ -422,9 +422,17 @@ asyncio.run(main())
 def test_an_engine_whose_thread_broke_is_let_go(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         served = AsyncEngine.from_pretrained(planted)
-        monkeypatch.setattr(served._core, "step", lambda: (_ for _ in ()).throw(SystemExit("gone")))
+        released = threading.Event()
+
+        def broken_step() -> None:
+            assert released.wait(PATIENCE_S)
+            raise SystemExit("gone")
+
+        monkeypatch.setattr(served._core, "step", broken_step)
+        stream = served.generate("abc", greedy(5))  # would refuse once the thread is broken
+        released.set()
         with pytest.raises(SystemExit):
-            await anext(served.generate("abc", greedy(5)))
+            await anext(stream)
         kept.append((weakref.ref(served), served._thread._thread))
         monkeypatch.undo()
 

@@ -268,8 +268,15 @@ def test_a_controller_that_fails_ends_its_step_alone(planted: Path, expected: li
 def test_a_thread_that_ends_leaves_nobody_waiting(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         engine = AsyncEngine.from_pretrained(planted)
-        monkeypatch.setattr(EngineCore, "step", lambda _: (_ for _ in ()).throw(SystemExit("gone")))
-        streams = [engine.generate("abc", params(3)) for _ in range(3)]
+        released = threading.Event()
+
+        def broken_step(_: EngineCore) -> None:
+            assert released.wait(PATIENCE_S)
+            raise SystemExit("gone")
+
+        monkeypatch.setattr(EngineCore, "step", broken_step)
+        streams = [engine.generate("abc", params(3)) for _ in range(3)]  # would refuse once the thread is broken
+        released.set()
         for stream in streams:
             with pytest.raises(SystemExit, match="gone"):
                 await anext(stream)
