@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gate import PATIENCE_S, Gate
 
 from fakes import PROMPTS
 from specdec import (
@@ -31,8 +32,6 @@ from specdec import (
     engine_thread,
 )
 from specdec.sequence import Sequence
-
-PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +78,6 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-class Gate:
-    """Lets the engine's thread make so many steps, then holds it before a forward until it is opened."""
-
-    def __init__(self, engine: AsyncEngine, num_steps: int = 0) -> None:
-        self.open, self.reached = threading.Event(), threading.Event()
-        self._num_steps, self._verify = num_steps, engine._core.verifier.verify
-        engine._core.verifier.verify = self.verify  # type: ignore[method-assign]
-
-    def verify(self, *args: Any) -> Any:
-        if self._num_steps == 0:
-            self.reached.set()
-            assert self.open.wait(PATIENCE_S)
-        else:
-            self._num_steps -= 1
-        return self._verify(*args)
-
-
 def test_many_streams_give_what_generate_gives(planted: Path, engine: Engine) -> None:
     kinds = [
         {"temperature": 0},
@@ -113,8 +95,11 @@ def test_many_streams_give_what_generate_gives(planted: Path, engine: Engine) ->
 
     async def work() -> None:
         async with serving(planted, max_num_seqs=7) as served:
+            gate = Gate(served)
             streams = [served.generate(prompt, p) for prompt, p in zip(prompts, params)]
-            for stream, chunks, wanted in zip(streams, await asyncio.gather(*map(read, streams)), expected):
+            readers = asyncio.gather(*map(read, streams))
+            gate.open.set()
+            for stream, chunks, wanted in zip(streams, await readers, expected):
                 assert tokens_of(chunks) == wanted.token_ids == stream.output.token_ids
                 assert "".join(chunk.text for chunk in chunks) == wanted.text
                 assert [c.finish_reason for c in chunks] == [None] * (len(chunks) - 1) + [wanted.finish_reason]
@@ -514,6 +499,7 @@ def test_samples_are_streams_of_their_own_and_share_the_prompt(planted: Path, en
             assert [s.request_id for s in streams] == ["r", "r.1", "r.2"]
             assert [tokens_of(chunks) for chunks in await asyncio.gather(*map(read, streams))] == expected
             assert [s.output.stats.num_cached_tokens for s in streams] == [0, 48, 48]
+            gate = Gate(served)
             first, second, third = served.samples(prompt, params, request_id="r")
             with pytest.raises(QueueFullError, match=r"3 requests run and wait; .* no room for 2 more"):
                 served.samples(prompt, SamplingParams(n=2))
@@ -521,6 +507,7 @@ def test_samples_are_streams_of_their_own_and_share_the_prompt(planted: Path, en
             taken = served.generate("abc", greedy(1), request_id="s.1")
             with pytest.raises(ValueError, match=r"request_id = 's.1' is in use"):
                 served.samples(prompt, SamplingParams(n=2), request_id="s")
+            gate.open.set()
             await read(taken)
             assert (await read(first))[-1].finish_reason == "abort"
             assert [tokens_of(await read(s)) for s in (second, third)] == expected[1:]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from draft_simulation import GPU
+from gate import Gate
 
 from fakes import PROMPTS
 from specdec import AsyncEngine, CacheFullError, Engine, ModelError, SamplingParams, SpeculationParams
@@ -91,7 +92,11 @@ def test_the_error_says_where_it_came_from(planted: Path) -> None:
     async def work() -> None:
         engine = AsyncEngine.from_pretrained(planted)
         FaultPlan(engine._core).plan("r1", Fault.BEFORE_DRAFT, 2)
-        errors = await asyncio.gather(*(outcome(engine, i) for i in range(3)))
+        gate = Gate(engine)
+        outcomes = [asyncio.ensure_future(outcome(engine, i)) for i in range(3)]
+        await asyncio.sleep(0)  # they queue their requests
+        gate.open.set()
+        errors = await asyncio.gather(*outcomes)
         assert all(isinstance(error, InjectedError) for error in errors)
         traceback, names = errors[1].__traceback__, []  # type: ignore[union-attr]
         while traceback is not None:
@@ -313,8 +318,11 @@ def test_snapshots_are_consistent_at_any_time(planted: Path) -> None:
         faults = FaultPlan(engine._core)
         for number, fault in enumerate(Fault):
             faults.plan(f"r{3 * number}", fault, 3)
+        gate = Gate(engine)
         tasks = [asyncio.ensure_future(outcome(engine, i)) for i in range(20)]
         tasks[7].cancel()
+        await asyncio.sleep(0)  # they queue their requests
+        gate.open.set()
         num_snapshots = 0
         while not all(task.done() for task in tasks):
             check(engine.stats())

@@ -1,0 +1,27 @@
+"""An engine's thread that waits for a test."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from specdec import AsyncEngine
+
+PATIENCE_S = 60.0
+
+
+class Gate:
+    """Lets the engine's thread make so many steps, then holds it before a forward until it is opened."""
+
+    def __init__(self, engine: AsyncEngine, num_steps: int = 0) -> None:
+        self.open, self.reached = threading.Event(), threading.Event()
+        self._num_steps, self._verify = num_steps, engine._core.verifier.verify
+        engine._core.verifier.verify = self.verify  # type: ignore[method-assign]
+
+    def verify(self, *args: Any) -> Any:
+        if self._num_steps == 0:
+            self.reached.set()
+            assert self.open.wait(PATIENCE_S)
+        else:
+            self._num_steps -= 1
+        return self._verify(*args)
