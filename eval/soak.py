@@ -111,7 +111,8 @@ class Soak:
         moment = self.rng.randint(0, 12)
         reader = asyncio.ensure_future(self._read(request_id, case, params, abort, moment, tokens))
         if abort == "cancel":
-            asyncio.get_running_loop().call_later(self.rng.random() * 0.05, reader.cancel)
+            timer = asyncio.get_running_loop().call_later(self.rng.random() * 0.05, reader.cancel)
+            reader.add_done_callback(lambda _: timer.cancel())  # which would keep it
         try:
             reason = await reader
         except InjectedError:
