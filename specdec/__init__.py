@@ -1,6 +1,7 @@
 """specdec: speculative decoding around the MTP head of GLM-4.5-family MoE models."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from specdec.errors import CacheFullError, ModelError, QueueFullError, SpecdecWarning
     from specdec.model.errors import CheckpointError
     from specdec.outputs import GenerationOutput, StreamChunk, TokenStream
+
+    __version__: str
 
 __all__ = [
     "AsyncEngine",
@@ -28,6 +31,7 @@ __all__ = [
     "SpeculationParams",
     "StreamChunk",
     "TokenStream",
+    "__version__",
 ]
 
 _MODULES = {
@@ -43,6 +47,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Imports torch only when something that needs it is asked for, so that the command line starts at once."""
+    if name == "__version__":
+        return version("specdec-mtp")  # the distribution's name: "specdec" on PyPI is another project
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(module), name)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from specdec import Engine
+from specdec import __version__
 from specdec.eval.acceptance.schema import SCALARS, SCHEMA, VERSION, faults
 from specdec.eval.files import finite, write_whole
 from specdec.eval.machine import describe_machine, git_revision
@@ -72,7 +73,7 @@ def _check(document: Any, path: Path) -> None:
         raise ValueError(f"{path} has version {number!r:.60}, which must be an integer from 1 to {VERSION}: {REMEDY}")
     if number > VERSION:
         raise ValueError(
-            f"{path} has version {number} of the schema, this specdec ({version('specdec')}) reads up to {VERSION}: "
+            f"{path} has version {number} of the schema, this specdec ({__version__}) reads up to {VERSION}: "
             "upgrade specdec"
         )
     found = list(faults(document))
@@ -93,7 +94,7 @@ def provenance(engine: Engine, command: str, started: str, *, sha256: str | None
     """
     index, machine = engine.checkpoint.index, describe_machine(engine)
     return {
-        "specdec": version("specdec"),
+        "specdec": __version__,
         "git_revision": git_revision(),
         "checkpoint": {"folder": str(index.folder), "sha256": sha256 or checkpoint_sha256(index)},
         "python": platform.python_version(),

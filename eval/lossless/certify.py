@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 
 from specdec import Engine, SpeculationParams
+from specdec import __version__
 from specdec.config import DraftSampling
 from specdec.eval.lossless.certificate import (
     Certificate,
@@ -58,6 +59,6 @@ def _provenance(engine: Engine) -> dict[str, Any]:
         "kv_dtype": str(engine.runtime.kv_cache.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "max_num_seqs": engine.config.max_num_seqs,
-        "specdec": version("specdec"),
+        "specdec": __version__,
         "torch": version("torch"),
     }

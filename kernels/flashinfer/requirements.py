@@ -102,7 +102,7 @@ def _flashinfer() -> Requirement:
         "flashinfer-python",
         version or "not installed",
         _release(version) >= LEAST_FLASHINFER,
-        f"{least} or newer is needed: pip install 'specdec[gpu]'",
+        f"{least} or newer is needed: pip install 'flashinfer-python>=0.7.2'",
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from specdec import __version__
 from specdec.cli import evaluate
 from specdec.cli.generate import generate
 from specdec.cli.inspect import inspect
@@ -25,7 +25,7 @@ app.add_typer(evaluate.app, name="eval")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"specdec {version('specdec')}")
+        print(f"specdec {__version__}")
         raise typer.Exit
 
 

@@ -123,7 +123,7 @@ def test_the_backend_asks_for_the_text_alone(machine: Machine, monkeypatch: pyte
     monkeypatch.setenv("CUDA_HOME", str(machine.cuda_home))
     assert missing() == ""
     machine.flashinfer("0.7.1")
-    assert missing() == "flashinfer-python: 0.7.1 (0.7.2 or newer is needed: pip install 'specdec[gpu]')"
+    assert missing() == "flashinfer-python: 0.7.1 (0.7.2 or newer is needed: pip install 'flashinfer-python>=0.7.2')"
 
 
 def test_the_toolkit_is_found_by_either_variable_or_the_path(machine: Machine, tmp_path: Path) -> None:
