@@ -14,9 +14,9 @@ test: .venv/test.stamp  ## the whole test-suite, on the CPU wherever it runs
 # FlashInfer's Python imports beside a CPU torch; what it compiles is replaced by fakes. 560 MB under build/.
 FLASHINFER := build/flashinfer
 test-flashinfer: .venv/test.stamp $(FLASHINFER)/stamp  ## the FlashInfer backend, without a GPU
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=$(FLASHINFER):tests/kernels:tests \
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=$(FLASHINFER):tests \
 	FLASHINFER_WORKSPACE_BASE=build/flashinfer-cache \
-	$(BIN)/python -m flashinfer_fakes -q
+	$(BIN)/python -m support.flashinfer_fakes -q
 
 test-gpu: .venv/test.stamp  ## the CUDA backend on a real GPU, with the gpu extra installed; skipped without one
 	$(BIN)/python -m pytest -rs tests/gpu
@@ -37,7 +37,7 @@ check: lint test  ## what CI runs
 # against plain decoding. One thread is the fastest for models so small. Half an hour or more.
 certify: .venv/run.stamp  ## the certificate of losslessness, at high resolution
 	rm -rf build/certify
-	$(BIN)/python -m specdec.eval.lossless.small build/certify/checkpoint
+	$(BIN)/python -m specdec.eval.dev.small build/certify/checkpoint
 	$(BIN)/specdec eval lossless --model build/certify/checkpoint --samples 1000000 -k 2 --threads 1 \
 		--comparison-seeds 125 --comparison-tokens 256 --output build/certify/certificate.json
 

@@ -19,7 +19,7 @@ from http import HTTPStatus
 from typing import Any
 
 from specdec import AsyncEngine, AsyncTokenStream, QueueFullError, SamplingParams
-from specdec.prometheus import CONTENT_TYPE, render
+from specdec.metrics.prometheus import CONTENT_TYPE, render
 
 MAX_BODY_BYTES = 4 * 2**20
 SAMPLING_FIELDS = ("max_tokens", "temperature", "top_p", "seed", "stop")

@@ -1,7 +1,7 @@
 """Philox4x32-10 (Salmon et al., SC'11), the counter-based generator behind every random number here.
 
 The key is a request's 64-bit seed, the counter (call, position, start, stream); a call gives four words.
-`specdec.rng` says what positions and starts are.
+`specdec.request.seeds` says what positions and starts are.
 """
 
 from __future__ import annotations

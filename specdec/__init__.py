@@ -5,13 +5,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specdec.async_engine import AsyncEngine, AsyncTokenStream
     from specdec.config import EngineConfig, SamplingParams, SpeculationParams
-    from specdec.engine import Engine
-    from specdec.engine_stats import EngineStats
+    from specdec.engine.async_engine import AsyncEngine, AsyncTokenStream
+    from specdec.engine.engine import Engine
+    from specdec.engine.outputs import GenerationOutput, StreamChunk, TokenStream
     from specdec.errors import CacheFullError, ModelError, QueueFullError, SpecdecWarning
+    from specdec.metrics.engine import EngineStats
     from specdec.model.errors import CheckpointError
-    from specdec.outputs import GenerationOutput, StreamChunk, TokenStream
 
     __version__: str
 
@@ -35,13 +35,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "specdec.async_engine": ("AsyncEngine", "AsyncTokenStream"),
+    "specdec.engine.async_engine": ("AsyncEngine", "AsyncTokenStream"),
     "specdec.config": ("EngineConfig", "SamplingParams", "SpeculationParams"),
-    "specdec.engine": ("Engine",),
-    "specdec.engine_stats": ("EngineStats",),
+    "specdec.engine.engine": ("Engine",),
+    "specdec.metrics.engine": ("EngineStats",),
     "specdec.errors": ("CacheFullError", "ModelError", "QueueFullError", "SpecdecWarning"),
     "specdec.model.errors": ("CheckpointError",),
-    "specdec.outputs": ("GenerationOutput", "StreamChunk", "TokenStream"),
+    "specdec.engine.outputs": ("GenerationOutput", "StreamChunk", "TokenStream"),
 }
 
 

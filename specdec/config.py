@@ -123,7 +123,7 @@ class SamplingParams:
     verification alike; penalties and bad words count the drafts before each position.
 
     n: samples of the prompt, which share the pages of its tokens. The first is what n = 1 gives; the seeds of the
-    others are derived from its seed (`specdec.rng.sample_seed`).
+    others are derived from its seed (`specdec.request.seeds.sample_seed`).
     max_tokens: generate at most so many. min_tokens: until so many are generated, the tokens that would end the request
     are impossible and stop strings are not sought.
     temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: as in transformers.

@@ -1,6 +1,7 @@
 """What a step costs: seconds of its parts by number of rows. No torch here.
 
-`specdec.measure` measures a table on the running machine; `specdec.draft_length` chooses draft lengths by it.
+`specdec.auto_length.measure` measures a table on the running machine, and `specdec.auto_length.controller` chooses
+draft lengths by it.
 """
 
 from __future__ import annotations

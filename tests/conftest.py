@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fakes import WHY_NO_COMPILER, write_checkpoint
+from support.fakes import WHY_NO_COMPILER, write_checkpoint
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported

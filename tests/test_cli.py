@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-import fp8_checkpoints
-from fakes import (
+from specdec.cli import app
+from specdec.eval.prediction.shapes import CONFIGS
+from specdec.step.step import step
+from support import fp8_checkpoints
+from support.fakes import (
     WHY_NO_COMPILER,
     planted_tensors,
     random_tensors,
@@ -24,9 +27,6 @@ from fakes import (
     write_files,
     write_planted_checkpoint,
 )
-from specdec.cli import app
-from specdec.eval.prediction.shapes import CONFIGS
-from specdec.step import step
 
 RUNNER = CliRunner()
 
@@ -379,7 +379,7 @@ def test_ctrl_c_leaves_a_whole_json_document(planted: str, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr("specdec.core.step", interrupted)
+    monkeypatch.setattr("specdec.engine.core.step", interrupted)
     code, stdout, _ = run("generate", "hello", "--model", planted, "--max-tokens", "60", "--json")
     document = json.loads(stdout)
     assert (code, document["finish_reason"]) == (130, "abort")

@@ -22,12 +22,12 @@ from specdec.eval.acceptance.replay import Chains, Context, Reader
 from specdec.kernels import Kernels
 from specdec.kernels.interface import GREEDY, RowSampling
 from specdec.kernels.reference import lowest_argmax
-from specdec.rng import Stream
+from specdec.request.seeds import Stream
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How drafts are drawn: what `specdec.sampling` derives from a request. temperature 0: argmaxes of both laws."""
+    """How drafts are drawn, as `specdec.step.sampling` derives it from a request. temperature 0: both argmaxes."""
 
     temperature: float
     speculation: SpeculationParams

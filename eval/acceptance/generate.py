@@ -15,7 +15,7 @@ from specdec.eval.acceptance.plan import AcceptanceOptions, Cell
 from specdec.eval.acceptance.records import RequestRecord
 from specdec.eval.acceptance.replay import Reader
 from specdec.eval.prompts import Prompt
-from specdec.step import Decision
+from specdec.step.step import Decision
 
 
 @dataclass(frozen=True)

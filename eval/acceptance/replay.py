@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from specdec import Engine
-from specdec.batch import Extend, build_batch
+from specdec.cache.pages import allocate_kv_cache, page_bytes
 from specdec.errors import ModelError
 from specdec.kernels.interface import DecoderOutput, RowSampling
-from specdec.kv_cache import allocate_kv_cache, page_bytes
+from specdec.step.batch import Extend, build_batch
 
 PREFILL_ROWS = 1024
 CACHE_BYTES = 2**28

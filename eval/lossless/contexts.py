@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.batch import Extend
 from specdec.eval.lossless.certificate import (
     Ints,
 )
 from specdec.eval.lossless.law import PlainTarget
+from specdec.step.batch import Extend
 
 
 @dataclass(frozen=True)

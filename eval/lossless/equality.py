@@ -24,7 +24,7 @@ from specdec.eval.lossless.certificate import (
 from specdec.eval.lossless.law import PlainTarget, edited_logits, truncated_probs
 from specdec.eval.lossless.plan import Plan
 from specdec.kernels.philox import gumbel_noise
-from specdec.rng import Stream
+from specdec.request.seeds import Stream
 
 
 @dataclass(frozen=True)

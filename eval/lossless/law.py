@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from specdec import Engine, SamplingParams
-from specdec.batch import Extend, build_batch
-from specdec.kv_cache import allocate_kv_cache
+from specdec.cache.pages import allocate_kv_cache
+from specdec.step.batch import Extend, build_batch
 
 ROUNDING = 64 * torch.finfo(torch.float32).eps  # relative: two correct computations of a probability may differ so much
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specdec.cache.pages import page_bytes
 from specdec.eval.lossless.certificate import (
     MAX_EXAMPLES,
     NUM_ITERATIONS,
@@ -37,7 +38,6 @@ from specdec.eval.lossless.evidence import (
 )
 from specdec.eval.lossless.law import PlainTarget, edited_logits, truncated_probs
 from specdec.eval.lossless.plan import Plan
-from specdec.kv_cache import page_bytes
 
 G_TESTS_PER_GROUP, G_TEST_VISITS = 4, 50
 BATCH_ELEMENTS = 2**22  # of logits at once

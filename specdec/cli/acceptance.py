@@ -220,9 +220,9 @@ def compare(
 ) -> None:
     """Compare two results of `specdec eval acceptance`: exit code 1 where B is worse beyond the tolerance."""
     with user_errors():
+        from specdec.eval.acceptance.compare import check_tolerance, print_comparison
+        from specdec.eval.acceptance.compare import compare as compare_results
         from specdec.eval.acceptance.results import read_results
-        from specdec.eval.compare import check_tolerance, print_comparison
-        from specdec.eval.compare import compare as compare_results
 
         with option_errors():
             check_tolerance(tolerance)

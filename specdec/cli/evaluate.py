@@ -56,10 +56,10 @@ def speed(
 ) -> None:
     """Measure decoding with and without speculation, what it reads, and other engines beside it."""
     with user_errors():
-        from specdec.eval.peers import parse_peer
-        from specdec.eval.speed import SpeedOptions, measure_speed
-        from specdec.eval.speed_report import as_json as report_as_json
-        from specdec.eval.speed_report import print_report
+        from specdec.eval.speed.measure import SpeedOptions, measure_speed
+        from specdec.eval.speed.peers import parse_peer
+        from specdec.eval.speed.report import as_json as report_as_json
+        from specdec.eval.speed.report import print_report
 
         with option_errors():
             options = SpeedOptions(

@@ -112,7 +112,7 @@ def generate(
         )
         text = _prompt_text(prompt, prompt_file)
         check_backend(device, dtype, kernels, threads)
-        from specdec.engine import Engine
+        from specdec.engine.engine import Engine
 
         engine = Engine.from_pretrained(
             model,

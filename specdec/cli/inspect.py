@@ -30,7 +30,7 @@ def inspect(
     with user_errors():
         if device not in DEVICES:
             raise InvalidOption(f"--device {device} is unknown: choose one of {', '.join(DEVICES)}")
-        from specdec.inspection import inspect_checkpoint
+        from specdec.inspection.checkpoint import inspect_checkpoint
         from specdec.model.hub import resolve_model
 
         result = inspect_checkpoint(resolve_model(model, revision), with_cuda=device == "cuda")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes import write_planted_checkpoint
+from support.fakes import write_planted_checkpoint
 
 
 @pytest.fixture(scope="module")

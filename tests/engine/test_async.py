@@ -17,9 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gate import PATIENCE_S, Gate
 
-from fakes import PROMPTS
 from specdec import (
     AsyncEngine,
     AsyncTokenStream,
@@ -31,7 +29,9 @@ from specdec import (
     StreamChunk,
     engine_thread,
 )
-from specdec.sequence import Sequence
+from specdec.request.sequence import Sequence
+from support.fakes import PROMPTS
+from support.gate import PATIENCE_S, Gate
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from enumeration import Enumerator, RandomModel
-from laws import EVERYTHING, LAW_FIELDS, defined_law
 
-from fakes import NEEDS_COMPILER, write_planted_checkpoint
 from specdec import Engine, SamplingParams, SpeculationParams, draft, verify
 from specdec.kernels import rules
 from specdec.kernels.interface import RowSampling
 from specdec.kernels.philox import gumbel_noise
+from support.enumeration import Enumerator, RandomModel
+from support.fakes import NEEDS_COMPILER, write_planted_checkpoint
+from support.laws import EVERYTHING, LAW_FIELDS, defined_law
 
 VOCAB_SIZE, PROMPT, NUM_TOKENS = 5, [1, 3], 12
 COUPLED = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, speculation=SpeculationParams(3, "coupled"))

@@ -11,18 +11,20 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from draft_simulation import BUNDLED, GPU, MEDIUM, Simulation, expected_rate
-from enumeration import Enumerator, Law, RandomModel, RandomPath, distance, target_law
 
-from fakes import KERNELS, NEEDS_COMPILER, write_planted_checkpoint
 from specdec import Engine, ModelError, SamplingParams, SpeculationParams, batch, draft_length, measure
+from specdec.auto_length.controller import AutoDraftLength
+from specdec.auto_length.measure import cost_table, measure_costs, trials
+from specdec.auto_length.plan import best_lengths
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.cost import CostTable, StepTimes
-from specdec.draft import DraftResult
-from specdec.draft_length import AutoDraftLength, FixedDraftLength, best_lengths
-from specdec.measure import cost_table, measure_costs, trials
-from specdec.scheduler import MAX_PENDING_PAIRS, ScheduledSequence
-from specdec.sequence import Sequence
+from specdec.request.sequence import Sequence
+from specdec.step.draft import DraftResult
+from specdec.step.draft_length import FixedDraftLength
+from specdec.step.scheduler import MAX_PENDING_PAIRS, ScheduledSequence
+from support.draft_simulation import BUNDLED, GPU, MEDIUM, Simulation, expected_rate
+from support.enumeration import Enumerator, Law, RandomModel, RandomPath, distance, target_law
+from support.fakes import KERNELS, NEEDS_COMPILER, write_planted_checkpoint
 
 TABLES = {"bundled": BUNDLED, "medium": MEDIUM, "gpu": GPU}
 NUM_TOKENS = {1: 5000, 4: 12000, 16: 20000}

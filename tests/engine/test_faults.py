@@ -15,25 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from draft_simulation import GPU
-from gate import Gate, Turnstile
 
-from fakes import PROMPTS
 from specdec import AsyncEngine, CacheFullError, Engine, ModelError, SamplingParams, SpeculationParams
-from specdec.core import EngineCore
-from specdec.draft_length import AutoDraftLength
-from specdec.engine_stats import EngineStats
-from specdec.engine_thread import EngineThread
-from specdec.eval.faults import Fault, FaultPlan, InjectedError
-from specdec.eval.soak import SoakOptions, make_cases, soak
+from specdec.auto_length.controller import AutoDraftLength
+from specdec.cache.pages import PagePool
+from specdec.cache.prefix import PrefixCache
+from specdec.engine.core import EngineCore
+from specdec.engine.thread import EngineThread
+from specdec.eval.dev.faults import Fault, FaultPlan, InjectedError
+from specdec.eval.dev.soak import SoakOptions, make_cases, soak
 from specdec.kernels.interface import NOT_FINITE, Drafts
-from specdec.kv_cache import PagePool
-from specdec.prefix_cache import PrefixCache
-from specdec.scheduler import Scheduler
-from specdec.sequence import Sequence
-from specdec.stats import SequenceStats
-from specdec.text import OutputText
-from specdec.verify import TargetVerifier
+from specdec.metrics.engine import EngineStats
+from specdec.request.sequence import Sequence
+from specdec.request.stats import SequenceStats
+from specdec.request.text import OutputText
+from specdec.step.scheduler import Scheduler
+from specdec.step.verify import TargetVerifier
+from support.draft_simulation import GPU
+from support.fakes import PROMPTS
+from support.gate import Gate, Turnstile
 
 PATIENCE_S = 120.0
 

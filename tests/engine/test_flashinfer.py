@@ -13,15 +13,15 @@ pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test
 
 import triton
 
-import flashinfer_fakes
-from fakes import tiny_config, write_checkpoint
-from flashinfer_fakes import FakeDevice
-from near_ties import Forced, acceptance, num_differing, relative_error, teacher_forced
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.cost import CostTable
 from specdec.errors import ModelError
 from specdec.eval.prompts.sets import load_stdlib
 from specdec.kernels.flashinfer.experts import FusedExperts, GroupedExperts
+from support import flashinfer_fakes
+from support.fakes import tiny_config, write_checkpoint
+from support.flashinfer_fakes import FakeDevice
+from support.near_ties import Forced, acceptance, num_differing, relative_error, teacher_forced
 
 # Small pages, and too few: prompts in chunks, pages that are crossed in every step, preemption.
 TIGHT = {"max_num_seqs": 3, "max_num_batched_tokens": 27, "page_size": 4, "num_pages": 44}

@@ -9,14 +9,12 @@ from torch import Tensor
 
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
 
-import repeated_weights
-
-import flashinfer_fakes
-from fakes import tiny_config
-from flashinfer_fakes import FakeDevice
-from near_ties import relative_error, teacher_forced
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.kernels.flashinfer.experts import FusedExperts, GroupedExperts
+from support import flashinfer_fakes, repeated_weights
+from support.fakes import tiny_config
+from support.flashinfer_fakes import FakeDevice
+from support.near_ties import relative_error, teacher_forced
 
 NUM_LAYERS = 2
 BOTH = {

@@ -19,11 +19,11 @@ pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test
 
 import triton
 
-import flashinfer_fakes
-from flashinfer_fakes import FakeDevice
 from specdec import SamplingParams, SpeculationParams, verify
 from specdec.kernels.flashinfer import argmax, backend, chain, drafts, experts, graphs, pages, planner, sampled
 from specdec.kernels.triton import layout
+from support import flashinfer_fakes
+from support.flashinfer_fakes import FakeDevice
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, for what no lane goes on to use
 PROMPTS = ["class Stack:\n", "import os\n\ndef main():\n", "def test(self):\n    self.assertEqual("]

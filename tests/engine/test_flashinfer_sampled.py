@@ -13,10 +13,10 @@ pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test
 
 import triton
 
-import flashinfer_fakes
-from flashinfer_fakes import FakeDevice
 from specdec import Engine, GenerationOutput, SamplingParams, SpeculationParams
 from specdec.errors import ModelError
+from support import flashinfer_fakes
+from support.flashinfer_fakes import FakeDevice
 
 pytestmark = [
     pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton compiles in this process"),

@@ -14,16 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fakes import (
-    KERNELS,
-    NEEDS_COMPILER,
-    PROMPTS,
-    planted_tensors,
-    tiny_config,
-    write_checkpoint,
-    write_files,
-    write_planted_checkpoint,
-)
 from specdec import (
     CacheFullError,
     CheckpointError,
@@ -33,12 +23,22 @@ from specdec import (
     SpecdecWarning,
     SpeculationParams,
 )
-from specdec.batch import Extend, build_batch
-from specdec.draft import DraftResult, MTPDrafter
+from specdec.cache.pages import allocate_kv_cache
 from specdec.kernels.reference import ReferenceKernels
-from specdec.kv_cache import allocate_kv_cache
 from specdec.model.layers import Decoder
-from specdec.scheduler import ScheduledSequence
+from specdec.step.batch import Extend, build_batch
+from specdec.step.draft import DraftResult, MTPDrafter
+from specdec.step.scheduler import ScheduledSequence
+from support.fakes import (
+    KERNELS,
+    NEEDS_COMPILER,
+    PROMPTS,
+    planted_tensors,
+    tiny_config,
+    write_checkpoint,
+    write_files,
+    write_planted_checkpoint,
+)
 
 
 @pytest.fixture(scope="module", params=KERNELS)

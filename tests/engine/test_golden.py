@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from fakes import KERNELS
 
-import golden
+from support import golden
+from support.fakes import KERNELS
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fakes import randn
-from specdec.logprobs import DecidedRows, token_logprobs
+from specdec.request.logprobs import DecidedRows, token_logprobs
+from support.fakes import randn
 
 NUM = 4
 

@@ -8,7 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from enumeration import (
+from torch import Tensor
+
+from specdec import SamplingParams, SpeculationParams, draft
+from specdec.kernels import rules
+from specdec.kernels.interface import GREEDY, LogitEdits, Residuals, RowSampling
+from specdec.kernels.rules import Proposal
+from specdec.request.seeds import Stream
+from specdec.step.draft import DraftResult, MTPDrafter
+from support.enumeration import (
     Context,
     Enumerator,
     NoiseUsedTwice,
@@ -19,15 +27,7 @@ from enumeration import (
     rejection_law,
     target_law,
 )
-from laws import EVERYTHING, LAW_FIELDS, PLAIN, defined_law
-from torch import Tensor
-
-from specdec import SamplingParams, SpeculationParams, draft
-from specdec.draft import DraftResult, MTPDrafter
-from specdec.kernels import rules
-from specdec.kernels.interface import GREEDY, LogitEdits, Residuals, RowSampling
-from specdec.kernels.rules import Proposal
-from specdec.rng import Stream
+from support.laws import EVERYTHING, LAW_FIELDS, PLAIN, defined_law
 
 EXACT = 1e-12
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from fakes import tensor_shapes
-from fp8_checkpoints import quantised_names
 from specdec.eval.prediction.shapes import CONFIGS
+from specdec.inspection.memory import GPUS, RESERVE_BYTES, Fit, fits, known_capabilities, memory_table
 from specdec.kernels import select
 from specdec.kernels.flashinfer.requirements import fp8_kinds
-from specdec.memory import GPUS, RESERVE_BYTES, Fit, fits, known_capabilities, memory_table
 from specdec.model.config import Glm4MoeConfig, parse_config
 from specdec.model.quantization import PUBLISHED, Fp8Scheme
 from specdec.model.weights import build_model
+from support.fakes import tensor_shapes
+from support.fp8_checkpoints import quantised_names
 
 GIB = 2**30
 AIR, LARGE = "glm-4.5-air", "glm-4.5"

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.batch import Extend, build_batch
-from specdec.commit import commit
+from specdec.cache.pages import PagePool, allocate_kv_cache
 from specdec.config import SamplingParams, SpeculationParams
-from specdec.draft import MTPDrafter
 from specdec.kernels import select
 from specdec.kernels.interface import HiddenRows
-from specdec.kv_cache import PagePool, allocate_kv_cache
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
-from specdec.scheduler import ScheduledSequence
-from specdec.sequence import Sequence
-from specdec.text import OutputText
-from specdec.verify import TargetResult
+from specdec.request.sequence import Sequence
+from specdec.request.text import OutputText
+from specdec.step.batch import Extend, build_batch
+from specdec.step.commit import commit
+from specdec.step.draft import MTPDrafter
+from specdec.step.scheduler import ScheduledSequence
+from specdec.step.verify import TargetResult
 
 CPU = torch.device("cpu")
 NUM_HISTORIES, BATCH_SIZE, NUM_ITERATIONS, MAX_TOKENS = 2000, 4, 6, 80

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from scheduling import Memory, Request, Setting, make_scheduler, make_sequence, simple_request
 
-from specdec.kv_cache import PagePool
-from specdec.scheduler import Scheduler
-from specdec.sequence import Sequence
+from specdec.cache.pages import PagePool
+from specdec.request.sequence import Sequence
+from specdec.step.scheduler import Scheduler
+from support.scheduling import Memory, Request, Setting, make_scheduler, make_sequence, simple_request
 
 
 def run_alone(scheduler: Scheduler, memory: Memory, requests: dict[str, Request], name: str) -> Sequence:

@@ -10,20 +10,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from draft_simulation import GPU
 from safetensors.torch import save_file
 
-from fakes import NEEDS_COMPILER, planted_tensors, tiny_config, write_files
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec import prefix_cache as prefix_cache_module
+from specdec.cache.prefix import PageKey
 from specdec.config import EngineConfig
-from specdec.core import EngineCore
+from specdec.engine.core import EngineCore
 from specdec.loading import Runtime
 from specdec.model.layers import Decoder
-from specdec.prefix_cache import PageKey
-from specdec.rng import sample_seed
-from specdec.scheduler import ScheduledSequence
-from specdec.sequence import Sequence
+from specdec.request.seeds import sample_seed
+from specdec.request.sequence import Sequence
+from specdec.step.scheduler import ScheduledSequence
+from support.draft_simulation import GPU
+from support.fakes import NEEDS_COMPILER, planted_tensors, tiny_config, write_files
 
 pytestmark = NEEDS_COMPILER
 NUM_SCHEDULES = 500
@@ -286,7 +286,7 @@ def test_mutant_keys_that_forget_something_are_seen(
             return super().__new__(cls, predecessor, token_ids, next_token_id)
 
     monkeypatch.setattr(prefix_cache_module, "PageKey", Key)
-    monkeypatch.setattr("specdec.kv_cache.PageKey", Key)
+    monkeypatch.setattr("specdec.cache.pages.PageKey", Key)
     assert differences_with_hits(engine, (4,), range(9, 12))[0] > 0
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sampled_rows import PHILOX_VECTORS
 from specdec.kernels.philox import gumbel_noise, philox, uniforms
-from specdec.rng import Stream, draw_seed
+from specdec.request.seeds import Stream, draw_seed
+from support.sampled_rows import PHILOX_VECTORS
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), PHILOX_VECTORS)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
-from specdec.batch import Extend, build_batch
+from specdec.cache.pages import PagePool, allocate_kv_cache
 from specdec.kernels import select
-from specdec.kv_cache import PagePool, allocate_kv_cache
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
+from specdec.step.batch import Extend, build_batch
+from support.fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
 
 pytestmark = NEEDS_COMPILER
 CPU = torch.device("cpu")

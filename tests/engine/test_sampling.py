@@ -6,15 +6,15 @@ import random
 
 import pytest
 import torch
-from laws import law_by_transformers
 from torch import Tensor
 
 from specdec import SamplingParams, SpeculationParams
-from specdec.edits import RequestEdits
 from specdec.kernels.reference import ReferenceKernels, banned_tokens, lowest_argmax
-from specdec.rng import Stream
-from specdec.sampling import draft_stream, row_sampling, target_stream
-from specdec.sequence import Sequence
+from specdec.request.logit_edits import RequestEdits
+from specdec.request.seeds import Stream
+from specdec.request.sequence import Sequence
+from specdec.step.sampling import draft_stream, row_sampling, target_stream
+from support.laws import law_by_transformers
 
 pytest.importorskip("transformers")
 VOCAB_SIZE = 60

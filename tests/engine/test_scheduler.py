@@ -8,7 +8,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from scheduling import (
+
+from specdec import CacheFullError
+from specdec import prefix_cache as prefix_cache_module
+from specdec.cache.pages import PagePool
+from specdec.cache.prefix import PageKey, PrefixCache
+from specdec.request.sequence import Sequence
+from specdec.step.commit import abort
+from specdec.step.scheduler import ScheduledSequence, Scheduler
+from support.scheduling import (
     Memory,
     Request,
     Setting,
@@ -18,15 +26,7 @@ from scheduling import (
     random_setting,
     simple_request,
 )
-from simulation import Simulation, State
-
-from specdec import CacheFullError
-from specdec import prefix_cache as prefix_cache_module
-from specdec.commit import abort
-from specdec.kv_cache import PagePool
-from specdec.prefix_cache import PageKey, PrefixCache
-from specdec.scheduler import ScheduledSequence, Scheduler
-from specdec.sequence import Sequence
+from support.simulation import Simulation, State
 
 NUM_SCHEDULES = 500
 
@@ -203,7 +203,7 @@ def test_mutant_key_without_the_next_token(monkeypatch: pytest.MonkeyPatch) -> N
             return super().__new__(cls, predecessor, token_ids, None if next_token_id is None else 0)
 
     monkeypatch.setattr(prefix_cache_module, "PageKey", Key)
-    monkeypatch.setattr("specdec.kv_cache.PageKey", Key)
+    monkeypatch.setattr("specdec.cache.pages.PageKey", Key)
     assert some_schedule_fails()
 
 

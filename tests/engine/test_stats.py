@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from fakes import write_planted_checkpoint
 from specdec import Engine, SamplingParams, SpeculationParams
-from specdec.draft_length import FixedDraftLength
-from specdec.engine_stats import EngineStats
-from specdec.prometheus import render
-from specdec.scheduler import ScheduledSequence
-from specdec.sequence import Sequence
-from specdec.stats import Histogram
-from specdec.text import OutputText
+from specdec.metrics.engine import EngineStats
+from specdec.metrics.prometheus import render
+from specdec.request.sequence import Sequence
+from specdec.request.stats import Histogram
+from specdec.request.text import OutputText
+from specdec.step.draft_length import FixedDraftLength
+from specdec.step.scheduler import ScheduledSequence
+from support.fakes import write_planted_checkpoint
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import byte_tokenizer
 from specdec import SamplingParams
 from specdec.model.tokenizer import Tokenizer
-from specdec.text import OutputText
+from specdec.request.text import OutputText
+from support.fakes import byte_tokenizer
 
 TOKENIZER = Tokenizer(byte_tokenizer(), None)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fakes import KERNELS, write_planted_checkpoint
 from specdec import Engine, SamplingParams, SpeculationParams
+from support.fakes import KERNELS, write_planted_checkpoint
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

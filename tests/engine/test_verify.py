@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.kernels.philox import uniforms
 from specdec.kernels.reference import ReferenceKernels
 from specdec.kernels.rules import Proposal, match_choices, verify_by_rejection
-from specdec.rng import Stream
+from specdec.request.seeds import Stream
 
 
 class GivenUniforms(ReferenceKernels):

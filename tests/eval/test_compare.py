@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from specdec.eval.acceptance.intervals import NO_ESTIMATE, Estimate, ratios
-from specdec.eval.compare import (
+from specdec.eval.acceptance.compare import (
     DEFAULT_TOLERANCE,
     Comparison,
     Difference,
@@ -22,6 +21,7 @@ from specdec.eval.compare import (
     minus,
     print_comparison,
 )
+from specdec.eval.acceptance.intervals import NO_ESTIMATE, Estimate, ratios
 
 Document = dict[str, Any]
 NAMES = ["mean acceptance length", "conditional acceptance 1", "conditional acceptance 2", "speed-up"]

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from laws import law_by_transformers
 from torch import Tensor
 from typer.testing import CliRunner
 
-from fakes import KERNELS, tiny_config, write_checkpoint
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.cli import app
-from specdec.edits import RequestEdits
+from specdec.eval.dev.small import main as small_checkpoint_main
+from specdec.eval.dev.small import write_small_checkpoint
 from specdec.eval.lossless import Certificate, LosslessOptions, certify, equality, evidence
 from specdec.eval.lossless.contexts import build_levels, visit_contexts
 from specdec.eval.lossless.evidence import (
@@ -37,11 +36,12 @@ from specdec.eval.lossless.evidence import (
 )
 from specdec.eval.lossless.law import PlainTarget, edited_logits, truncated_probs
 from specdec.eval.lossless.plan import Combination, combinations, make_plan
-from specdec.eval.lossless.small import main as small_checkpoint_main
-from specdec.eval.lossless.small import write_small_checkpoint
 from specdec.kernels import composed, rules
 from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.interface import LogitEdits, Residuals
+from specdec.request.logit_edits import RequestEdits
+from support.fakes import KERNELS, tiny_config, write_checkpoint
+from support.laws import law_by_transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, Glm4MoeForCausalLM
 
 from specdec import Engine, SamplingParams, SpeculationParams
-from specdec.eval.planted import (
+from specdec.eval.speed.planted import (
     SIZES,
     PlantedShape,
     greedy_text,

@@ -16,17 +16,17 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.cli import app
 from specdec.cost import CostTable, Curve
-from specdec.eval.cost import measure_speed_costs
-from specdec.eval.peers import PeerSpec
-from specdec.eval.planted import PlantedShape, write_planted_checkpoint
-from specdec.eval.roofline import read_bandwidth, traced
-from specdec.eval.speed import SpeedOptions, SpeedReport, measure_speed
-from specdec.eval.speed_report import as_json, print_report
+from specdec.eval.speed.costs import measure_speed_costs
+from specdec.eval.speed.measure import SpeedOptions, SpeedReport, measure_speed
+from specdec.eval.speed.peers import PeerSpec
+from specdec.eval.speed.planted import PlantedShape, write_planted_checkpoint
+from specdec.eval.speed.report import as_json, print_report
+from specdec.eval.speed.roofline import read_bandwidth, traced
 from specdec.kernels import select
+from support.fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
 
 SHAPE = PlantedShape(128, 3, 4, 2, 32, 64, 32, 8, 2, vocab_size=512, max_position_embeddings=256)
 OPTIONS = SpeedOptions(

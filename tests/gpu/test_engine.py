@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from near_ties import acceptance, num_differing, relative_error, teacher_forced
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.eval.prompts.sets import load_stdlib
+from support.near_ties import acceptance, num_differing, relative_error, teacher_forced
 
 PARAMS = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
 NUM_PROMPTS = 24

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fakes import randn
-from fp8_products import assert_product, fp8, meant
 from specdec.kernels.flashinfer.requirements import fp8_kinds, visible_capability
 from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, fp8_grouped_linear, fp8_linear, quantise_rows
+from support.fakes import randn
+from support.fp8_products import assert_product, fp8, meant
 
 CAPABILITY = visible_capability()
 ACCUMULATION = 2.0**-12  # Hopper's FP8 units keep about 14 bits while they add (arXiv 2412.19437, section 3.3.2)

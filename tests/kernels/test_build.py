@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fakes import NEEDS_COMPILER
 from specdec import SpecdecWarning
 from specdec.kernels import KernelsUnavailableError, select
 from specdec.kernels.cpu import build
+from support.fakes import NEEDS_COMPILER
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import WHY_NO_COMPILER, randn
 from specdec.kernels import AttentionMetadata, RoutingConfig, select
 from specdec.kernels.cpu import CpuKernels
+from support.fakes import WHY_NO_COMPILER, randn
 
 if WHY_NO_COMPILER:
     pytest.skip(WHY_NO_COMPILER, allow_module_level=True)

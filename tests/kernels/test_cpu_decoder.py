@@ -15,9 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
-from sampled_rows import mixed_rows, random_edits
-from specdec.batch import Extend, ForwardBatch, build_batch
 from specdec.kernels import AttentionMetadata, composed
 from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.interface import (
@@ -33,6 +30,9 @@ from specdec.kernels.interface import (
     Verification,
 )
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
+from specdec.step.batch import Extend, ForwardBatch, build_batch
+from support.fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
+from support.sampled_rows import mixed_rows, random_edits
 
 pytestmark = NEEDS_COMPILER
 CPU = torch.device("cpu")

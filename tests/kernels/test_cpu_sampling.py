@@ -15,8 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import WHY_NO_COMPILER, randn
-from sampled_rows import (
+from specdec.kernels import philox
+from specdec.kernels.cpu import CpuKernels, build
+from specdec.kernels.interface import GREEDY, Residuals, RowSampling
+from specdec.kernels.reference import lowest_argmax
+from support.fakes import WHY_NO_COMPILER, randn
+from support.sampled_rows import (
     EXACT,
     GLM_VOCAB,
     INF,
@@ -33,10 +37,6 @@ from sampled_rows import (
     sampling,
     select_laws,
 )
-from specdec.kernels import philox
-from specdec.kernels.cpu import CpuKernels, build
-from specdec.kernels.interface import GREEDY, Residuals, RowSampling
-from specdec.kernels.reference import lowest_argmax
 
 if WHY_NO_COMPILER:
     pytest.skip(WHY_NO_COMPILER, allow_module_level=True)

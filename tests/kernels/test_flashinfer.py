@@ -10,11 +10,11 @@ from torch import Tensor
 
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
 
-import flashinfer_fakes
-from flashinfer_fakes import FakeDevice
 from specdec.kernels import AttentionMetadata, RoutingConfig, select
 from specdec.kernels.flashinfer.backend import FlashInferKernels
 from specdec.kernels.flashinfer.experts import FusedExperts, GroupedExperts, experts_for
+from support import flashinfer_fakes
+from support.flashinfer_fakes import FakeDevice
 
 CPU = torch.device("cpu")
 EXACT = select(CPU, torch.float32, "reference")
@@ -141,7 +141,7 @@ def test_which_gpu_has_fused_experts() -> None:
 
 
 def test_nothing_in_the_operations_waits(fake: FakeDevice) -> None:
-    from flashinfer_fakes.device import on_device
+    from support.flashinfer_fakes.device import on_device
 
     for experts in (FusedExperts(), GroupedExperts()):
         kernels = FlashInferKernels(CPU, experts)

@@ -12,9 +12,9 @@ pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test
 
 import flashinfer
 
-import flashinfer_fakes
-from flashinfer_fakes import FakeDevice, signatures
-from flashinfer_fakes.device import CPU, on_device
+from support import flashinfer_fakes
+from support.flashinfer_fakes import FakeDevice, signatures
+from support.flashinfer_fakes.device import CPU, on_device
 
 PAGE_SIZE = 16
 

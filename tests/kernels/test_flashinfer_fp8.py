@@ -11,14 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
 
-import flashinfer_fakes
-import fp8_checkpoints
-from specdec.batch import Extend, build_batch
+from specdec.cache.pages import allocate_kv_cache
 from specdec.kernels import select
 from specdec.kernels.flashinfer.backend import FlashInferKernels
 from specdec.kernels.flashinfer.experts import FusedExperts
-from specdec.kv_cache import allocate_kv_cache
 from specdec.model.weights import CheckpointIndex, load_model
+from specdec.step.batch import Extend, build_batch
+from support import flashinfer_fakes, fp8_checkpoints
 
 CONFIG = fp8_checkpoints.CONFIG | {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 

@@ -13,16 +13,16 @@ from torch import Tensor
 
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
 
-import flashinfer_fakes
-from fakes import tiny_config, write_checkpoint
-from flashinfer_fakes import FakeDevice
-from flashinfer_fakes.graphs import storage
 from specdec import Engine, SpeculationParams
 from specdec.kernels import AttentionMetadata
 from specdec.kernels.flashinfer import graphs, planner
 from specdec.kernels.flashinfer.graphs import CapturedForward, batch_sizes
 from specdec.kernels.flashinfer.transfer import upload
 from specdec.model.layers import Decoder
+from support import flashinfer_fakes
+from support.fakes import tiny_config, write_checkpoint
+from support.flashinfer_fakes import FakeDevice
+from support.flashinfer_fakes.graphs import storage
 
 K, MAX_SEQS, PAGE_SIZE, NUM_PAGES = 3, 3, 4, 40
 SCRATCH_SLOTS = set(range(NUM_PAGES * PAGE_SIZE, (NUM_PAGES + 1) * PAGE_SIZE))

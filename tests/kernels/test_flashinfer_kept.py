@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
 
-import flashinfer_fakes
-from flashinfer_fakes import FakeDevice
-from flashinfer_fakes.device import CPU
 from specdec.kernels.flashinfer.kept import Kept
 from specdec.kernels.interface import LogitEdits
 from specdec.kernels.triton import Drawer, edit_words
+from support import flashinfer_fakes
+from support.flashinfer_fakes import FakeDevice
+from support.flashinfer_fakes.device import CPU
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import randn
-from fp8_products import assert_product, fp8, meant
 from specdec.kernels.fp8 import Fp8Matrix, dequantise, fp8_grouped_linear, fp8_linear, plain, quantise_rows
+from support.fakes import randn
+from support.fp8_products import assert_product, fp8, meant
 
 E4M3 = torch.float8_e4m3fn
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fakes import NEEDS_COMPILER
 from specdec.errors import KernelsUnavailableError, SpecdecWarning
 from specdec.kernels import Kernels, select
 from specdec.kernels.flashinfer import requirements
 from specdec.loading import resolve_backend, resolve_device
+from support.fakes import NEEDS_COMPILER
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CONFIG: Any = SimpleNamespace(dtype=torch.bfloat16, quantization=None)

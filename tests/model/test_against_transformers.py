@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import fp8_checkpoints
-from fakes import KERNELS, random_tensors, tiny_config, write_checkpoint, write_files
-from specdec.batch import Extend, build_batch
+from specdec.cache.pages import allocate_kv_cache
 from specdec.kernels import select
-from specdec.kv_cache import allocate_kv_cache
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
+from specdec.step.batch import Extend, build_batch
+from support import fp8_checkpoints
+from support.fakes import KERNELS, random_tensors, tiny_config, write_checkpoint, write_files
 
 transformers = pytest.importorskip("transformers")
 

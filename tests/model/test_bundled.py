@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 
 from specdec import Engine, GenerationOutput, SamplingParams, SpeculationParams
-from specdec.batch import Extend, build_batch
-from specdec.eval.held_out import TextFigures, WindowFigures, markdown
+from specdec.eval.dev.held_out import TextFigures, WindowFigures, markdown
 from specdec.eval.prompts import load_stdlib
-from specdec.inspection import inspect_checkpoint
+from specdec.inspection.checkpoint import inspect_checkpoint
 from specdec.model.bundled.corpus import Document
 from specdec.model.hub import BUNDLED_FOLDER
+from specdec.step.batch import Extend, build_batch
 
 MAX_TOKENS, NUM_PROMPTS = 96, 64
 RESULTS = json.loads((BUNDLED_FOLDER / "held_out_results.json").read_text())
@@ -120,7 +120,7 @@ def test_the_card_shows_the_measured_results(engine: Engine) -> None:
     assert markdown(text, windows, RESULTS["acceptance"], engine.checkpoint.config) in card
     assert f"{windows.nats_per_token:.2f} nats per token" in card, "the training log's"
     assert all(cell["check"]["passed"] for cell in RESULTS["acceptance"])
-    assert "python -m specdec.eval.held_out" in card
+    assert "python -m specdec.eval.dev.held_out" in card
 
 
 def test_held_out_text_costs_what_the_card_says(engine: Engine) -> None:

@@ -13,8 +13,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fakes import KERNELS, NEEDS_COMPILER, planted_tensors
-from fp8_checkpoints import (
+from specdec import Engine, SamplingParams
+from specdec.cache.pages import allocate_kv_cache
+from specdec.config import EngineConfig
+from specdec.errors import SpecdecWarning
+from specdec.kernels import Kernels, select
+from specdec.kernels.fp8 import E4M3, Fp8Kind, Fp8Matrix, fp8_linear
+from specdec.kernels.reference import ReferenceKernels
+from specdec.loading import load_runtime, open_checkpoint, weight_bytes
+from specdec.model.config import parse_config
+from specdec.model.errors import CheckpointError
+from specdec.model.layers import Matrices
+from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
+from specdec.step.batch import Extend, build_batch
+from support.fakes import KERNELS, NEEDS_COMPILER, planted_tensors
+from support.fp8_checkpoints import (
     CONFIG,
     dequantised,
     fp8_tensors,
@@ -24,19 +37,6 @@ from fp8_checkpoints import (
     write,
     write_plain,
 )
-from specdec import Engine, SamplingParams
-from specdec.batch import Extend, build_batch
-from specdec.config import EngineConfig
-from specdec.errors import SpecdecWarning
-from specdec.kernels import Kernels, select
-from specdec.kernels.fp8 import E4M3, Fp8Kind, Fp8Matrix, fp8_linear
-from specdec.kernels.reference import ReferenceKernels
-from specdec.kv_cache import allocate_kv_cache
-from specdec.loading import load_runtime, open_checkpoint, weight_bytes
-from specdec.model.config import parse_config
-from specdec.model.errors import CheckpointError
-from specdec.model.layers import Matrices
-from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
 
 TENSORS = fp8_tensors(CONFIG, scale_dtype=torch.bfloat16)
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

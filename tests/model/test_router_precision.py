@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fakes import tiny_config
 from specdec.kernels import select
 from specdec.model.config import parse_config
 from specdec.model.layers import Router
+from support.fakes import tiny_config
 
 NUM_TOKENS, NUM_EXPERTS, TOP_K = 4000, 128, 8
 

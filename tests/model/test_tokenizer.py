@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import CHAT_TEMPLATE, byte_tokenizer, tiny_config, write_files
 from specdec.model.chat_template import ChatTemplate
 from specdec.model.errors import CheckpointError
 from specdec.model.tokenizer import IncrementalDetokenizer, Tokenizer
+from support.fakes import CHAT_TEMPLATE, byte_tokenizer, tiny_config, write_files
 
 TOKENIZER = Tokenizer(byte_tokenizer(), ChatTemplate(CHAT_TEMPLATE, {}))
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fakes import byte_tokenizer
-from specdec.batch import Extend, build_batch
+from specdec.cache.pages import allocate_kv_cache
 from specdec.kernels import select
-from specdec.kv_cache import allocate_kv_cache
 from specdec.model.bundled.network import Network, NetworkConfig
 from specdec.model.bundled.train import Windows
 from specdec.model.weights import CheckpointIndex, load_model
+from specdec.step.batch import Extend, build_batch
+from support.fakes import byte_tokenizer
 
 CPU = torch.device("cpu")
 CONFIG = NetworkConfig(

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import fp8_checkpoints
-from fakes import NEEDS_COMPILER, layer_shapes, random_tensors, tiny_config, write_checkpoint, write_files
 from specdec.kernels import select
 from specdec.model.errors import CheckpointError
 from specdec.model.weights import CheckpointIndex, LoadedModel, index_tensors, load_model
+from support import fp8_checkpoints
+from support.fakes import NEEDS_COMPILER, layer_shapes, random_tensors, tiny_config, write_checkpoint, write_files
 
 CONFIG = tiny_config()
 FOLDER_KERNELS = select(torch.device("cpu"), torch.float32, "reference")

@@ -10,13 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from enumeration import Enumerator, RandomModel, RandomPath
 
-import specdec.commit
-import specdec.draft
-from fakes import NEEDS_COMPILER
+import specdec.step.commit
+import specdec.step.draft
 from specdec import Engine, SpeculationParams
-from specdec.draft import MTPDrafter
 from specdec.eval.acceptance.analyse import Completion, analyse
 from specdec.eval.acceptance.generate import Request, Round, analysed, run_turn
 from specdec.eval.acceptance.metrics import Check, cell_metrics
@@ -25,6 +22,9 @@ from specdec.eval.acceptance.replay import Reader
 from specdec.eval.acceptance.run import with_exact_drafts
 from specdec.eval.prompts import load_stdlib
 from specdec.kernels.interface import HiddenRows
+from specdec.step.draft import MTPDrafter
+from support.enumeration import Enumerator, RandomModel, RandomPath
+from support.fakes import NEEDS_COMPILER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB_SIZE, PROMPT, K = 5, [1, 3], 3
@@ -141,12 +141,12 @@ def test_the_bundled_checkpoint_passes(
 
 def shifted_hidden(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     """The hidden states of the tokens one before."""
-    commit = specdec.commit._commit_cache_rows
+    commit = specdec.step.commit._commit_cache_rows
 
     def wrong(sequence: Any, num_rows: int, hidden: HiddenRows) -> None:
         commit(sequence, num_rows, HiddenRows(hidden.tensor().roll(1, 0), 0, hidden.num_rows))
 
-    patch.setattr(specdec.commit, "_commit_cache_rows", wrong)
+    patch.setattr(specdec.step.commit, "_commit_cache_rows", wrong)
 
 
 def stale_rows(patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -183,13 +183,13 @@ def recycled_before_the_norm(patch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 
 def noise_of_the_position_before(patch: pytest.MonkeyPatch, engine: Engine) -> None:
-    rows = specdec.draft.row_sampling
+    rows = specdec.step.draft.row_sampling
 
     def wrong(*given: Any) -> Any:
         sampling = rows(*given)
         return replace(sampling, positions=[p - 1 for p in sampling.positions])
 
-    patch.setattr(specdec.draft, "row_sampling", wrong)
+    patch.setattr(specdec.step.draft, "row_sampling", wrong)
 
 
 class replace_fields:

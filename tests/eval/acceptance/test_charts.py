@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from acceptance_document import cell, document, estimate, without_values
 from specdec.eval.acceptance.charts import MAX_PANELS, Chart, Series, build_charts
+from support.acceptance_document import cell, document, estimate, without_values
 
 NAMES = [
     "speedup-batch-1", "speedup-batch-8", "acceptance-conditional", "acceptance-unconditional", "calibration",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from fakes import write_planted_checkpoint
 from specdec.cli import app
+from support.fakes import write_planted_checkpoint
 
 SMALL = [
     "--max-tokens",

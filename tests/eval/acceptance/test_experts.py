@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fakes import write_planted_checkpoint
 from specdec import Engine
 from specdec.eval.acceptance.analyse import Completion
 from specdec.eval.acceptance.experts import _grouped, _membership, measure_experts
 from specdec.eval.acceptance.generate import Request, Round, run_turn
 from specdec.eval.acceptance.plan import AcceptanceOptions, Cell
 from specdec.eval.acceptance.replay import Reader
+from support.fakes import write_planted_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 K = 3

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from enumeration import Context as Tokens
-from enumeration import Law, rejection_law
 from torch import Tensor
 
 from specdec import Engine, SpeculationParams
@@ -26,7 +24,9 @@ from specdec.eval.acceptance.intervals import Estimate
 from specdec.eval.acceptance.metrics import CONFIDENCE_EDGES, ENTROPY_EDGES, CellMetrics, cell_metrics
 from specdec.eval.acceptance.plan import AcceptanceOptions, Cell
 from specdec.eval.acceptance.replay import Context, Reader
-from specdec.eval.lossless.small import write_small_checkpoint
+from specdec.eval.dev.small import write_small_checkpoint
+from support.enumeration import Context as Tokens
+from support.enumeration import Law, rejection_law
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 V, K, MAX_TOKENS, PROMPT, END = 4, 2, 6, (1, 3), 0

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from acceptance_document import check, document, estimate, without_values
 from specdec.eval.acceptance import html
 from specdec.eval.acceptance.charts import build_charts
 from specdec.eval.acceptance.html import COLUMNS, render_html, write_html
 from specdec.eval.acceptance.summary import sections
+from support.acceptance_document import check, document, estimate, without_values
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 ATTACK = "\"><script>alert('x')</script><img src=x onerror=alert(1)>&amp;{{ 7 * 7 }}"

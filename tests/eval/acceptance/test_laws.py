@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from enumeration import Context, RandomModel, rejection_law, target_law
 from torch import Tensor
 
 from specdec.eval.acceptance import laws
@@ -20,6 +19,7 @@ from specdec.eval.acceptance.laws import (
     unconditional_acceptance,
 )
 from specdec.kernels.philox import gumbel_noise
+from support.enumeration import Context, RandomModel, rejection_law, target_law
 
 EXACT = 1e-12
 CONTEXT: Context = (1, 0)

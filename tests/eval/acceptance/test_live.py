@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from acceptance_document import cell, check, document, estimate, without_values
 from specdec.eval.acceptance.live import LiveTable, print_results
 from specdec.eval.acceptance.run import Progress
 from specdec.eval.acceptance.summary import sections
+from support.acceptance_document import cell, check, document, estimate, without_values
 
 
 @dataclass

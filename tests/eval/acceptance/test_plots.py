@@ -15,9 +15,9 @@ from matplotlib import image
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from acceptance_document import document, estimate
 from specdec.eval.acceptance.charts import Chart, build_charts
 from specdec.eval.acceptance.plots import DPI, LOOKS, WIDTH, draw, figure_of, write_plots
+from support.acceptance_document import document, estimate
 
 ONE_CELL = document((0.6,), ("coupled",), (1,), (1,), ("code",))
 MANY_CELLS = document((0.0, 0.3, 0.6, 1.0), ("coupled", "block", "token"), (1, 3, 8), (1,))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import specdec.kernels.rules
-from fakes import KERNELS, NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.eval.acceptance import replay
 from specdec.eval.acceptance.analyse import Completion, Drawing, analyse, laws_of, softmax
@@ -20,6 +19,7 @@ from specdec.eval.acceptance.replay import Context, Reader
 from specdec.kernels import composed
 from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.rules import Proposal, verify_by_rejection
+from support.fakes import KERNELS, NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 K = 4

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from acceptance_document import cell, document, estimate, without_values
 from specdec import Engine
 from specdec.eval.acceptance import results
 from specdec.eval.acceptance.metrics import cell_metrics
@@ -31,6 +30,7 @@ from specdec.eval.acceptance.results import (
 )
 from specdec.eval.acceptance.schema import faults
 from specdec.eval.machine import git_revision, processor
+from support.acceptance_document import cell, document, estimate, without_values
 
 SMALL: dict[str, Any] = document((0.0, 0.6), ("block",), (1, 2), (1,), ("code",))
 

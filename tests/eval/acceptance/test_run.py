@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
 from specdec import Engine
 from specdec.eval import planted
 from specdec.eval.acceptance import run as run_module
@@ -31,6 +30,7 @@ from specdec.eval.acceptance.run import Progress, run_acceptance
 from specdec.eval.acceptance.store import Store, as_document, as_record
 from specdec.eval.prompts import Prompt
 from specdec.model.errors import CheckpointError
+from support.fakes import NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["def f(x):", "import os", "class A:\n    pass", "x = [1, 2]", "while True:\n", "return self._name"]

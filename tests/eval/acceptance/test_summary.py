@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from acceptance_document import cell, check, document, estimate, without_values
 from specdec.eval.acceptance.summary import (
     Section,
     cell_name,
@@ -19,6 +18,7 @@ from specdec.eval.acceptance.summary import (
     sections,
     speculative,
 )
+from support.acceptance_document import cell, check, document, estimate, without_values
 
 
 def section_of(*speedups: tuple[float | None, float | None, float | None]) -> Section:

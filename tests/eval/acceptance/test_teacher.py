@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from enumeration import RandomModel, RandomPath, TableKernels
 from safetensors.torch import load_file, save_file
 
-from fakes import tiny_config, write_checkpoint, write_planted_checkpoint
 from specdec import Engine
 from specdec.eval.acceptance import recording, replay, teacher
 from specdec.eval.acceptance.laws import unconditional_acceptance
@@ -21,6 +19,8 @@ from specdec.eval.acceptance.recording import Recording
 from specdec.eval.acceptance.recording import replay as replay_file
 from specdec.eval.acceptance.tally import Proposal, Row, Setting, proposals
 from specdec.eval.acceptance.teacher import Teacher, TeacherOptions, teacher_forced
+from support.enumeration import RandomModel, RandomPath, TableKernels
+from support.fakes import tiny_config, write_checkpoint, write_planted_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["def f(x):\n    return x", "import os, sys", "class A:\n    pass\n" * 3, "ab", "q"]

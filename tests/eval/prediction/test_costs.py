@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from fakes import tensor_shapes, tiny_config
+from specdec.cache.pages import page_bytes
 from specdec.eval.prediction.costs import Constants, CostModel, Machine
 from specdec.eval.prediction.hardware import GPU, GPUS
 from specdec.eval.prediction.shapes import CONFIGS, PRECISIONS, ModelShape, Precision, load_shape, shape_of
 from specdec.kernels import select
-from specdec.kv_cache import page_bytes
 from specdec.loading import weight_bytes
 from specdec.model.config import DTYPES, load_config, parse_config
 from specdec.model.hub import BUNDLED_FOLDER
+from support.fakes import tensor_shapes, tiny_config
 
 BF16, FP8 = PRECISIONS["bf16"], PRECISIONS["fp8"]
 FP32 = Precision("fp32", 4, 4, 4, embedding=4, vector=4, kv=4)

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-import acceptance_document
-from fakes import tiny_config
 from specdec.eval.prediction import AcceptanceRates, PredictOptions, parse_acceptance, predict
 from specdec.eval.prediction.costs import CostModel, Machine
 from specdec.eval.prediction.hardware import GPUS, find_gpu
@@ -22,6 +20,8 @@ from specdec.eval.prediction.published import MOST_ROWS
 from specdec.eval.prediction.shapes import NAMES, PRECISIONS, load_shape, shape_of
 from specdec.model.config import parse_config
 from specdec.model.errors import CheckpointError
+from support import acceptance_document
+from support.fakes import tiny_config
 
 FP8 = PRECISIONS["fp8"]
 RATES = AcceptanceRates.given((0.9, 0.7, 0.5), "test")

@@ -13,9 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from sampled_rows import random_edits, sampling
 from specdec.kernels.interface import BLOCK_VERIFICATION, TOKEN_REJECTION, Verification
 from specdec.kernels.triton import Batch, Decider, Drawer, TritonSampling
+from support.sampled_rows import random_edits, sampling
 
 V, B, K = 151_552, 2, 3
 CPU = torch.device("cpu")

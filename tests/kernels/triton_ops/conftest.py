@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 import triton
 
-import triton_interpreter
 from specdec.kernels.triton import TritonSampling
+from support import triton_interpreter
 
 
 @pytest.fixture

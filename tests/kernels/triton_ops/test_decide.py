@@ -11,8 +11,6 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fakes import randn
-from sampled_rows import random_edits, sampling
 from specdec.kernels import composed
 from specdec.kernels.interface import (
     BLOCK_VERIFICATION,
@@ -25,6 +23,8 @@ from specdec.kernels.interface import (
 )
 from specdec.kernels.reference import ReferenceKernels
 from specdec.kernels.triton import Batch, Decider, edit_words
+from support.fakes import randn
+from support.sampled_rows import random_edits, sampling
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes import randn
-from sampled_rows import mixed_rows, random_edits
 from specdec.kernels import composed
 from specdec.kernels.interface import (
     NOT_DRAFTED,
@@ -22,6 +20,8 @@ from specdec.kernels.interface import (
 )
 from specdec.kernels.reference import ReferenceKernels
 from specdec.kernels.triton import Batch, Drawer
+from support.fakes import randn
+from support.sampled_rows import mixed_rows, random_edits
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),

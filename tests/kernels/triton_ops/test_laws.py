@@ -13,13 +13,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from enumeration import Context, Law, RandomModel, completed, distance, target_law
 from torch import Tensor
 
-from sampled_rows import sampling
 from specdec.kernels.interface import BLOCK_VERIFICATION, TOKEN_REJECTION, Residuals, Verification
 from specdec.kernels.reference import residual_law
 from specdec.kernels.triton import Batch, Decider, rules
+from support.enumeration import Context, Law, RandomModel, completed, distance, target_law
+from support.sampled_rows import sampling
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("uniforms can be replaced in Triton's interpreter only", allow_module_level=True)

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from sampled_rows import PHILOX_VECTORS
 from specdec.kernels import philox
 from specdec.kernels.triton import TritonSampling, noise
+from support.sampled_rows import PHILOX_VECTORS
 
 EDGES = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
 SEEDS = [0, 1, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**63 + 12345, 2**64 - 1]

@@ -10,8 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
-from fakes import randn
-from sampled_rows import (
+from specdec.kernels import select
+from specdec.kernels.interface import GREEDY, Residuals, RowSampling
+from specdec.kernels.triton import TritonSampling, slots, truncate
+from support.fakes import randn
+from support.sampled_rows import (
     EXACT,
     GLM_VOCAB,
     INF,
@@ -29,9 +32,6 @@ from sampled_rows import (
     sampling,
     select_laws,
 )
-from specdec.kernels import select
-from specdec.kernels.interface import GREEDY, Residuals, RowSampling
-from specdec.kernels.triton import TritonSampling, slots, truncate
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),

@@ -1,0 +1,1 @@
+"""Measurements and checks that only the project itself runs; not in the wheel."""

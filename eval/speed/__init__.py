@@ -1,0 +1,1 @@
+"""Speed: decoding with and without speculation, the machine's limit, and other engines beside it."""

@@ -1,0 +1,1 @@
+"""Draft length "auto": how many tokens to draft, by measured cost and by acceptance so far."""

@@ -1,0 +1,166 @@
+"""`Engine`: the library's front door. Turns prompts into outputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec.config import EngineConfig, SamplingParams, SpeculationParams
+from specdec.engine.core import EngineCore
+from specdec.engine.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
+from specdec.errors import SpecdecWarning
+from specdec.loading import (
+    Checkpoint,
+    Runtime,
+    check_num_threads,
+    load_runtime,
+    open_checkpoint,
+    resolve_backend,
+)
+from specdec.metrics.engine import EngineStats
+from specdec.model.hub import resolve_model
+from specdec.request.prompts import Prompt, as_batch, as_params, as_prompt, params_per_prompt
+from specdec.request.sequence import Sequence
+from specdec.step.scheduler import Scheduler
+
+
+class Engine:
+    """Generates with speculative decoding. Not thread-safe: one thread calls it.
+
+    Build it with `Engine.from_pretrained`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig) -> None:
+        self.checkpoint, self.runtime, self.config = checkpoint, runtime, config
+        self.tokenizer, self.max_model_len = checkpoint.tokenizer, runtime.max_model_len
+        self.core = EngineCore(checkpoint, runtime, config)
+
+    @property
+    def speculation(self) -> SpeculationParams:
+        """Of requests that bring none of their own."""
+        return self.core.admission.default
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.core.scheduler
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        kernels: str = "auto",
+        kv_dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        num_threads: int | None = None,
+        **config: Any,
+    ) -> Engine:
+        """Loads "bundled", a local checkpoint folder or a Hub id.
+
+        device: "cpu", "cuda", or "auto", which is CUDA where torch sees a device. kernels: "cpu" (C++, compiled at
+        first use), "flashinfer" (CUDA) or "reference" (plain torch); "auto" is the device's own where it can run.
+        dtype: of the matrices, and with "reference" of the activations; "auto" is float32, with "cpu" bfloat16 where
+        the checkpoint is, with "flashinfer" and for an FP8 checkpoint bfloat16. kv_dtype: of the KV cache; "auto" is
+        the activations'. num_threads: torch's, for the whole process. `config`: the fields of EngineConfig.
+        Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
+        """
+        engine_config = EngineConfig(**config)
+        if num_threads is not None:
+            check_num_threads(num_threads)
+            torch.set_num_threads(num_threads)
+        checkpoint = open_checkpoint(resolve_model(model, revision))
+        backend = resolve_backend(device, dtype, kernels, checkpoint.config)
+        runtime = load_runtime(checkpoint, engine_config, backend, kv_dtype)
+        return cls(checkpoint, runtime, engine_config)
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
+    ) -> list[GenerationOutput]:
+        """Completes every prompt (text, or token ids); -> one output per prompt, in order; with n > 1 it has the other
+        samples in its `outputs`.
+
+        params: one for all, or one per prompt; None is `default_sampling_params()`. All requests are
+        checked before the first one runs.
+        """
+        batch = as_batch(prompts)
+        per_prompt = params_per_prompt(self.default_sampling_params() if params is None else params, len(batch))
+        samples = [self.core.admission.sequences(p, q) for p, q in zip(batch, per_prompt)]
+        sequences = [s for of_one_prompt in samples for s in of_one_prompt]
+        own: set[Sequence] = set()
+        try:
+            for sequence in sequences:
+                own.add(sequence)
+                self.core.add(sequence)
+            while not all(s.finished for s in sequences):
+                _raise_errors(s for s in self.core.step() if s in own)
+        finally:
+            for sequence in own:
+                self.core.abort(sequence)
+        return [GenerationOutput.of(first, others) for first, *others in samples]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
+        """Completes one prompt chunk by chunk; closing the stream aborts the request. A step serves all open streams:
+        where one's request fails, that one raises the error."""
+        one = self.default_sampling_params() if params is None else as_params(params)
+        sequence = self.core.admission.sequence(as_prompt(prompt), one)
+        self.core.add(sequence)
+        return TokenStream(sequence, self._chunks(sequence), self.core.abort, self.core.abandon)
+
+    def chat(
+        self,
+        messages: Seq[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        tools: Seq[Mapping[str, Any]] | None = None,
+    ) -> GenerationOutput:
+        """Applies the checkpoint's chat template to `messages` and completes the assistant's turn."""
+        prompt = self.tokenizer.apply_chat_template(messages, tools=tools, enable_thinking=enable_thinking)
+        return self.generate([prompt], params)[0]
+
+    def measure_costs(self) -> None:
+        """Measures what forwards cost on this machine (tenths of a second, once in a process), as the first request of
+        draft length "auto" does. `stats()` then says what speculation saves."""
+        self.core.draft_length.prepare()
+
+    def default_sampling_params(self) -> SamplingParams:
+        """SamplingParams with what the checkpoint's generation_config.json recommends; `do_sample: false` is
+        temperature 0. A recommendation that is not supported gives a warning."""
+        if self.checkpoint.ignored_recommendations:
+            warnings.warn(
+                f"generation_config.json recommends {self.checkpoint.ignored_recommendations}, which is not supported",
+                SpecdecWarning,
+                stacklevel=3,
+            )
+        return self.checkpoint.default_params
+
+    def stats(self) -> EngineStats:
+        """What the engine did since it was made: a snapshot."""
+        return self.core.stats()
+
+    def _chunks(self, sequence: Sequence) -> Generator[StreamChunk]:
+        cutter = ChunkCutter(sequence)
+        while True:
+            _raise_errors([sequence])
+            chunk = cutter.take()
+            if chunk is not None:
+                yield chunk
+            elif sequence.finished:
+                return
+            else:
+                self.core.step()
+
+
+def _raise_errors(sequences: Iterable[Sequence]) -> None:
+    for sequence in sequences:
+        if sequence.error is not None:
+            raise sequence.error

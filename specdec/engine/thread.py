@@ -1,0 +1,260 @@
+"""The engine's own thread, the only one that steps its core, and what passes between it and an event loop.
+
+From the event loop to the thread: commands in a queue. Back: after each step one callback on the event loop with
+everything that is new (`Mailroom.deliver`). The thread never waits for a consumer: a request whose last chunk is
+unread keeps its tokens to itself, and the next chunk has all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import ctypes
+import math
+import queue
+import sys
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, NamedTuple
+
+from specdec.engine.core import EngineCore
+from specdec.engine.outputs import ChunkCutter, StreamChunk
+from specdec.request.sequence import FinishReason, Sequence
+
+SWITCH_INTERVAL_S = 20e-6
+PR_SET_TIMERSLACK = 29  # prctl(2)
+
+
+class Mailbox:
+    """A consumer's end, on the event loop: at most one chunk that is unread, the last one included."""
+
+    def __init__(self) -> None:
+        self.chunk: StreamChunk | None = None
+        self.error: BaseException | None = None
+        self.traceback: TracebackType | None = None  # the error's, before any consumer raised it
+        self.closed = False  # nothing more will come
+        self.news = asyncio.Event()
+
+    def put(self, mail: Mail) -> None:
+        if mail.chunk is not None:
+            self.chunk = mail.chunk if self.chunk is None else self.chunk.followed_by(mail.chunk)
+        if mail.error is not None:
+            self.error, self.traceback = mail.error, mail.error.__traceback__
+        self.closed = mail.last
+        self.news.set()
+
+
+class Mailroom:
+    """The requests of one event loop that have not ended, by id. Touched on that loop only."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.requests: dict[str, Request] = {}
+
+    def deliver(self, mails: list[Mail]) -> None:
+        for mail in mails:
+            if mail.last:
+                self.requests.pop(mail.request.request_id, None)
+            mail.request.mailbox.put(mail)
+
+
+@dataclass(eq=False)
+class Request:
+    """A request in both worlds. wanted: its consumer has read the last chunk; set by the consumer as it reads, cleared
+    by the thread as it sends, so they take turns. deadline: on the clock of time.monotonic."""
+
+    sequence: Sequence
+    mailroom: Mailroom
+    deadline: float
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    wanted: bool = True
+
+    def __post_init__(self) -> None:
+        self.request_id = self.sequence.request_id
+        self.cutter = ChunkCutter(self.sequence)
+
+
+class Mail(NamedTuple):
+    request: Request
+    chunk: StreamChunk | None
+    error: BaseException | None
+    last: bool
+
+
+class Command(NamedTuple):
+    """stop: when all requests have ended."""
+
+    kind: Literal["add", "abort", "abort all", "stop"]
+    request: Request | None = None
+
+
+def stop(commands: queue.SimpleQueue[Command]) -> None:
+    """Aborts everything and ends the thread that obeys these commands."""
+    commands.put(Command("abort all"))
+    commands.put(Command("stop"))
+
+
+_threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread that is inside a kernel when the interpreter ends would take the process down with it."""
+    for thread in list(_threads):
+        stop(thread.commands)
+        thread.join()
+
+
+def _insist() -> None:
+    """Lets the calling thread take over from a busy event loop.
+
+    CPython's waiting threads ask the one that runs to let go only after a whole switch interval (5 ms) in which it did
+    not do so of itself. An event loop does in each of its turns, in `select`, too briefly for anybody else to wake up:
+    one that is never idle, and whose turns are shorter than that, would keep this thread out for good. So the interval
+    must be shorter than a turn. It is one for the whole process, and only ever lowered. Linux may oversleep it by 50
+    us, unless the thread has a timer slack of its own.
+    """
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+class EngineThread:
+    """Steps the core while there are requests, and sleeps while there are none."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self.broken: BaseException | None = None  # what ended the thread, if it was a fault of ours
+        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._requests: dict[Sequence, Request] = {}
+        self._unsent: set[Request] = set()  # have tokens that their consumers were not ready for
+        self._next_deadline = math.inf
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="specdec-engine", daemon=True)
+        self._thread.start()
+        _threads.add(self)
+
+    def send(self, command: Command) -> None:
+        """Any thread may call it, a finaliser too."""
+        self.commands.put(command)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            _insist()
+            self.core.use_device()
+            while self._requests or not self._stopping:
+                self._turn()
+        except BaseException as error:
+            self._break(error)
+
+    def _turn(self) -> None:
+        changed = self._receive()
+        changed += self._expire()
+        if not self.core.scheduler.idle:
+            changed += self.core.step()
+        self._publish(changed)
+
+    def _receive(self) -> list[Sequence]:
+        """Obeys all commands there are, waiting for the first one while there are no requests; -> the sequences that
+        ended."""
+        ended: list[Sequence] = []
+        may_wait = not self._requests
+        while True:
+            try:
+                kind, request = self.commands.get(block=may_wait)
+            except queue.Empty:
+                return ended
+            may_wait = False
+            if kind == "stop":
+                self._stopping = True
+            elif kind == "abort all":
+                ended += [s for s in self._requests if self._end(s, "abort")]
+            elif request is not None and kind == "add":
+                self._add(request)
+                ended += [request.sequence] if request.sequence.finished else []
+            elif request is not None:
+                ended += [request.sequence] if self._end(request.sequence, "abort") else []
+
+    def _add(self, request: Request) -> None:
+        self._requests[request.sequence] = request
+        self._next_deadline = min(self._next_deadline, request.deadline)
+        with contextlib.suppress(Exception):  # the request has it as its error
+            self.core.add(request.sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> bool:
+        """Ends a request from outside; False where it had ended."""
+        if sequence.finished:
+            return False
+        self.core.abort(sequence, reason)
+        return True
+
+    def _expire(self) -> list[Sequence]:
+        now = time.monotonic()
+        if now < self._next_deadline:
+            return []
+        late = [s for s, request in self._requests.items() if request.deadline <= now]
+        self._next_deadline = min((r.deadline for r in self._requests.values() if r.deadline > now), default=math.inf)
+        return [s for s in late if self._end(s, "deadline")]
+
+    def _publish(self, changed: list[Sequence]) -> None:
+        """Sends what is new: to consumers who are ready, and whatever is left of requests that have ended."""
+        mails: dict[Mailroom, list[Mail]] = {}
+        self._unsent.update(self._requests[s] for s in changed if s in self._requests)
+        for request in [r for r in self._unsent if r.wanted or r.sequence.finished]:
+            self._unsent.remove(request)
+            mail = self._mail(request)
+            if mail.last:
+                del self._requests[request.sequence]
+            if mail.last or mail.chunk is not None:
+                request.wanted = False
+                mails.setdefault(request.mailroom, []).append(mail)
+        for mailroom, batch in mails.items():
+            if not _post(mailroom, batch):
+                self._forget(mailroom)
+
+    def _mail(self, request: Request) -> Mail:
+        sequence = request.sequence
+        if sequence.error is None:
+            try:
+                return Mail(request, request.cutter.take(), None, sequence.finished)
+            except Exception as error:  # the detokeniser's
+                self.core.fail(sequence, error)
+                return Mail(request, None, error, True)
+        return Mail(request, None, sequence.error, True)
+
+    def _forget(self, mailroom: Mailroom) -> None:
+        """Its loop is closed: nobody will read any of its requests."""
+        for request in [r for r in self._requests.values() if r.mailroom is mailroom]:
+            self._end(request.sequence, "abort")
+            del self._requests[request.sequence]
+            self._unsent.discard(request)
+
+    def _break(self, error: BaseException) -> None:
+        """The thread cannot go on: everyone who waits gets the error, and `broken` refuses whoever comes."""
+        self.broken = error
+        requests = list(self._requests.values())
+        while True:
+            try:
+                request = self.commands.get_nowait().request
+            except queue.Empty:
+                break
+            if request is not None and request not in requests:
+                requests.append(request)
+        for request in requests:
+            _post(request.mailroom, [Mail(request, None, error, True)])
+
+
+def _post(mailroom: Mailroom, mails: list[Mail]) -> bool:
+    """False where the event loop is closed."""
+    try:
+        mailroom.loop.call_soon_threadsafe(mailroom.deliver, mails)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,114 @@
+"""How much memory a model needs, from its config alone, and on which GPUs that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from specdec.cache.pages import page_bytes
+from specdec.kernels import select
+from specdec.kernels.flashinfer.requirements import Capability, fp8_kinds
+from specdec.kernels.fp8 import FP8_KINDS, Fp8Kind
+from specdec.loading import GIB, weight_bytes
+from specdec.model.config import Glm4MoeConfig
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class MemoryLine:
+    """Bytes of the weights in one dtype, and of the KV cache per token in the same dtype; with weights in "fp8" in
+    bfloat16."""
+
+    dtype: str
+    weight_bytes: int
+    mtp_weight_bytes: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class GPU:
+    name: str
+    capability: Capability
+    memory_bytes: int
+
+
+# Total memory as nvidia-smi prints it, in MiB; what is sold as 80 or 141 GB differs from it either way. A100 and H100:
+# https://github.com/modal-labs/modal-client/pull/2797. B200, which can use 180 of its 192 GB:
+# https://github.com/NVIDIA/TensorRT-LLM/issues/10278. RTX 4090 and H200: logs in many public repositories.
+GPUS = (
+    GPU("RTX 4090", (8, 9), 24564 * MIB),
+    GPU("A100 80GB", (8, 0), 81920 * MIB),
+    GPU("H100", (9, 0), 81559 * MIB),
+    GPU("H200", (9, 0), 143771 * MIB),
+    GPU("B200", (10, 0), 183359 * MIB),
+)
+NUM_GPUS = (1, 2, 4, 8)
+# Of each GPU, for what is neither weights nor cache. An estimate: CUDA's context 0.5 GiB, workspaces of attention and
+# experts 0.5, CUDA graphs 1, activations of 8,192 rows and logits of 256 rows in fp32, a few copies of each, 2.
+RESERVE_BYTES = 4 * GIB
+NOTHING: frozenset[Fp8Kind] = frozenset()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """checkpoint: "bfloat16" or "fp8". weight_bytes: as the GPU's kernels hold it, which may have to dequantise FP8.
+    kv_tokens: how many tokens the KV cache has room for, weights and cache split evenly over the GPUs; None where not
+    even the weights fit."""
+
+    gpu: str
+    gpu_memory_bytes: int
+    num_gpus: int
+    checkpoint: str
+    weight_bytes: int
+    kv_tokens: int | None
+
+
+def memory_table(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bool]) -> list[MemoryLine]:
+    """is_fp8: which modules are in FP8 where the checkpoint is."""
+    lines = []
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32), ("fp8", torch.bfloat16)):
+        kinds = FP8_KINDS if name == "fp8" else NOTHING
+        target, total = (_weight_bytes(config, with_mtp, is_fp8, kinds, dtype) for with_mtp in (False, has_mtp))
+        lines.append(MemoryLine(name, total, total - target, _kv_bytes(config, has_mtp, dtype)))
+    return lines
+
+
+def fits(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bool]) -> list[Fit]:
+    """By GPU, checkpoint and number of GPUs."""
+    held = cache(lambda kinds: _weight_bytes(config, has_mtp, is_fp8, kinds, torch.bfloat16))
+    kv_bytes = _kv_bytes(config, has_mtp, torch.bfloat16)
+    found = []
+    for gpu in GPUS:
+        for checkpoint, kinds in (("bfloat16", NOTHING), ("fp8", fp8_kinds(gpu.capability))):
+            for num_gpus in NUM_GPUS:
+                left = num_gpus * (gpu.memory_bytes - RESERVE_BYTES) - held(kinds)
+                tokens = None if left < 0 else left // kv_bytes
+                found.append(Fit(gpu.name, gpu.memory_bytes, num_gpus, checkpoint, held(kinds), tokens))
+    return found
+
+
+def _weight_bytes(
+    config: Glm4MoeConfig,
+    with_mtp: bool,
+    is_fp8: Callable[[str], bool],
+    kinds: frozenset[Fp8Kind],
+    dtype: torch.dtype,
+) -> int:
+    return weight_bytes(config, select(torch.device("meta"), dtype, "reference"), with_mtp, is_fp8, kinds)
+
+
+def _kv_bytes(config: Glm4MoeConfig, has_mtp: bool, dtype: torch.dtype) -> int:
+    """Of one token."""
+    return page_bytes(config, config.num_hidden_layers + has_mtp, 1, dtype)
+
+
+def known_capabilities() -> dict[str, Capability]:
+    """Names of the GPUs of each capability, oldest first."""
+    names: dict[Capability, list[str]] = {}
+    for gpu in sorted(GPUS, key=lambda gpu: gpu.capability):
+        names.setdefault(gpu.capability, []).append(gpu.name)
+    return {", ".join(of): capability for capability, of in names.items()}

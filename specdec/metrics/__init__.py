@@ -1,0 +1,1 @@
+"""What an engine did: counts and times, and how Prometheus reads them."""

@@ -1,0 +1,1 @@
+"""One request: its tokens, text, parameters' effects and statistics."""

@@ -1,0 +1,185 @@
+"""What speculation did and how long everything took: of one request here, of an engine in `specdec.metrics.engine`."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass
+class DraftStats:
+    """Counts of verifications.
+
+    outcomes[k, a]: verifications of k draft tokens of which a were accepted, before any stop condition cut the output.
+    """
+
+    outcomes: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def record_verification(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        key = num_draft_tokens, num_accepted_tokens
+        self.outcomes[key] = self.outcomes.get(key, 0) + 1
+
+    @property
+    def num_target_forwards(self) -> int:
+        """Target forwards that decided a token of a request, counted once for each request."""
+        return sum(self.outcomes.values())
+
+    @property
+    def num_drafts(self) -> int:
+        """Verifications of at least one draft token."""
+        return sum(n for (k, _), n in self.outcomes.items() if k)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Draft tokens verified."""
+        return sum(n * k for (k, _), n in self.outcomes.items())
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(n * a for (_, a), n in self.outcomes.items())
+
+    @property
+    def drafted_per_position(self) -> list[int]:
+        """Draft tokens verified, by draft position, first to last."""
+        return self._per_position(lambda k, a, position: True)
+
+    @property
+    def reached_per_position(self) -> list[int]:
+        """Those whose predecessors were all accepted, so that accepted / reached is the conditional acceptance and
+        accepted / drafted the unconditional one."""
+        return self._per_position(lambda k, a, position: position <= a)
+
+    @property
+    def accepted_per_position(self) -> list[int]:
+        return self._per_position(lambda k, a, position: position < a)
+
+    def _per_position(self, counts: Callable[[int, int, int], bool]) -> list[int]:
+        most = max((k for k, _ in self.outcomes), default=0)
+        return [
+            sum(n for (k, a), n in self.outcomes.items() if position < k and counts(k, a, position))
+            for position in range(most)
+        ]
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """Tokens per verification, the recovered or bonus token included: 1 + accepted / verifications."""
+        return None if self.num_drafts == 0 else 1 + self.num_accepted_tokens / self.num_drafts
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "num_target_forwards": self.num_target_forwards,
+            "num_drafts": self.num_drafts,
+            "num_draft_tokens": self.num_draft_tokens,
+            "num_accepted_tokens": self.num_accepted_tokens,
+            "drafted_per_position": self.drafted_per_position,
+            "reached_per_position": self.reached_per_position,
+            "accepted_per_position": self.accepted_per_position,
+            "mean_acceptance_length": self.mean_acceptance_length,
+        }
+
+
+class CommitRecord(NamedTuple):
+    """What one commit added to a request. interval_s: since the commit before; None for the first one."""
+
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_tokens: int
+    interval_s: float | None
+
+
+@dataclass
+class SequenceStats(DraftStats):
+    """Counts and times of one request.
+
+    num_first_tokens: output tokens of the first commit. *_s: seconds of time.perf_counter. scheduled_s: the start of
+    the first step that computed something of it. num_cached_tokens: prompt tokens whose rows the prefix cache had when
+    the request was first admitted. num_preemptions: how often it lost its pages and computed its rows anew. commit: the
+    last step's, until the engine's statistics have taken it.
+    """
+
+    num_output_tokens: int = 0
+    num_first_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    arrival_s: float = field(default_factory=time.perf_counter)
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    commit: CommitRecord | None = None
+
+    def record_commit(self, now: float, num_draft_tokens: int, num_accepted_tokens: int, num_tokens: int) -> None:
+        """A verification, and how many tokens of its outcome the output kept. now: time.perf_counter."""
+        interval_s = None if self.last_token_s is None else now - self.last_token_s
+        if self.first_token_s is None:
+            self.first_token_s, self.num_first_tokens = now, num_tokens
+        self.last_token_s = now
+        self.num_output_tokens += num_tokens
+        self.record_verification(num_draft_tokens, num_accepted_tokens)
+        self.commit = CommitRecord(num_draft_tokens, num_accepted_tokens, num_tokens, interval_s)
+
+    @property
+    def queue_s(self) -> float | None:
+        """Seconds from arrival to the start of the first step that computed something of it."""
+        return None if self.scheduled_s is None else self.scheduled_s - self.arrival_s
+
+    @property
+    def prefill_s(self) -> float | None:
+        """Seconds from then to the first token."""
+        if self.first_token_s is None or self.scheduled_s is None:
+            return None
+        return self.first_token_s - self.scheduled_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds from the first commit to the last one."""
+        if self.first_token_s is None or self.last_token_s is None:
+            return 0.0
+        return self.last_token_s - self.first_token_s
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Output tokens after those of the first commit, per second of decoding."""
+        return (self.num_output_tokens - self.num_first_tokens) / self.decode_s if self.decode_s > 0 else None
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "num_output_tokens": self.num_output_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
+            "num_preemptions": self.num_preemptions,
+            **super().as_dict(),
+            "queue_s": self.queue_s,
+            "prefill_s": self.prefill_s,
+            "ttft_s": self.ttft_s,
+            "decode_s": self.decode_s,
+            "tokens_per_s": self.tokens_per_s,
+        }
+
+
+class Histogram:
+    """How many observations were at most each of the ascending bounds, and their sum."""
+
+    def __init__(self, bounds: Seq[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)  # each bound's own; the last one is of what lies above all
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float | None:
+        return self.sum / self.count if self.count else None

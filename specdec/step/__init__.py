@@ -1,0 +1,1 @@
+"""One engine step: schedule -> draft -> verify -> commit."""

@@ -1,0 +1,1 @@
+"""What tests share: small checkpoints, doubles, oracles, simulations."""
