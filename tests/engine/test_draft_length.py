@@ -325,7 +325,7 @@ def test_measuring_stays_inside_the_context(
         return batch.build_batch(extends, page_size)
 
     for module in ("verify", "draft"):
-        monkeypatch.setattr(f"specdec.{module}.build_batch", building)
+        monkeypatch.setattr(f"specdec.step.{module}.build_batch", building)
     engine = Engine.from_pretrained(
         write_planted_checkpoint(tmp_path), kernels=kernels, max_model_len=max_model_len, max_num_seqs=4
     )
