@@ -27,8 +27,8 @@ from specdec import (
     SamplingParams,
     SpeculationParams,
     StreamChunk,
-    engine_thread,
 )
+from specdec.engine import thread as engine_thread
 from specdec.request.sequence import Sequence
 from support.fakes import PROMPTS
 from support.gate import PATIENCE_S, Gate

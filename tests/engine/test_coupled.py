@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from specdec import Engine, SamplingParams, SpeculationParams, draft, verify
+from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.kernels import rules
 from specdec.kernels.interface import RowSampling
 from specdec.kernels.philox import gumbel_noise
+from specdec.step import draft, verify
 from support.enumeration import Enumerator, RandomModel
 from support.fakes import NEEDS_COMPILER, write_planted_checkpoint
 from support.laws import EVERYTHING, LAW_FIELDS, defined_law

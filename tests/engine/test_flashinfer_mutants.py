@@ -19,9 +19,10 @@ pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test
 
 import triton
 
-from specdec import SamplingParams, SpeculationParams, verify
+from specdec import SamplingParams, SpeculationParams
 from specdec.kernels.flashinfer import argmax, backend, chain, drafts, experts, graphs, pages, planner, sampled
 from specdec.kernels.triton import layout
+from specdec.step import verify
 from support import flashinfer_fakes
 from support.flashinfer_fakes import FakeDevice
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from specdec import SamplingParams, SpeculationParams, draft
+from specdec import SamplingParams, SpeculationParams
 from specdec.kernels import rules
 from specdec.kernels.interface import GREEDY, LogitEdits, Residuals, RowSampling
 from specdec.kernels.rules import Proposal
 from specdec.request.seeds import Stream
+from specdec.step import draft
 from specdec.step.draft import DraftResult, MTPDrafter
 from support.enumeration import (
     Context,

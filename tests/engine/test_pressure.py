@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from specdec import Engine, SamplingParams, SpeculationParams
-from specdec import prefix_cache as prefix_cache_module
+from specdec.cache import prefix as prefix_cache_module
 from specdec.cache.prefix import PageKey
 from specdec.config import EngineConfig
 from specdec.engine.core import EngineCore

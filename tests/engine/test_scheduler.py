@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from specdec import CacheFullError
-from specdec import prefix_cache as prefix_cache_module
+from specdec.cache import prefix as prefix_cache_module
 from specdec.cache.pages import PagePool
 from specdec.cache.prefix import PageKey, PrefixCache
 from specdec.request.sequence import Sequence

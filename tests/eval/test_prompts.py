@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.eval.prompts import Prompt, PromptSet, load_prompts, load_stdlib, make_stdlib
+from specdec.eval.dev import make_stdlib
+from specdec.eval.prompts import Prompt, PromptSet, load_prompts, load_stdlib
 from specdec.model.bundled.corpus import Document
 from specdec.model.chat_template import ChatTemplate
 

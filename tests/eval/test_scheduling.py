@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from specdec.eval import scheduling
+from specdec.eval.dev import scheduling
 
 
 def test_it_prints_a_table_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
