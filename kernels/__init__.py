@@ -9,14 +9,15 @@ import warnings
 
 import torch
 
+from specdec.kernels.backend import AnyBackend
+from specdec.kernels.data import AttentionMetadata, DecoderOutput, RoutingConfig
 from specdec.kernels.errors import KernelsUnavailableError, SpecdecWarning
-from specdec.kernels.interface import AttentionMetadata, DecoderOutput, Kernels, RoutingConfig
 from specdec.kernels.reference import ReferenceKernels
 
 __all__ = [
+    "AnyBackend",
     "AttentionMetadata",
     "DecoderOutput",
-    "Kernels",
     "KernelsUnavailableError",
     "RoutingConfig",
     "check_name",
@@ -37,7 +38,7 @@ def select(
     dtype: torch.dtype | None,
     requested: str = "auto",
     checkpoint_dtype: torch.dtype = torch.float32,
-) -> Kernels:
+) -> AnyBackend:
     """The backend for `device` with matrices in `dtype`; `requested` is one of `BACKENDS`.
 
     dtype None leaves it to the backend: float32; bfloat16 on CUDA, and where it computes in float32 all the same and
@@ -70,7 +71,7 @@ def _fits_cpu(device: torch.device, dtype: torch.dtype | None) -> bool:
     return device.type == "cpu" and dtype in (None, torch.float32, torch.bfloat16, torch.int8)
 
 
-def _cpu_kernels(device: torch.device, dtype: torch.dtype | None, checkpoint_dtype: torch.dtype) -> Kernels:
+def _cpu_kernels(device: torch.device, dtype: torch.dtype | None, checkpoint_dtype: torch.dtype) -> AnyBackend:
     if device.type != "cpu":
         raise KernelsUnavailableError(f"kernels = 'cpu' run on the CPU, not on device = {str(device)!r}")
     from specdec.kernels.cpu import CpuKernels
@@ -79,7 +80,7 @@ def _cpu_kernels(device: torch.device, dtype: torch.dtype | None, checkpoint_dty
     return CpuKernels(stored if dtype is None else dtype, load_dtype=stored)
 
 
-def _flashinfer_kernels(device: torch.device, dtype: torch.dtype | None) -> Kernels:
+def _flashinfer_kernels(device: torch.device, dtype: torch.dtype | None) -> AnyBackend:
     from specdec.kernels.flashinfer.requirements import missing
 
     if dtype not in (None, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Every operation in plain torch: the executable specification of `specdec.kernels.interface`.
+"""Every operation in plain torch: the executable specification of `specdec.kernels.operations`.
 
 Runs in any floating dtype on any torch device. Reductions and the router are computed in at least
 fp32, as Glm4Moe does. F.linear's bits depend on the number of rows, so this backend is not
@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels import composed
-from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, plain
-from specdec.kernels.interface import (
+from specdec.kernels import speculation
+from specdec.kernels.data import (
     GREEDY,
     AttentionMetadata,
     DecoderOutput,
@@ -28,9 +27,11 @@ from specdec.kernels.interface import (
     Residuals,
     RoutingConfig,
     RowSampling,
-    Verification,
     Verified,
+    VerifyBatch,
 )
+from specdec.kernels.decoder import gated_mlp, run_decoder
+from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, plain
 from specdec.kernels.philox import gumbel_noise, uniforms
 
 
@@ -38,28 +39,14 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class ReferenceKernels:
-    """The reference backend; see `specdec.kernels.interface.Kernels` for the contracts."""
+class ReferenceOperations:
+    """Every operation in plain torch; `Operations` has the contracts. Packed matrices are plain tensors.
 
-    name = "reference"
-    cache_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    fp8: frozenset[Fp8Kind] = frozenset()
-    num_scratch_pages = 0
+    device, activation_dtype: where and in which dtype the model's activations are.
+    """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype, self.activation_dtype = device, dtype, dtype
-
-    def pack(self, weight: Tensor | Fp8Matrix, *, full_precision: bool = False) -> Tensor:
-        return plain(weight, self.dtype)
-
-    def pack_gate_up(self, weight: Tensor | Fp8Matrix) -> Tensor:
-        return plain(weight, self.dtype)
-
-    def num_bytes(self, packed: Tensor) -> int:
-        return packed.nbytes
-
-    def prepare(self, decoder: DecoderWeights) -> DecoderWeights:
-        return decoder
+    def __init__(self, device: torch.device, activation_dtype: torch.dtype) -> None:
+        self.device, self.activation_dtype = device, activation_dtype
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -101,7 +88,7 @@ class ReferenceKernels:
         return expert_ids, weights * config.routed_scaling_factor
 
     def mlp(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return composed.mlp(self, x, gate_up, down)
+        return gated_mlp(self, x, gate_up, down)
 
     def moe(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         out = torch.zeros_like(x, dtype=_accumulation_dtype(x.dtype))
@@ -133,34 +120,6 @@ class ReferenceKernels:
             probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             outputs.append((probs @ values).transpose(0, 1).to(q.dtype))
         return torch.cat(outputs)
-
-    def decode(
-        self,
-        decoder: DecoderWeights,
-        input_ids: list[int],
-        previous: list[HiddenRows] | None,
-        metadata: AttentionMetadata,
-        kv_cache: Tensor,
-        expert_ids: Tensor | None = None,
-    ) -> DecoderOutput:
-        return composed.decode(self, decoder, input_ids, previous, metadata, kv_cache, expert_ids)
-
-    def draft_chain(
-        self, decoder: DecoderWeights, head: Tensor, chain: DraftChain, expert_ids: Tensor | None = None
-    ) -> Drafts:
-        return composed.draft_chain(self, decoder, head, chain, expert_ids)
-
-    def verify(
-        self,
-        decoder: DecoderWeights,
-        head: Tensor,
-        input_ids: list[int],
-        metadata: AttentionMetadata,
-        kv_cache: Tensor,
-        verification: Verification,
-        expert_ids: Tensor | None = None,
-    ) -> Verified:
-        return composed.verify(self, decoder, head, input_ids, metadata, kv_cache, verification, expert_ids)
 
     def head_argmax(self, x: Tensor, head: Tensor) -> Tensor:
         logits = self.linear(x, head)
@@ -209,6 +168,62 @@ class ReferenceKernels:
 
     def uniforms(self, seeds: list[int], stream: int, positions: list[int], starts: list[int]) -> list[float]:
         return uniforms(seeds, [stream] * len(seeds), positions, starts).tolist()
+
+
+class ReferenceKernels(ReferenceOperations):
+    """The reference backend; `Backend` has the contracts."""
+
+    name = "reference"
+    cache_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    fp8: frozenset[Fp8Kind] = frozenset()
+    num_scratch_pages = 0
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(device, dtype)
+        self.dtype = dtype
+
+    def pack(self, weight: Tensor | Fp8Matrix, *, full_precision: bool = False) -> Tensor:
+        return plain(weight, self.dtype)
+
+    def pack_gate_up(self, weight: Tensor | Fp8Matrix) -> Tensor:
+        return plain(weight, self.dtype)
+
+    def num_bytes(self, packed: Tensor) -> int:
+        return packed.nbytes
+
+    def prepare(self, decoder: DecoderWeights) -> DecoderWeights:
+        return decoder
+
+    def decode(
+        self,
+        decoder: DecoderWeights,
+        input_ids: list[int],
+        previous: list[HiddenRows] | None,
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
+        expert_ids: Tensor | None = None,
+    ) -> DecoderOutput:
+        return run_decoder(self, decoder, input_ids, previous, metadata, kv_cache, expert_ids)
+
+    def draft_chain(
+        self, decoder: DecoderWeights, head: Tensor, chain: DraftChain, expert_ids: Tensor | None = None
+    ) -> Drafts:
+        return speculation.draft_chain(self, decoder, head, chain, expert_ids)
+
+    def verify(
+        self,
+        decoder: DecoderWeights,
+        head: Tensor,
+        input_ids: list[int],
+        metadata: AttentionMetadata,
+        kv_cache: Tensor,
+        batch: VerifyBatch,
+        expert_ids: Tensor | None = None,
+    ) -> Verified:
+        return speculation.verify(self, decoder, head, input_ids, metadata, kv_cache, batch, expert_ids)
+
+    def compute_logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        return speculation.compute_logits(self, hidden, head)
 
 
 def banned_tokens(e: LogitEdits, drafts: list[int]) -> list[int]:

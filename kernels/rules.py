@@ -1,6 +1,6 @@
 """Verification rules: which drafts to accept and what to emit after them. No model here.
 
-What `Kernels.verify` decides with; backends may do the same in other ways.
+What `Backend.verify` decides with; backends may do the same in other ways.
 
 Glossary. *Draft tokens* d_1..d_k were proposed from laws q_1..q_k. The target's laws p_1..p_{k+1} are known before each
 draft and after the last, both after all of the request's transforms. *Accepted* tokens are a prefix of the drafts;
@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from specdec.kernels.interface import Kernels, Residuals
+from specdec.kernels.data import Residuals
+from specdec.kernels.operations import Operations
 from specdec.kernels.philox import Stream
 
 
@@ -54,7 +55,7 @@ class Proposal:
 
 
 def verify_by_rejection(
-    kernels: Kernels, target_probs: Tensor, draft_probs: Tensor | None, proposals: Seq[Proposal]
+    kernels: Operations, target_probs: Tensor, draft_probs: Tensor | None, proposals: Seq[Proposal]
 ) -> list[list[int]]:
     """target_probs [R, V], draft_probs [Q, K, V] or None -> the tokens that each sequence emits, [B] of 1 to k+1;
     the last is -1 where a law is not finite."""
@@ -97,7 +98,7 @@ def _reached(ratios: list[float]) -> list[float]:
 
 
 def _thresholds(
-    kernels: Kernels,
+    kernels: Operations,
     target_probs: Tensor,
     draft_probs: Tensor | None,
     proposals: Seq[Proposal],
@@ -118,7 +119,7 @@ def _thresholds(
     return thresholds
 
 
-def _accepted(kernels: Kernels, proposals: Seq[Proposal], thresholds: list[list[float]]) -> list[int]:
+def _accepted(kernels: Operations, proposals: Seq[Proposal], thresholds: list[list[float]]) -> list[int]:
     """How many drafts each sequence accepts: "token" up to the first uniform that fails, "block" up to the last that
     does not."""
     uniforms = iter(
@@ -155,7 +156,7 @@ def _residuals(
     return Residuals(target_probs, p_rows, scales, q, q_rows, excluded)
 
 
-def _draw(kernels: Kernels, proposals: Seq[Proposal], stream: Stream, places: list[tuple[int, int]]) -> list[float]:
+def _draw(kernels: Operations, proposals: Seq[Proposal], stream: Stream, places: list[tuple[int, int]]) -> list[float]:
     """Uniforms for the tokens at each (sequence, i-th position of its block)."""
     return kernels.uniforms(
         [proposals[b].seed for b, _ in places],

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from specdec.kernels import AttentionMetadata, Kernels, composed
-from specdec.kernels.interface import DecoderShape, DecoderWeights, Verification, Verified
+from specdec.kernels import AnyBackend, AttentionMetadata
+from specdec.kernels.data import DecoderShape, DecoderWeights, Verified, VerifyBatch
 from specdec.model.config import Glm4MoeConfig
 from specdec.model.layers import Decoder, DecoderLayer, Embedding, Linear, Matrices, RMSNorm, RotaryEmbedding
 
@@ -25,7 +25,7 @@ def decoder_shape(config: Glm4MoeConfig) -> DecoderShape:
 
 
 class Glm4MoeModel(nn.Module):
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__()
         self.embed_tokens = Embedding(kernels, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -38,7 +38,7 @@ class Glm4MoeModel(nn.Module):
 class TiedHead(Matrices):
     """The embeddings used as the head; it has no tensors of its own."""
 
-    def __init__(self, kernels: Kernels, embedding: Embedding) -> None:
+    def __init__(self, kernels: AnyBackend, embedding: Embedding) -> None:
         super().__init__(kernels)
         self._embedding = [embedding]  # in a list: not a submodule
 
@@ -52,7 +52,7 @@ class TiedHead(Matrices):
 class Glm4MoeForCausalLM(nn.Module):
     """The target. Its embeddings and head serve the MTP layer too."""
 
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__()
         self.config, self.kernels = config, kernels
         self.model = Glm4MoeModel(config, kernels)
@@ -89,10 +89,10 @@ class Glm4MoeForCausalLM(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> logits [R, V] in at least fp32."""
-        return composed.compute_logits(self.kernels, hidden, self.head)
+        return self.kernels.compute_logits(hidden, self.head)
 
     def verify(
-        self, input_ids: list[int], metadata: AttentionMetadata, kv_cache: Tensor, verification: Verification
+        self, input_ids: list[int], metadata: AttentionMetadata, kv_cache: Tensor, verification: VerifyBatch
     ) -> Verified:
-        """`forward`, and the tokens that each sequence emits after it; see `Kernels.verify`."""
+        """`forward`, and the tokens that each sequence emits after it; see `Backend.verify`."""
         return self.decoder.verify(self.head, input_ids, metadata, kv_cache, verification)

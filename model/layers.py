@@ -4,7 +4,7 @@ A module is built without memory (torch's meta device) and says through `slots` 
 checkpoint fill its weights; `specdec.model.weights` gives it memory, fills every slot or raises, then
 calls `pack` once, which hands the matrices over to the backend. Projections that read the same input
 are stored as one matrix. The modules hold weights, by the checkpoint's names;
-`specdec.kernels.composed` says what is computed with them.
+`specdec.kernels.decoder` says what is computed with them.
 
 Shapes: T packed tokens, H hidden, I MLP width, E experts.
 """
@@ -19,9 +19,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from specdec.kernels import AttentionMetadata, DecoderOutput, Kernels
-from specdec.kernels.fp8 import E4M3, Fp8Kind, Fp8Matrix
-from specdec.kernels.interface import (
+from specdec.kernels import AnyBackend, AttentionMetadata, DecoderOutput
+from specdec.kernels.data import (
     AttentionWeights,
     DecoderWeights,
     DraftChain,
@@ -30,9 +29,10 @@ from specdec.kernels.interface import (
     LayerWeights,
     MLPWeights,
     MoEWeights,
-    Verification,
     Verified,
+    VerifyBatch,
 )
+from specdec.kernels.fp8 import E4M3, Fp8Kind, Fp8Matrix
 from specdec.model.config import Glm4MoeConfig
 
 
@@ -63,7 +63,7 @@ class Matrices(nn.Module):
 
     fp8_kind: ClassVar[Fp8Kind | None] = None  # None: a checkpoint never has them in FP8
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: AnyBackend) -> None:
         super().__init__()
         self.kernels = kernels
         self.packed: dict[str, Any] = {}
@@ -91,12 +91,12 @@ class Matrices(nn.Module):
         return self.kernels.pack(weight)
 
 
-def _weight(kernels: Kernels, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+def _weight(kernels: AnyBackend, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, device="meta", dtype=dtype or kernels.dtype), requires_grad=False)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, kernels: Kernels, size: int) -> None:
+    def __init__(self, kernels: AnyBackend, size: int) -> None:
         super().__init__()
         self.weight = _weight(kernels, size, dtype=kernels.activation_dtype)
 
@@ -111,7 +111,13 @@ class Linear(Matrices):
     weight_scale: Tensor | None
 
     def __init__(
-        self, kernels: Kernels, size_in: int, size_out: int, *, bias: bool = False, parts: dict[str, int] | None = None
+        self,
+        kernels: AnyBackend,
+        size_in: int,
+        size_out: int,
+        *,
+        bias: bool = False,
+        parts: dict[str, int] | None = None,
     ) -> None:
         super().__init__(kernels)
         self.parts = parts
@@ -132,7 +138,7 @@ class Linear(Matrices):
 class GateUp(Linear):
     """The gate and up projections of an MLP, gate rows first."""
 
-    def __init__(self, kernels: Kernels, hidden_size: int, width: int) -> None:
+    def __init__(self, kernels: AnyBackend, hidden_size: int, width: int) -> None:
         super().__init__(kernels, hidden_size, 2 * width, parts={"gate_proj": width, "up_proj": width})
 
     def pack_matrix(self, name: str, weight: Tensor | Fp8Matrix) -> Any:
@@ -140,7 +146,7 @@ class GateUp(Linear):
 
 
 class Embedding(nn.Module):
-    def __init__(self, kernels: Kernels, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, kernels: AnyBackend, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = _weight(kernels, vocab_size, hidden_size)
 
@@ -161,7 +167,7 @@ class RotaryEmbedding:
 class Attention(nn.Module):
     """GQA with optional bias and qk-norm."""
 
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__()
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.qkv_proj = Linear(
@@ -187,7 +193,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Dense SwiGLU."""
 
-    def __init__(self, kernels: Kernels, hidden_size: int, width: int) -> None:
+    def __init__(self, kernels: AnyBackend, hidden_size: int, width: int) -> None:
         super().__init__()
         self.gate_up_proj = GateUp(kernels, hidden_size, width)
         self.down_proj = Linear(kernels, width, hidden_size)
@@ -199,7 +205,7 @@ class MLP(nn.Module):
 class Router(Matrices):
     """Weight and correction bias stay in fp32: in bf16, biases near 7 would decide the routing."""
 
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__(kernels)
         dtype = torch.promote_types(kernels.dtype, torch.float32)
         self.weight = _weight(kernels, config.n_routed_experts, config.hidden_size, dtype=dtype)
@@ -222,7 +228,7 @@ class Experts(Matrices):
     gate_up_scale: Tensor | None
     down_scale: Tensor | None
 
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__(kernels)
         num_experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.width = width
@@ -261,7 +267,7 @@ class Experts(Matrices):
 class MoE(nn.Module):
     """Routed experts plus shared ones."""
 
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__()
         self.gate = Router(config, kernels)
         self.experts = Experts(config, kernels)
@@ -278,9 +284,9 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and an MLP, dense or a mixture of experts; `specdec.kernels.composed` says what they compute."""
+    """Attention and an MLP, dense or a mixture of experts; `specdec.kernels.decoder` says what they compute."""
 
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels, *, dense: bool) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend, *, dense: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(kernels, config.hidden_size)
         self.self_attn = Attention(config, kernels)
@@ -308,7 +314,7 @@ class DecoderRun:
 class Decoder:
     """A decoder as the backend runs it."""
 
-    def __init__(self, kernels: Kernels, weights: DecoderWeights) -> None:
+    def __init__(self, kernels: AnyBackend, weights: DecoderWeights) -> None:
         self.kernels, self.weights = kernels, weights
         self.prepared = kernels.prepare(weights)
         self._trace: list[DecoderRun] | None = None
@@ -330,7 +336,7 @@ class Decoder:
         metadata: AttentionMetadata,
         kv_cache: Tensor,
     ) -> DecoderOutput:
-        """See `Kernels.decode`."""
+        """See `Backend.decode`."""
         chosen = self._trace_run(input_ids, metadata)
         return self.kernels.decode(self.prepared, input_ids, previous, metadata, kv_cache, chosen)
 
@@ -340,9 +346,9 @@ class Decoder:
         input_ids: list[int],
         metadata: AttentionMetadata,
         kv_cache: Tensor,
-        verification: Verification,
+        verification: VerifyBatch,
     ) -> Verified:
-        """See `Kernels.verify`."""
+        """See `Backend.verify`."""
         chosen = self._trace_run(input_ids, metadata)
         return self.kernels.verify(self.prepared, head, input_ids, metadata, kv_cache, verification, chosen)
 
@@ -354,7 +360,7 @@ class Decoder:
         return chosen
 
     def draft_chain(self, head: Any, chain: DraftChain) -> Drafts:
-        """See `Kernels.draft_chain`."""
+        """See `Backend.draft_chain`."""
         if self._trace is None:
             return self.kernels.draft_chain(self.prepared, head, chain)
         num_pairs, num, kv_lens = len(chain.input_ids), len(chain.counts), chain.metadata.kv_lens

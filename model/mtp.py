@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from specdec.kernels import AttentionMetadata, Kernels
-from specdec.kernels.interface import DecoderOutput, DecoderWeights, FusionWeights, HiddenRows
+from specdec.kernels import AnyBackend, AttentionMetadata
+from specdec.kernels.data import DecoderOutput, DecoderWeights, FusionWeights, HiddenRows
 from specdec.model.config import Glm4MoeConfig
 from specdec.model.glm4_moe import Glm4MoeForCausalLM, decoder_shape
 from specdec.model.layers import Decoder, DecoderLayer, Linear, RMSNorm, RotaryEmbedding
@@ -22,13 +22,13 @@ from specdec.model.layers import Decoder, DecoderLayer, Linear, RMSNorm, RotaryE
 class SharedHead(nn.Module):
     """Only the norm is the layer's own: embeddings and head are the target's."""
 
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__()
         self.norm = RMSNorm(kernels, config.hidden_size)
 
 
 class MTPLayer(DecoderLayer):
-    def __init__(self, config: Glm4MoeConfig, kernels: Kernels) -> None:
+    def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__(config, kernels, dense=False)
         self.config, self.kernels = config, kernels
         self.enorm = RMSNorm(kernels, config.hidden_size)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from specdec.kernels import Kernels
+from specdec.kernels import AnyBackend
 from specdec.kernels.fp8 import E4M3
 from specdec.model.config import Glm4MoeConfig, load_config, read_json
 from specdec.model.errors import CheckpointError
@@ -70,13 +70,13 @@ class LoadedModel:
         return parts if self.mtp is None else [*parts, (self.mtp, mtp_prefix(self.config))]
 
 
-def build_model(config: Glm4MoeConfig, kernels: Kernels, *, with_mtp: bool) -> LoadedModel:
+def build_model(config: Glm4MoeConfig, kernels: AnyBackend, *, with_mtp: bool) -> LoadedModel:
     """Modules whose weights have no memory yet."""
     target = Glm4MoeForCausalLM(config, kernels)
     return LoadedModel(config, target, MTPLayer(config, kernels) if with_mtp else None)
 
 
-def load_model(index: CheckpointIndex, kernels: Kernels, *, max_model_len: int | None = None) -> LoadedModel:
+def load_model(index: CheckpointIndex, kernels: AnyBackend, *, max_model_len: int | None = None) -> LoadedModel:
     """Builds and fills a checkpoint's model. Raises CheckpointError naming the tensor or file at fault."""
     loaded = build_model(index.config, kernels, with_mtp=index.has_mtp_layer)
     store_fp8(loaded.parts(), index.scaled_modules().__contains__)

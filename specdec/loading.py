@@ -16,10 +16,10 @@ from torch import Tensor
 from specdec.cache.pages import allocate_kv_cache, page_bytes
 from specdec.config import MAX_SPECULATIVE_TOKENS, EngineConfig, SamplingParams, SpeculationParams
 from specdec.errors import KernelsUnavailableError, NotEnoughMemoryError, SpecdecWarning
-from specdec.kernels import Kernels, select
+from specdec.kernels import AnyBackend, select
+from specdec.kernels.backend import CapturesGraphs
 from specdec.kernels.flashinfer.requirements import missing
 from specdec.kernels.fp8 import FP8_KINDS, Fp8Kind
-from specdec.kernels.interface import CapturesGraphs
 from specdec.model.config import DTYPES, Glm4MoeConfig, check_token_ids, parse_token_ids, read_json
 from specdec.model.errors import CheckpointError
 from specdec.model.fp8 import store_fp8
@@ -133,7 +133,7 @@ def check_num_threads(num_threads: int) -> None:
 
 def resolve_backend(
     device: str | torch.device, dtype: str | torch.dtype, kernels: str, config: Glm4MoeConfig
-) -> Kernels:
+) -> AnyBackend:
     """dtype "auto" is bfloat16 for an FP8 checkpoint, whose values it holds to 2^-9."""
     automatic = None if config.quantization is None else torch.bfloat16
     wanted = automatic if dtype == "auto" else resolve_dtype(dtype)
@@ -158,7 +158,7 @@ class Runtime:
 
 
 def load_runtime(
-    checkpoint: Checkpoint, config: EngineConfig, backend: Kernels, kv_dtype: str | torch.dtype = "auto"
+    checkpoint: Checkpoint, config: EngineConfig, backend: AnyBackend, kv_dtype: str | torch.dtype = "auto"
 ) -> Runtime:
     """Checks that weights and cache fit into memory, then loads the one and allocates the other."""
     cache_dtype = backend.activation_dtype if kv_dtype == "auto" else resolve_dtype(kv_dtype, "kv_dtype", DTYPES)
@@ -201,7 +201,7 @@ def _capture_graphs(
 
 def weight_bytes(
     config: Glm4MoeConfig,
-    kernels: Kernels,
+    kernels: AnyBackend,
     with_mtp: bool,
     is_fp8: Callable[[str], bool] = lambda module: False,
     fp8_kinds: frozenset[Fp8Kind] = FP8_KINDS,
@@ -214,7 +214,7 @@ def weight_bytes(
     return sum(t.nbytes for part in parts for tensors in (part.parameters(), part.buffers()) for t in tensors)
 
 
-def _weight_bytes_of(index: CheckpointIndex, kernels: Kernels) -> int:
+def _weight_bytes_of(index: CheckpointIndex, kernels: AnyBackend) -> int:
     """With a SpecdecWarning where a GPU's memory pays for FP8 weights that its kernels cannot read as they are."""
     config, has_mtp, is_fp8 = index.config, index.has_mtp_layer, index.scaled_modules().__contains__
     loaded = weight_bytes(config, kernels, has_mtp, is_fp8, kernels.fp8)

@@ -19,8 +19,8 @@ from specdec import SpeculationParams
 from specdec.eval.acceptance.laws import at_drafts, conditional_acceptance, entropy, overlap
 from specdec.eval.acceptance.records import Analysis, Floats
 from specdec.eval.acceptance.replay import Chains, Context, Reader
-from specdec.kernels import Kernels
-from specdec.kernels.interface import GREEDY, RowSampling
+from specdec.kernels.data import GREEDY, RowSampling
+from specdec.kernels.operations import Operations
 from specdec.kernels.reference import lowest_argmax
 from specdec.request.seeds import Stream
 
@@ -57,7 +57,7 @@ class Drawing:
         )
 
 
-def laws_of(chains: Chains, drawing: Drawing, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
+def laws_of(chains: Chains, drawing: Drawing, kernels: Operations) -> tuple[Tensor, Tensor | None]:
     """p, q [n, K, V] fp64, q None where drafts are point masses; at temperature 0 p is one too. As the engine computes
     them: the softmax is the kernels', in their precision."""
     if drawing.temperature == 0:
@@ -67,7 +67,7 @@ def laws_of(chains: Chains, drawing: Drawing, kernels: Kernels) -> tuple[Tensor,
     return p, None if drawing.point_masses else softmax(kernels, chains.draft, drawing.scale)
 
 
-def softmax(kernels: Kernels, logits: Tensor, scale: float) -> Tensor:
+def softmax(kernels: Operations, logits: Tensor, scale: float) -> Tensor:
     """[n, K, V] -> fp64."""
     flat = logits.flatten(0, 1)
     return kernels.softmax(flat, [scale] * len(flat)).double().view_as(logits)
@@ -101,14 +101,14 @@ def analyse(
             given = torch.tensor([completions[number].drafts[i] for number, i in places])
             rows = drawing.rows(seeds, [c.start for c in contexts])
             chains = reader.chains(contexts, rows, k, given)
-            values = _values(chains, drawing, reader.kernels)
+            values = _values(chains, drawing, reader.operations)
             different = (chains.choices != chains.drafts).sum(1).tolist()
             for row, (number, i) in enumerate(places):
                 tables[number].fill(i, values[row], different[row])
     return [table.analysis() for table in tables]
 
 
-def _values(chains: Chains, drawing: Drawing, kernels: Kernels) -> Floats:
+def _values(chains: Chains, drawing: Drawing, kernels: Operations) -> Floats:
     """[n, 4, K]: expected, confidence, entropy, alpha. Confidence and entropy are always of a softmax, even where the
     laws are point masses, at temperature 0 and for greedy drafts."""
     p, q = laws_of(chains, drawing, kernels)

@@ -23,7 +23,8 @@ from torch import Tensor
 from specdec import Engine
 from specdec.cache.pages import allocate_kv_cache, page_bytes
 from specdec.errors import ModelError
-from specdec.kernels.interface import DecoderOutput, RowSampling
+from specdec.kernels.data import DecoderOutput, RowSampling
+from specdec.kernels.operations import operations_of
 from specdec.step.batch import Extend, build_batch
 
 PREFILL_ROWS = 1024
@@ -67,6 +68,7 @@ class Reader:
         if model.mtp is None:
             raise ValueError(f"the checkpoint {engine.checkpoint.folder} has no MTP layer: there are no drafts")
         self.target, self.mtp, self.kernels = model.target, model.mtp, model.target.kernels
+        self.operations = operations_of(self.kernels)
         self.max_len, self.recycling = engine.max_model_len, engine.config.mtp_recycling
         vocab_size = model.config.vocab_size
         self.max_contexts = max(1, LOGITS_ELEMENTS // (2 * num_draft_tokens * vocab_size))
@@ -140,7 +142,7 @@ class Reader:
                 previous = last.unnormed if self.recycling == "pre_norm" else last.normed
                 last = self.mtp.draft(previous, batch.input_ids, batch.metadata, self.cache[-1])
             logits.append(self.target.compute_logits(last.normed))
-            choices.append(self.kernels.choose(logits[-1], rows.select(list(range(len(rows))), [step] * len(rows))))
+            choices.append(self.operations.choose(logits[-1], rows.select(list(range(len(rows))), [step] * len(rows))))
             if (choices[-1] < 0).any():
                 raise ModelError.not_finite("the MTP layer")
             drafts[:, step] = choices[-1] if given is None else given[:, step]

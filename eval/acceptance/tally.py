@@ -23,7 +23,7 @@ from specdec.eval.acceptance.intervals import Estimate, ratios
 from specdec.eval.acceptance.laws import unconditional_acceptance
 from specdec.eval.acceptance.records import Floats, Ints
 from specdec.eval.acceptance.replay import Chains
-from specdec.kernels import Kernels
+from specdec.kernels.operations import Operations
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class Tally:
         self._counts: dict[Setting, Floats] = {}  # [texts, 1]
         self._sums: dict[Setting, Floats] = {}  # [texts, K]
 
-    def add(self, proposal: Proposal, chains: Chains, texts: Ints, rules: Seq[Verification], kernels: Kernels) -> None:
+    def add(
+        self, proposal: Proposal, chains: Chains, texts: Ints, rules: Seq[Verification], kernels: Operations
+    ) -> None:
         """The proposal's chains at contexts [n] of the texts with these numbers [n]."""
         for temperature in proposal.temperatures:
             p, q = laws_of(chains, proposal.drawing(temperature), kernels)

@@ -79,7 +79,7 @@ def teacher_forced(
         recorded = Recording(len(teacher.places), options.num_drafts, config.vocab_size, teacher.proposals)
     tally, texts = Tally(len(teacher.texts), options.num_drafts), np.array([place.text for place in teacher.places])
     for proposal, chosen, chains in teacher.chains(progress):
-        tally.add(proposal, chains, texts[chosen.start : chosen.stop], options.verification, teacher.reader.kernels)
+        tally.add(proposal, chains, texts[chosen.start : chosen.stop], options.verification, teacher.reader.operations)
         if recorded is not None:
             recorded.add(proposal, chosen, chains)
     result = ForcedAcceptance(

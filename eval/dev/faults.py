@@ -7,7 +7,7 @@ from enum import Enum
 
 from specdec.engine.core import EngineCore
 from specdec.errors import RowsError
-from specdec.step.draft import DraftResult
+from specdec.kernels.data import Drafts
 from specdec.step.scheduler import ScheduledSequence
 from specdec.step.verify import TargetResult
 
@@ -43,7 +43,7 @@ class FaultPlan:
         """At the request's nth step, if it lives so long."""
         self._planned[request_id] = (fault, nth)
 
-    def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
+    def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
         self._due = {}
         for row, s in enumerate(scheduled):
             planned = self._planned.pop(s.sequence.request_id, None)
@@ -56,7 +56,7 @@ class FaultPlan:
         self._strike(Fault.AFTER_DRAFT, scheduled)
         return result
 
-    def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
+    def verify(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> TargetResult:
         result = self._verify(scheduled, drafts)
         self._strike(Fault.AFTER_FORWARD, scheduled)
         if Fault.ROW in self._due:

@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from specdec.auto_length.controller import AutoDraftLength
 from specdec.cache.pages import PagePool
 from specdec.config import EngineConfig, SamplingParams, SpeculationParams
 from specdec.cost import CostTable
-from specdec.kernels.interface import HiddenRows
+from specdec.kernels.data import HiddenRows
 from specdec.metrics.engine import EngineStats
 from specdec.request.sequence import Sequence
 from specdec.request.text import OutputText
@@ -95,7 +96,8 @@ class _Load:
     def result(self, scheduled: Seq[ScheduledSequence]) -> TargetResult:
         outputs = [self._tokens(self.rng.randint(0, s.num_draft_tokens) + 1) if s.samples else [] for s in scheduled]
         hidden = [HiddenRows(HIDDEN, 0, s.num_new_tokens + s.num_draft_tokens) for s in scheduled]
-        return TargetResult(outputs, [[] for _ in scheduled], hidden)
+        nothing: list[list[Any]] = [[] for _ in scheduled]
+        return TargetResult(outputs, nothing, hidden, nothing)
 
     def _tokens(self, count: int) -> list[int]:
         return self.rng.choices(range(VOCAB_SIZE), k=count)

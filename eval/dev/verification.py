@@ -24,8 +24,8 @@ from torch import Tensor
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.config import Verification as Rule
 from specdec.eval.calls import Method, timed_calls, wrapped
-from specdec.kernels import AttentionMetadata, Kernels, RoutingConfig
-from specdec.kernels.interface import DecoderShape, DecoderWeights, RowSampling, Verification
+from specdec.kernels import AnyBackend, AttentionMetadata, RoutingConfig
+from specdec.kernels.data import DecoderShape, DecoderWeights, Drafts, RowSampling, VerifyBatch
 from specdec.request.logit_edits import RequestEdits
 from specdec.request.seeds import Stream
 from specdec.step.verify import RULES as RULE_NUMBERS
@@ -67,26 +67,26 @@ def timed(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `Kernels.verify`, to be made again."""
+    """One call of `Backend.verify`, to be made again."""
 
-    kernels: Kernels
+    kernels: AnyBackend
     decoder: Any
     head: Any
     input_ids: list[int]
     metadata: AttentionMetadata
     kv_cache: Tensor
-    verification: Verification
+    verification: VerifyBatch
 
     def decision_s(self) -> float:
         """Median seconds beyond the forward and the logits of the rows that decide."""
         v, k = self.verification, self.kernels
         forward = (self.decoder, self.head, self.input_ids, self.metadata, self.kv_cache)
         hidden = k.verify(*forward, v).hidden
-        rows = hidden[[first + i for first, drafts in zip(v.first_rows, v.drafts) for i in range(len(drafts) + 1)]]
+        rows = hidden[[first + i for first, n in zip(v.first_rows, v.drafts.counts) for i in range(n + 1)]]
         runs = (
             partial(k.verify, *forward, v),
             partial(k.verify, *forward, NOTHING),
-            partial(k.linear, rows, self.head),
+            partial(k.compute_logits, rows, self.head),
         )
         times = [[timed(run) for run in runs] for _ in range(NUM_REPEATS)]
         whole, without, logits = map(statistics.median, zip(*times))
@@ -94,7 +94,7 @@ class Call:
 
 
 NO_ROWS = RowSampling([], [], [], [], [], [], [], [])
-NOTHING = Verification([], [], [], NO_ROWS, [], [], None)
+NOTHING = VerifyBatch([], Drafts.of([]), [], NO_ROWS, [])
 
 
 def shares(model: str, batch_size: int, k: int) -> list[Share]:
@@ -125,7 +125,7 @@ def shares(model: str, batch_size: int, k: int) -> list[Share]:
     return found
 
 
-def row_costs(kernels: Kernels, vocab_size: int, k: int) -> list[RowCost]:
+def row_costs(kernels: AnyBackend, vocab_size: int, k: int) -> list[RowCost]:
     """A decoder without layers before a head drawn at random; every draft is accepted, so that all rows are needed."""
     torch.set_num_threads(1)
     found = []
@@ -137,7 +137,7 @@ def row_costs(kernels: Kernels, vocab_size: int, k: int) -> list[RowCost]:
     return found
 
 
-def _one_iteration(kernels: Kernels, vocab_size: int, k: int, rule: Rule, params: SamplingParams) -> Call:
+def _one_iteration(kernels: AnyBackend, vocab_size: int, k: int, rule: Rule, params: SamplingParams) -> Call:
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(k + 1, HIDDEN_SIZE, generator=generator).to(kernels.dtype)
     head = torch.randn(vocab_size, HIDDEN_SIZE, generator=generator) * LOGIT_STD / HIDDEN_SIZE**0.5
@@ -147,14 +147,12 @@ def _one_iteration(kernels: Kernels, vocab_size: int, k: int, rule: Rule, params
     prompt = torch.randint(vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
     edits = RequestEdits.of(params, (), frozenset(), prompt)
     scale, top_k, top_p, min_p = params.row_law
-    verification = Verification(
+    verification = VerifyBatch(
         first_rows=[0],
-        drafts=[[0] * k],
+        drafts=Drafts([[0] * k], [0], torch.full((1, k, vocab_size), 1 / vocab_size)),
         rules=[RULE_NUMBERS[rule]],
         rows=RowSampling([scale], [top_k], [top_p], [min_p], [1], [Stream.TARGET], [PROMPT_TOKENS], [0]),
         edits=[None if edits is None else edits.current],
-        prob_rows=[0],
-        draft_probs=torch.full((1, k, vocab_size), 1 / vocab_size),
     )
     call = Call(
         kernels, kernels.prepare(weights), kernels.pack(head.to(kernels.dtype)), list(range(k + 1)),
@@ -163,7 +161,7 @@ def _one_iteration(kernels: Kernels, vocab_size: int, k: int, rule: Rule, params
     for _ in range(k + 1):  # until the drafts are what it emits
         forward = (call.decoder, call.head, call.input_ids, call.metadata, call.kv_cache)
         emitted = kernels.verify(*forward, verification).token_ids[0]
-        verification.drafts[0][: len(emitted)] = emitted[:k]
+        verification.drafts.token_ids[0][: len(emitted)] = emitted[:k]
     assert len(emitted) == k + 1, "a draft is not accepted"
     return call
 

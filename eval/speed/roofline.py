@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from specdec import Engine
-from specdec.kernels import Kernels
-from specdec.kernels.interface import LayerWeights, MLPWeights, MoEWeights
+from specdec.kernels import AnyBackend
+from specdec.kernels.data import LayerWeights, MLPWeights, MoEWeights
 from specdec.model.layers import Decoder, DecoderRun
 
 PROBE_BYTES = 2**30
 PROBE_REPEATS = 3
 
 
-def read_bandwidth(kernels: Kernels, num_bytes: int = PROBE_BYTES, repeats: int = PROBE_REPEATS) -> float:
+def read_bandwidth(kernels: AnyBackend, num_bytes: int = PROBE_BYTES, repeats: int = PROBE_REPEATS) -> float:
     """Bytes per second of reading `num_bytes` of memory once, on all threads; the best of `repeats`."""
     buffer = torch.zeros(num_bytes // 8, dtype=torch.int64)
     read = getattr(kernels, "read", Tensor.sum)
@@ -97,7 +97,7 @@ def _fixed_bytes(decoder: Decoder) -> int:
     return total
 
 
-def _layer_bytes(kernels: Kernels, layer: LayerWeights) -> int:
+def _layer_bytes(kernels: AnyBackend, layer: LayerWeights) -> int:
     total = sum(kernels.num_bytes(w) for w in (layer.attention.qkv, layer.attention.o))
     total += layer.input_norm.nbytes + layer.post_attention_norm.nbytes
     mlp = layer.mlp
@@ -107,11 +107,11 @@ def _layer_bytes(kernels: Kernels, layer: LayerWeights) -> int:
     return total + _mlp_bytes(kernels, mlp)
 
 
-def _mlp_bytes(kernels: Kernels, mlp: MLPWeights) -> int:
+def _mlp_bytes(kernels: AnyBackend, mlp: MLPWeights) -> int:
     return kernels.num_bytes(mlp.gate_up) + kernels.num_bytes(mlp.down)
 
 
-def _expert_bytes(kernels: Kernels, moe: MoEWeights) -> int:
+def _expert_bytes(kernels: AnyBackend, moe: MoEWeights) -> int:
     return _mlp_bytes(kernels, moe.experts) // len(moe.correction_bias)
 
 

@@ -30,29 +30,30 @@ from specdec.kernels.cpu.weights import (
     pack_gate_up,
     routing_struct,
 )
-from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, plain
-from specdec.kernels.interface import (
+from specdec.kernels.data import (
     NOT_DRAFTED,
     AttentionMetadata,
+    ChainSampling,
     DecoderOutput,
     DecoderWeights,
     DraftChain,
     Drafts,
-    DraftSampling,
     HiddenRows,
     LogitEdits,
     Residuals,
     RoutingConfig,
     RowSampling,
-    Verification,
     Verified,
+    VerifyBatch,
+    room_for_probs,
 )
+from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, plain
 
 _num_threads = torch.get_num_threads
 
 
 class CpuKernels:
-    """The C++ backend; see `specdec.kernels.interface.Kernels` for the contracts."""
+    """The C++ backend; see `specdec.kernels.backend.Backend` for the contracts."""
 
     name = "cpu"
     activation_dtype = torch.float32
@@ -188,15 +189,19 @@ class CpuKernels:
     def draft_chain(
         self, decoder: PreparedDecoder, head: PackedWeight, chain: DraftChain, expert_ids: Tensor | None = None
     ) -> Drafts:
-        num, steps = len(chain.counts), max(chain.counts)
+        num, steps, sampling = len(chain.counts), max(chain.counts), chain.sampling
         tokens, counts = array("q", chain.input_ids), array("q", chain.counts)
         drafts = array("q", bytes(8 * num * steps))
-        sampling = None if chain.sampling is None else pointer(_draft_sampling(chain.sampling))
+        probs, prob_rows = None, [-1] * num
+        if sampling is not None and steps:
+            probs, prob_rows = room_for_probs(sampling.keep_probs, steps, head.shape[0], torch.float32, self.device)
+        how = None if sampling is None else pointer(_chain_sampling(sampling, probs, prob_rows))
         pairs, _alive = _forward(decoder, tokens, chain.previous, chain.metadata, chain.kv_cache, expert_ids)
-        struct = native.Chain(pairs, steps, _at(counts), chain.recycle_unnormed, sampling, _at(drafts))
+        struct = native.Chain(pairs, steps, _at(counts), chain.recycle_unnormed, how, _at(drafts))
         self._library.sd_draft_chain(byref(decoder.struct), byref(head.unbiased), byref(struct), _num_threads())
         rows = (drafts[b * steps : (b + 1) * steps].tolist() for b in range(num))
-        return Drafts([row[: row.index(NOT_DRAFTED)] if NOT_DRAFTED in row else row for row in rows])
+        token_ids = [row[: row.index(NOT_DRAFTED)] if NOT_DRAFTED in row else row for row in rows]
+        return Drafts(token_ids, prob_rows, probs)
 
     def verify(
         self,
@@ -205,19 +210,21 @@ class CpuKernels:
         input_ids: list[int],
         metadata: AttentionMetadata,
         kv_cache: Tensor,
-        verification: Verification,
+        batch: VerifyBatch,
         expert_ids: Tensor | None = None,
     ) -> Verified:
-        tokens, hidden = array("q", input_ids), torch.empty(len(input_ids), decoder.hidden_size)
+        tokens, hidden = array("q", batch.place(input_ids)), torch.empty(len(input_ids), decoder.hidden_size)
         forward, _alive = _forward(decoder, tokens, None, metadata, kv_cache, expert_ids)
         forward.normed = hidden.data_ptr()
-        v, num = verification, len(verification.rules)
-        starts = [0, *accumulate(map(len, v.drafts))]
+        drafts, num = batch.drafts, len(batch.rules)
+        starts = [0, *accumulate(map(len, drafts.token_ids))]
         num_rows, size = starts[-1] + num, head.shape[0]
-        ints = array("q", v.rules + v.first_rows + starts + v.prob_rows + [d for drafts in v.drafts for d in drafts])
+        ints = array("q", batch.rules + batch.first_rows + starts + drafts.prob_rows)
+        for row in drafts.token_ids:
+            ints.extend(row)
         emitted = array("q", bytes(8 * (num_rows + num)))
-        raw, processed = (torch.empty(num_rows, size) for _ in range(2)) if v.keep_logits else (None, None)
-        rows, edits, probs, at, to = _sampling(v.rows), _edits(v.edits), v.draft_probs, _at(ints), _at(emitted)
+        raw, processed = (torch.empty(num_rows, size) for _ in range(2)) if batch.keep_logits else (None, None)
+        rows, edits, probs, at, to = _sampling(batch.rows), _edits(batch.edits), drafts.probs, _at(ints), _at(emitted)
         struct = native.Verification(
             rows, at, at + 8 * num, at + 16 * num, at + 24 * num + 8, at + 32 * num + 8, address(probs),
             0 if probs is None else probs.shape[1], _start(edits), address(raw), address(processed), to,
@@ -228,7 +235,10 @@ class CpuKernels:
         )
         firsts = [start + b for b, start in enumerate(starts)]
         token_ids = [emitted[first : first + count].tolist() for first, count in zip(firsts, emitted[num_rows:])]
-        return Verified(hidden, token_ids, raw, processed)
+        return Verified(hidden, token_ids, drafts.token_ids, raw, processed)
+
+    def compute_logits(self, hidden: Tensor, head: PackedWeight) -> Tensor:
+        return self.linear(hidden, head)
 
     def head_argmax(self, x: Tensor, head: PackedWeight) -> Tensor:
         x = x.contiguous()
@@ -367,16 +377,13 @@ def _edit_struct(e: LogitEdits) -> native.Edits:
     )  # fmt: skip
 
 
-def _draft_sampling(sampling: DraftSampling) -> native.DraftSampling:
-    rows, probs, edits = _sampling(sampling.rows), sampling.probs, _edits(sampling.edits)
-    assert probs is None or probs.is_contiguous()
-    confidence = array("d", sampling.min_confidence)
-    prob_rows = array("q", sampling.prob_rows if probs is not None else [-1] * len(confidence))
+def _chain_sampling(sampling: ChainSampling, probs: Tensor | None, prob_rows: list[int]) -> native.DraftSampling:
+    rows, edits = _sampling(sampling.rows), _edits(sampling.edits)
+    confidence, row_of = array("d", sampling.min_confidence), array("q", prob_rows)
     struct = native.DraftSampling(
-        rows, _at(confidence), _at(prob_rows), address(probs), 0 if probs is None else probs.shape[1],
-        _start(edits),
+        rows, _at(confidence), _at(row_of), address(probs), 0 if probs is None else probs.shape[1], _start(edits),
     )  # fmt: skip
-    struct.arrays = rows.arrays, confidence, prob_rows, edits  # they live as long
+    struct.arrays = rows.arrays, confidence, row_of, edits  # they live as long
     return struct
 
 

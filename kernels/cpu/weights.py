@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.cpu import native
-from specdec.kernels.interface import DecoderWeights, LayerWeights, MLPWeights, RoutingConfig
+from specdec.kernels.data import DecoderWeights, LayerWeights, MLPWeights, RoutingConfig
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 LANES = 16

@@ -7,33 +7,35 @@ Shapes: B sequences, of which b still draft; K draft tokens, R rows that decide,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from specdec.kernels import rules
+from specdec.kernels.data import EXACT_MATCH, GREEDY, NOT_DRAFTED, NOT_FINITE, DraftChain, Verified, VerifyBatch
 from specdec.kernels.flashinfer.drafts import deciding, on_host
 from specdec.kernels.flashinfer.transfer import upload
-from specdec.kernels.interface import (
-    EXACT_MATCH,
-    GREEDY,
-    NOT_DRAFTED,
-    NOT_FINITE,
-    DraftChain,
-    Verification,
-    Verified,
-)
 
-if TYPE_CHECKING:
-    from specdec.kernels.flashinfer.backend import FlashInferKernels
+
+class ChoosesArgmax(Protocol):
+    """A backend with a head's argmax."""
+
+    device: torch.device
+
+    def head_argmax(self, x: Tensor, head: Any) -> Tensor:
+        """See `Operations.head_argmax`."""
+        ...
 
 
 class ArgmaxDraws:
-    """See `specdec.kernels.flashinfer.chain.Draws`; for chains without sampling."""
+    """`specdec.kernels.flashinfer.chain.Draws` of chains without sampling."""
 
-    def __init__(self, kernels: FlashInferKernels, head: Tensor, chain: DraftChain) -> None:
+    probs: Tensor | None = None
+
+    def __init__(self, kernels: ChoosesArgmax, head: Any, chain: DraftChain) -> None:
         self._kernels, self._head = kernels, head
+        self.prob_rows = [-1] * len(chain.counts)
         shape = len(chain.counts), max(chain.counts)
         self.ids = torch.full(shape, NOT_DRAFTED, device=kernels.device)  # [B, K]
 
@@ -43,22 +45,25 @@ class ArgmaxDraws:
         self.ids[:, step].index_copy_(0, sequences, torch.where(best < 0, NOT_FINITE, best))
 
 
-def decides(v: Verification) -> bool:
+def decides(batch: VerifyBatch) -> bool:
     """Whether the argmax of each row is all that is asked for."""
     return not (
-        v.keep_logits
-        or any(v.edits)
-        or any(rule != EXACT_MATCH for rule in v.rules)
-        or any(stream != GREEDY for stream in v.rows.streams)
+        batch.keep_logits
+        or any(batch.edits)
+        or any(rule != EXACT_MATCH for rule in batch.rules)
+        or any(stream != GREEDY for stream in batch.rows.streams)
     )
 
 
-def decide(kernels: FlashInferKernels, head: Tensor, hidden: Tensor, v: Verification) -> Verified:
+def decide(kernels: ChoosesArgmax, head: Any, hidden: Tensor, batch: VerifyBatch) -> Verified:
     """What follows the target's hidden states [T, H]. Choices and drafts are read together."""
-    choices = kernels.head_argmax(deciding(hidden, v), head)  # [R]
-    drafts = choices.new_empty(0) if v.drafts_on_device is None else v.drafts_on_device.flatten()
+    choices = kernels.head_argmax(deciding(hidden, batch), head)  # [R]
+    drafts = choices.new_empty(0) if batch.drafts.on_device is None else batch.drafts.on_device.flatten()
     numbers = torch.cat([choices, drafts]).tolist()
-    known = on_host(v, numbers[len(choices) :])
+    known = on_host(batch.drafts, numbers[len(choices) :])
     each = iter(numbers)
-    token_ids = [rules.match_choices([next(each) for _ in range(len(row) + 1)], d) for row, d in zip(v.drafts, known)]
-    return Verified(hidden, token_ids, None, None, known)
+    token_ids = [
+        rules.match_choices([next(each) for _ in range(count + 1)], row)
+        for count, row in zip(batch.drafts.counts, known)
+    ]
+    return Verified(hidden, token_ids, known)

@@ -23,11 +23,21 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from specdec.kernels import composed
-from specdec.kernels.composed import ForwardInputs
+from specdec.kernels import speculation
+from specdec.kernels.data import (
+    AttentionMetadata,
+    DecoderOutput,
+    DecoderWeights,
+    DraftChain,
+    Drafts,
+    HiddenRows,
+    Verified,
+    VerifyBatch,
+)
+from specdec.kernels.decoder import ForwardInputs, run_layers
 from specdec.kernels.flashinfer import argmax, drafts, sampled
 from specdec.kernels.flashinfer.argmax import ArgmaxDraws
-from specdec.kernels.flashinfer.chain import device_chain
+from specdec.kernels.flashinfer.chain import Draws, device_chain
 from specdec.kernels.flashinfer.experts import Experts, GroupedExperts, experts_for
 from specdec.kernels.flashinfer.graphs import CapturedForward, DecoderGraphs, batch_sizes
 from specdec.kernels.flashinfer.kept import Kept
@@ -36,17 +46,7 @@ from specdec.kernels.flashinfer.requirements import fp8_kinds
 from specdec.kernels.flashinfer.sampled import SampledDraws
 from specdec.kernels.flashinfer.transfer import upload
 from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, fp8_linear, plain
-from specdec.kernels.interface import (
-    AttentionMetadata,
-    DecoderOutput,
-    DecoderWeights,
-    DraftChain,
-    Drafts,
-    HiddenRows,
-    Verification,
-    Verified,
-)
-from specdec.kernels.reference import ReferenceKernels
+from specdec.kernels.reference import ReferenceOperations
 from specdec.kernels.triton import Decider, Drawer, TritonSampling
 
 HEAD_DIMS = (64, 128, 256)  # of FlashInfer's RoPE and attention
@@ -60,8 +60,8 @@ class PreparedDecoder:
     graphs: DecoderGraphs | None = None
 
 
-class FlashInferKernels(TritonSampling, ReferenceKernels):
-    """See `specdec.kernels.interface.Kernels` for the contracts.
+class FlashInferKernels(TritonSampling, ReferenceOperations):
+    """See `specdec.kernels.backend.Backend` for the contracts.
 
     deciders, drawers: for verifications and draft chains.
     """
@@ -72,7 +72,7 @@ class FlashInferKernels(TritonSampling, ReferenceKernels):
 
     def __init__(self, device: torch.device, experts: Experts, fp8: frozenset[Fp8Kind] = frozenset()) -> None:
         super().__init__(device, torch.bfloat16)
-        self.fp8 = fp8
+        self.dtype, self.fp8 = torch.bfloat16, fp8
         self.experts, self.planner = experts, Planner(device)
         self.deciders, self.drawers = Kept(Decider, device), Kept(Drawer, device)
         self._whole_caches: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
@@ -85,7 +85,7 @@ class FlashInferKernels(TritonSampling, ReferenceKernels):
         return cls(device, experts_for(capability), fp8_kinds(capability))
 
     def pack(self, weight: Tensor | Fp8Matrix, *, full_precision: bool = False) -> Any:
-        return weight if self._keeps(weight) else super().pack(weight)
+        return weight if self._keeps(weight) else plain(weight, self.dtype)
 
     def pack_gate_up(self, weight: Tensor | Fp8Matrix) -> Any:
         if self._keeps(weight):
@@ -101,13 +101,16 @@ class FlashInferKernels(TritonSampling, ReferenceKernels):
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         return fp8_linear(x, weight, bias) if isinstance(weight, Fp8Matrix) else F.linear(x, weight, bias)
 
-    def prepare(self, decoder: DecoderWeights) -> PreparedDecoder:  # type: ignore[override]
+    def num_bytes(self, packed: Any) -> int:
+        return int(packed.nbytes)
+
+    def prepare(self, decoder: DecoderWeights) -> PreparedDecoder:
         head_dim = decoder.shape.head_dim
         if head_dim not in HEAD_DIMS:
             raise ValueError(f"head_dim = {head_dim}: kernels = 'flashinfer' have {HEAD_DIMS}; use 'reference'")
         return PreparedDecoder(decoder)
 
-    head_argmax = ReferenceKernels.head_argmax  # without packing anything
+    head_argmax = ReferenceOperations.head_argmax  # without packing anything
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rmsnorm(x, weight, eps)
@@ -164,9 +167,9 @@ class FlashInferKernels(TritonSampling, ReferenceKernels):
         positions, slots = upload(metadata.positions + metadata.slots, self.device).split(len(tokens))
         attention = self.planner.plan(metadata, AttentionShape.of(decoder.weights.shape.num_heads, kv_cache))
         inputs = ForwardInputs(tokens, positions, slots, previous, attention)
-        return composed.forward(self, decoder.weights, inputs, kv_cache, expert_ids)
+        return run_layers(self, decoder.weights, inputs, kv_cache, expert_ids)
 
-    def decode(  # type: ignore[override]
+    def decode(
         self,
         decoder: PreparedDecoder,
         input_ids: list[int],
@@ -178,30 +181,37 @@ class FlashInferKernels(TritonSampling, ReferenceKernels):
         states = None if previous is None else torch.cat([rows.tensor() for rows in previous])
         return self.run(decoder, upload(input_ids, self.device), states, metadata, kv_cache, expert_ids)
 
-    def draft_chain(  # type: ignore[override]
+    def draft_chain(
         self, decoder: PreparedDecoder, head: Tensor, chain: DraftChain, expert_ids: Tensor | None = None
     ) -> Drafts:
         if expert_ids is not None:
-            return composed.draft_chain(self, decoder, head, chain, expert_ids)
-        return device_chain(self, decoder, head, chain, ArgmaxDraws if chain.sampling is None else SampledDraws)
+            return speculation.draft_chain(self, decoder, head, chain, expert_ids)
 
-    def verify(  # type: ignore[override]
+        def make_draws() -> Draws:
+            return ArgmaxDraws(self, head, chain) if chain.sampling is None else SampledDraws(self, head, chain)
+
+        return device_chain(self, decoder, chain, make_draws)
+
+    def verify(
         self,
         decoder: PreparedDecoder,
         head: Tensor,
         input_ids: list[int],
         metadata: AttentionMetadata,
         kv_cache: Tensor,
-        verification: Verification,
+        batch: VerifyBatch,
         expert_ids: Tensor | None = None,
     ) -> Verified:
-        tokens = upload(input_ids, self.device)
-        drafts.place_(tokens, verification)
+        tokens = upload(batch.place(input_ids), self.device)
+        drafts.place_(tokens, batch)
         hidden = self.run(decoder, tokens, None, metadata, kv_cache, expert_ids).normed
-        if not verification.rules:
-            return Verified(hidden, [], None, None)
-        decide = argmax.decide if argmax.decides(verification) else sampled.decide
-        return decide(self, head, hidden, verification)
+        if not batch.rules:
+            return Verified(hidden, [], [])
+        decide = argmax.decide if argmax.decides(batch) else sampled.decide
+        return decide(self, head, hidden, batch)
+
+    def compute_logits(self, hidden: Tensor, head: Any) -> Tensor:
+        return speculation.compute_logits(self, hidden, head)
 
     def capture(
         self,
@@ -237,4 +247,4 @@ class FlashInferKernels(TritonSampling, ReferenceKernels):
             decoder.graphs.add(captured)
 
     def _forward(self, decoder: DecoderWeights, inputs: ForwardInputs, kv_cache: Tensor) -> DecoderOutput:
-        return composed.forward(self, decoder, inputs, kv_cache)
+        return run_layers(self, decoder, inputs, kv_cache)

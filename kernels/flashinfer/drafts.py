@@ -8,47 +8,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.kernels.data import NOT_DRAFTED, Drafts, VerifyBatch
 from specdec.kernels.flashinfer.transfer import upload
-from specdec.kernels.interface import NOT_DRAFTED, Verification
 
 
-def place_(tokens: Tensor, v: Verification) -> None:
-    """Into their rows of tokens [T] int32."""
-    if v.drafts_on_device is None:
+def place_(tokens: Tensor, batch: VerifyBatch) -> None:
+    """Writes drafts that are on the device into their places in tokens [T] int32."""
+    drafts = batch.drafts
+    if drafts.on_device is None:
         return
-    num_steps = v.drafts_on_device.shape[1]
+    num_steps = drafts.on_device.shape[1]
     places = [
         (first + 1 + i, row * num_steps + i)
-        for first, row, drafts in zip(v.first_rows, v.draft_rows, v.drafts)
-        for i in range(len(drafts))
+        for first, row, count in zip(batch.first_rows, drafts.device_rows, drafts.counts)
+        for i in range(count)
     ]
     if places:
         to, source = upload([at for place in zip(*places) for at in place], tokens.device, torch.int64).chunk(2)
-        tokens.index_copy_(0, to, v.drafts_on_device.flatten().index_select(0, source).clamp(min=0).int())
+        tokens.index_copy_(0, to, drafts.on_device.flatten().index_select(0, source).clamp(min=0).int())
 
 
-def deciding(hidden: Tensor, v: Verification) -> Tensor:
-    """Of [T, H] the rows [R, H] that decide: each sequence's first one, and one for each of its drafts."""
-    rows = [first + i for first, drafts in zip(v.first_rows, v.drafts) for i in range(len(drafts) + 1)]
+def deciding(hidden: Tensor, batch: VerifyBatch) -> Tensor:
+    """Hidden states [T, H] -> the deciding rows [R, H]: each sequence's first one, and one for each of its drafts."""
+    rows = [first + i for first, count in zip(batch.first_rows, batch.drafts.counts) for i in range(count + 1)]
     return hidden.index_select(0, upload(rows, hidden.device))
 
 
 def in_order(on_device: Tensor, rows: list[int], num: int) -> Tensor:
-    """Drafts [D, K] -> [num, K]: of each sequence those in its row, NOT_DRAFTED where that is -1 and beyond them."""
+    """Drafts [D, K] -> [num, K]: each sequence's are those in its row; NOT_DRAFTED where that is -1 and beyond them."""
     none = torch.full((1, on_device.shape[1]), NOT_DRAFTED, device=on_device.device)
     last = len(on_device)
     places = [last if row < 0 else row for row in rows] + [last] * (num - len(rows))
     return torch.cat([on_device, none]).index_select(0, upload(places, on_device.device))
 
 
-def on_host(v: Verification, ids: list[int]) -> list[list[int]]:
-    """Of each sequence [B], out of what was on the device, row by row."""
-    if v.drafts_on_device is None:
-        return v.drafts
-    starts = [row * v.drafts_on_device.shape[1] for row in v.draft_rows]
-    return [up_to_end(ids[start : start + len(drafts)]) for start, drafts in zip(starts, v.drafts)]
+def on_host(drafts: Drafts, ids: list[int]) -> list[list[int]]:
+    """Each sequence's drafts [B], out of what was on the device, read row by row."""
+    if drafts.on_device is None:
+        return drafts.token_ids
+    starts = [row * drafts.on_device.shape[1] for row in drafts.device_rows]
+    return [up_to_end(ids[start : start + count]) for start, count in zip(starts, drafts.counts)]
 
 
 def up_to_end(ids: list[int]) -> list[int]:
-    """Of one sequence's padded drafts those that there are."""
+    """Strips the NOT_DRAFTED padding of one sequence's drafts."""
     return ids[: ids.index(NOT_DRAFTED)] if NOT_DRAFTED in ids else ids

@@ -23,7 +23,7 @@ class Experts(Protocol):
         ...
 
     def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """See `Kernels.moe`."""
+        """See `Backend.moe`."""
         ...
 
 

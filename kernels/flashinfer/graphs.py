@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kernels.composed import ForwardInputs
+from specdec.kernels.data import AttentionMetadata, DecoderOutput, DecoderWeights
+from specdec.kernels.decoder import ForwardInputs
 from specdec.kernels.flashinfer.pages import FixedBatch
 from specdec.kernels.flashinfer.planner import AttentionShape, Planner
 from specdec.kernels.flashinfer.transfer import pinned, upload
-from specdec.kernels.interface import AttentionMetadata, DecoderOutput, DecoderWeights
 
 Forward = Callable[[DecoderWeights, ForwardInputs, Tensor], DecoderOutput]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from specdec.kernels.interface import AttentionMetadata
+from specdec.kernels.data import AttentionMetadata
 
 
 @dataclass(frozen=True, slots=True)

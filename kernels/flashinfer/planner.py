@@ -13,9 +13,9 @@ from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 
+from specdec.kernels.data import AttentionMetadata
 from specdec.kernels.flashinfer.pages import PageTable
 from specdec.kernels.flashinfer.transfer import pinned, upload
-from specdec.kernels.interface import AttentionMetadata
 
 # Partial results of long contexts that are split over the GPU: heads * rows * D * 4 bytes, at most two tiles of rows
 # per multiprocessor and KV head. FlashInfer wants it zeroed before its first use.

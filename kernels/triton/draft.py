@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels import interface
+from specdec.kernels import data
 from specdec.kernels.triton.choose import Choice
 from specdec.kernels.triton.edits import edit_
 from specdec.kernels.triton.layout import CONFIDENCE, LAW, Batch
@@ -18,8 +18,8 @@ from specdec.kernels.triton.slots import UNFUSED, Tiling, drafted_slots, field, 
 from specdec.kernels.triton.softmax import Softmax, row_sum
 from specdec.kernels.triton.truncate import Truncation
 
-NOT_DRAFTED = tl.constexpr(interface.NOT_DRAFTED)
-NOT_FINITE = tl.constexpr(interface.NOT_FINITE)
+NOT_DRAFTED = tl.constexpr(data.NOT_DRAFTED)
+NOT_FINITE = tl.constexpr(data.NOT_FINITE)
 
 
 class Drawer:
@@ -35,7 +35,7 @@ class Drawer:
         """logits [B, V] fp32, which are spent -> batch.drafts[:, step], and the laws in draft_probs [Q, K', V].
 
         NOT_DRAFTED where the chain has ended, NOT_FINITE where it ends because logits are not finite. Unlike in
-        `Kernels.draft_chain` the others go on then.
+        `Backend.draft_chain` the others go on then.
         """
         slots = drafted_slots(self.batch, self.batch.drafts, step)
         edit_(logits, slots)

@@ -30,7 +30,7 @@ LANES = 256
 
 
 def edit_(logits: Tensor, slots: Slots) -> None:
-    """See `Kernels.edit_`; every active row, in place."""
+    """See `Backend.edit_`; every active row, in place."""
     assert logits.is_contiguous()
     grid, vocab_size = (slots.size * slots.steps,), logits.shape[-1]
     _add_biases[grid](logits, slots, vocab_size, LANES=LANES, **UNFUSED)

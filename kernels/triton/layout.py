@@ -15,14 +15,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.interface import (
+from specdec.kernels.data import (
     EXACT_MATCH,
     NOT_DRAFTED,
     TOKEN_REJECTION,
-    DraftSampling,
+    ChainSampling,
     LogitEdits,
     RowSampling,
-    Verification,
+    VerifyBatch,
 )
 
 # Fields of a sequence. ROW: of the logits, at step 0. FIRST, LAST: the steps, which are numbers of drafts before a row,
@@ -57,32 +57,32 @@ class Batch:
         self.words = torch.zeros_like(self._host, device=device, pin_memory=False)
         self.drafts = self.words[table.size : self._edits_at].view(size, num_drafts)  # [B, K], -1 padded
 
-    def pack_verification(
-        self, verification: Verification, first_rows: list[int], num_drafts: list[int] | None = None
-    ) -> None:
-        """first_rows [B]: of the logits that will be decided on. num_drafts [B]: given where the drafts are on the
-        device already, so that those of `verification` are not read."""
-        v = verification
-        counts = [len(drafts) for drafts in v.drafts] if num_drafts is None else num_drafts
+    def pack_verification(self, v: VerifyBatch, first_rows: list[int]) -> None:
+        """first_rows [B]: each sequence's first row of the logits that will be decided on. Drafts are packed where the
+        host knows them."""
         self._fill(v.rows, v.edits)
         self._put(ROW, first_rows)
-        self._put(LAST, counts)
+        self._put(LAST, v.drafts.counts)
         self._put(RULE, v.rules)
         self._put(LAW, [rule != EXACT_MATCH for rule in v.rules])
-        self._put(PROB_ROW, v.prob_rows)
-        if num_drafts is None:
-            self._put_drafts(v.drafts)
+        self._put(PROB_ROW, v.drafts.prob_rows)
+        if v.drafts.on_device is None:
+            self._put_drafts(v.drafts.token_ids)
         self._copy()
 
-    def pack_drafting(self, sampling: DraftSampling, counts: list[int]) -> None:
-        """counts [B]: the most drafts of each; row b of a step's logits is sequence b's."""
-        needed = zip(sampling.prob_rows, sampling.min_confidence)
+    def pack_drafting(self, sampling: ChainSampling, counts: list[int], prob_rows: list[int]) -> None:
+        """Row b of a step's logits will be sequence b's.
+
+        counts: [B], the most drafts of each sequence.
+        prob_rows: [B], where its drafts' distributions are kept, see `Drafts.prob_rows`.
+        """
+        needed = zip(prob_rows, sampling.min_confidence)
         self._fill(sampling.rows, sampling.edits)
         self._put(ROW, range(len(counts)))
         self._put(LAST, [count - 1 for count in counts])
         self._put(RULE, [EXACT_MATCH] * len(counts))
         self._put(LAW, [row >= 0 or confidence > 0 for row, confidence in needed])
-        self._put(PROB_ROW, sampling.prob_rows)
+        self._put(PROB_ROW, prob_rows)
         self._reals[CONFIDENCE.value, : len(counts)] = sampling.min_confidence
         self._put_drafts([])
         self._copy()

@@ -1,4 +1,4 @@
-"""The operations of `specdec.kernels.interface.Kernels` from logits on, by the Triton kernels."""
+"""The operations of `specdec.kernels.backend.Backend` from logits on, by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kernels.interface import GREEDY, LogitEdits, Residuals, RowSampling
+from specdec.kernels.data import GREEDY, LogitEdits, Residuals, RowSampling
 from specdec.kernels.triton import layout
 from specdec.kernels.triton.choose import Choice
 from specdec.kernels.triton.edits import edit_

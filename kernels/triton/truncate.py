@@ -46,7 +46,7 @@ class Truncation:
         self.unit = 2.0 ** (62 - tiling.vocab_size.bit_length())
 
     def run_(self, logits: Tensor, slots: Slots, *, cuts: bool) -> None:
-        """See `Kernels.truncate_`; every active row, in place. cuts: the rows' `RowSampling.cuts`; where nothing is cut
+        """See `Backend.truncate_`; every active row, in place. cuts: the rows' `RowSampling.cuts`; where nothing is cut
         there is nothing to search for, and these are most of the launches."""
         t = self.tiling
         t.check(logits)

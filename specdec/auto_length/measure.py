@@ -15,13 +15,13 @@ from specdec.cache.pages import allocate_kv_cache
 from specdec.config import MAX_SPECULATIVE_TOKENS, EngineConfig, SamplingParams, SpeculationParams
 from specdec.cost import CostTable
 from specdec.errors import RowsError
-from specdec.kernels.interface import HiddenRows
+from specdec.kernels.data import Drafts, HiddenRows
 from specdec.loading import Runtime
 from specdec.model.tokenizer import Tokenizer
 from specdec.request.sequence import Sequence
 from specdec.request.text import OutputText
 from specdec.step.commit import commit
-from specdec.step.draft import DraftResult, MTPDrafter, NoDrafter
+from specdec.step.draft import MTPDrafter, NoDrafter
 from specdec.step.scheduler import ScheduledSequence
 from specdec.step.verify import TargetVerifier
 
@@ -166,7 +166,7 @@ class Bench:
         if trial.part in ("target", "sampled"):
             temperature = 1.0 if trial.part == "sampled" else 0.0
             scheduled = self._scheduled(trial.num_sequences, 1, trial.rows - 1, temperature)
-            drafts = DraftResult([self._tokens(trial.rows - 1) for _ in scheduled], [-1] * len(scheduled))
+            drafts = Drafts.of([self._tokens(trial.rows - 1) for _ in scheduled])
             return lambda: commit(scheduled, self.verifier.verify(scheduled, drafts))
         num_pairs, num_drafts = (trial.rows, 1) if trial.part == "extend" else (1, trial.rows)
         scheduled = self._scheduled(trial.num_sequences, num_pairs, num_drafts)

@@ -1,6 +1,6 @@
 """What a request's parameters do to single logits, kept up with its tokens.
 
-`specdec.kernels.interface.LogitEdits` says what is done to a row, drafts before it included: the transform is the same
+`specdec.kernels.data.LogitEdits` says what is done to a row, drafts before it included: the transform is the same
 function of the context whether drafts led there or not.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from itertools import accumulate
 
 from specdec.config import SamplingParams
-from specdec.kernels.interface import LogitEdits
+from specdec.kernels.data import LogitEdits
 
 
 class RequestEdits:

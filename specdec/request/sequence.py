@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from specdec.config import SamplingParams, SpeculationParams
-from specdec.kernels.interface import HiddenRows, LogitEdits
+from specdec.kernels.data import HiddenRows, LogitEdits
 from specdec.request.logit_edits import RequestEdits
 from specdec.request.logprobs import TokenLogprobs
 from specdec.request.stats import SequenceStats

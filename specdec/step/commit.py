@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from specdec.errors import RowsError
-from specdec.kernels.interface import HiddenRows
+from specdec.kernels.data import HiddenRows
 from specdec.request.logprobs import TokenLogprobs
 from specdec.request.sequence import FinishReason, Sequence
 from specdec.step.scheduler import ScheduledSequence

@@ -1,20 +1,18 @@
 """Stage 2, draft: the MTP layer proposes tokens.
 
-Shapes: B scheduled sequences, K draft tokens (the most of any), V vocabulary, H hidden, T rows.
+Shapes: B scheduled sequences, K draft tokens (the most of any).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from specdec.config import Recycling
-from specdec.errors import ModelError, RowsError
-from specdec.kernels.interface import GREEDY, NOT_FINITE, DraftChain, DraftSampling
+from specdec.errors import RowsError
+from specdec.kernels.data import GREEDY, ChainSampling, DraftChain, Drafts
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.mtp import MTPLayer
 from specdec.request.seeds import Stream
@@ -23,48 +21,56 @@ from specdec.step.sampling import draft_stream, row_sampling
 from specdec.step.scheduler import ScheduledSequence
 
 
-@dataclass(frozen=True)
-class DraftResult:
-    """Drafts of all scheduled sequences, at most as many as each was scheduled for.
+class Drafter(Protocol):
+    """Proposes drafts; may write KV rows of uncommitted tokens, must not change a sequence.
 
-    draft_probs[prob_rows[b], i]: the law that draft i of sequence b was really drawn from. prob_rows[b] = -1: its
-    drafts are point masses, or its rule needs no laws. on_device [D, K]: where it is given, the ids of sequence b are
-    row device_rows[b] of it, padded, and draft_token_ids has as many zeros as there may be.
+    One of your own goes to `Engine.from_pretrained(..., drafter=...)`. Its drafts are verified like any others, so the
+    output stays the target's whatever it proposes; only how many tokens a step yields depends on it.
     """
 
-    draft_token_ids: list[list[int]]  # [B] of up to K
-    prob_rows: list[int]  # [B]
-    draft_probs: Tensor | None = None  # [Q, K, V]
-    on_device: Tensor | None = None
-    device_rows: list[int] = field(default_factory=list)  # [B]; -1: no drafts
+    def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
+        """Drafts of all scheduled sequences [B], in their order.
 
-    @classmethod
-    def nothing(cls, scheduled: Seq[ScheduledSequence]) -> DraftResult:
-        return cls([[] for _ in scheduled], [-1] * len(scheduled), device_rows=[-1] * len(scheduled))
-
-
-def check_finite(draft_token_ids: list[list[int]]) -> None:
-    """Raises RowsError of the sequences for which the MTP layer's logits were not finite."""
-    broken = [b for b, token_ids in enumerate(draft_token_ids) if NOT_FINITE in token_ids]
-    if broken:
-        raise RowsError(broken, ModelError.not_finite("the MTP layer"))
-
-
-class Drafter(Protocol):
-    """Proposes drafts; may write KV rows of uncommitted tokens, must not change a sequence."""
-
-    def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
-        """Up to `num_draft_tokens` drafts for each scheduled sequence; fewer only where its own
-        min_draft_confidence ended them."""
+        At most `num_draft_tokens` each, which is 0 for prompts that are still being computed. The tokens to go on from
+        are `sequence.token_ids`. `Drafts.of` makes the result from lists of token ids.
+        """
         ...
 
 
 class NoDrafter:
-    """For checkpoints without an MTP layer: never drafts."""
+    """The drafter of checkpoints without an MTP layer: never drafts."""
 
-    def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
+    def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
         assert all(s.num_draft_tokens == 0 for s in scheduled), "drafts were scheduled without a drafter"
-        return DraftResult.nothing(scheduled)
+        return Drafts.of([[] for _ in scheduled])
+
+
+class CheckedDrafter:
+    """Somebody else's drafter, whose drafts are checked before the target sees them."""
+
+    def __init__(self, drafter: Drafter, vocab_size: int) -> None:
+        self._drafter, self._vocab_size = drafter, vocab_size
+
+    def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
+        """Raises TypeError or ValueError for a result of another form, RowsError of the sequences whose drafts cannot
+        be used."""
+        drafts, name = self._drafter.draft(scheduled), type(self._drafter).__name__
+        if not isinstance(drafts, Drafts):
+            raise TypeError(f"{name}.draft gave {type(drafts).__name__}: return Drafts.of(...)")
+        if len(drafts.token_ids) != len(scheduled):
+            raise ValueError(f"{name}.draft gave drafts of {len(drafts.token_ids)} sequences, not of {len(scheduled)}")
+        for b, (s, token_ids) in enumerate(zip(scheduled, drafts.token_ids)):
+            if why := self._fault(s, token_ids):
+                raise RowsError([b], ValueError(f"{name} drafted {why}"))
+        return drafts
+
+    def _fault(self, s: ScheduledSequence, token_ids: list[int]) -> str:
+        if len(token_ids) > s.num_draft_tokens:
+            return f"{len(token_ids)} tokens, {s.num_draft_tokens} were asked for at the most"
+        for token in token_ids:
+            if not 0 <= token < self._vocab_size:
+                return f"token {token}, which is no token id of this model: 0 <= id < {self._vocab_size}"
+        return ""
 
 
 class MTPDrafter:
@@ -81,20 +87,15 @@ class MTPDrafter:
         self.target, self.mtp, self.page_size, self.recycling = target, mtp, page_size, recycling
         self.kv_cache = kv_cache.unsqueeze(0)
 
-    def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
-        result = DraftResult.nothing(scheduled)
+    def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
         extended = [b for b, s in enumerate(scheduled) if s.extends_mtp]
         if not extended:
-            return result
-        chain = self._chain([scheduled[b] for b in extended])
-        sampling = chain.sampling
-        drafts = self.mtp.decoder.draft_chain(self.target.head, chain)
-        for i, (b, token_ids) in enumerate(zip(extended, drafts.token_ids)):
-            result.draft_token_ids[b], result.device_rows[b] = token_ids, i
-            result.prob_rows[b] = -1 if sampling is None else sampling.prob_rows[i]
-        check_finite(result.draft_token_ids)
-        probs = None if sampling is None else sampling.probs
-        return replace(result, draft_probs=probs, on_device=drafts.on_device)
+            return Drafts.of([[] for _ in scheduled])
+        drafts = self.mtp.decoder.draft_chain(self.target.head, self._chain([scheduled[b] for b in extended]))
+        if len(extended) == len(scheduled):
+            return drafts
+        place = {b: i for i, b in enumerate(extended)}
+        return drafts.select([place.get(b, -1) for b in range(len(scheduled))])
 
     def _chain(self, scheduled: list[ScheduledSequence]) -> DraftChain:
         """The pending pairs, with true hidden states, and how many drafts follow the last one of each sequence."""
@@ -115,25 +116,18 @@ class MTPDrafter:
             sampling=self._sampling(scheduled),
         )
 
-    def _sampling(self, scheduled: list[ScheduledSequence]) -> DraftSampling | None:
-        """How the chain draws, and room for the laws that rejection rules need; None where it takes every argmax."""
+    def _sampling(self, scheduled: list[ScheduledSequence]) -> ChainSampling | None:
+        """How the chain draws; None where it takes every argmax."""
         sequences = [s.sequence for s in scheduled]
         streams = [draft_stream(s) for s in sequences]
         confidences = [s.speculation.min_draft_confidence for s in sequences]
         edits = [s.logit_edits for s in sequences]
         if not any(edits) and not any(confidences) and all(stream == GREEDY for stream in streams):
             return None
-        needed = [
-            stream == Stream.DRAFT and s.num_draft_tokens > 0 for stream, s in zip(streams, scheduled, strict=True)
-        ]
-        kernels, num_rows = self.target.kernels, sum(needed)
-        numbers = iter(range(num_rows))
-        dtype = torch.promote_types(kernels.activation_dtype, torch.float32)
-        shape = (num_rows, max(s.num_draft_tokens for s in scheduled), self.target.config.vocab_size)
-        return DraftSampling(
+        return ChainSampling(
             rows=row_sampling(sequences, streams),
             edits=edits,
             min_confidence=confidences,
-            probs=torch.empty(shape, dtype=dtype, device=kernels.device) if num_rows else None,
-            prob_rows=[next(numbers) if need else -1 for need in needed],
+            # Noise of their own means that a rejection rule decides, which needs to know what drafts were drawn from.
+            keep_probs=[stream == Stream.DRAFT and s.num_draft_tokens > 0 for stream, s in zip(streams, scheduled)],
         )

@@ -1,13 +1,13 @@
 """Which law a request's rows follow and which noise decides them: one description for target rows and draft rows.
 
-The kernels do the work (`specdec.kernels.interface.RowSampling`).
+The kernels do the work (`specdec.kernels.data.RowSampling`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from specdec.kernels.interface import GREEDY, RowSampling
+from specdec.kernels.data import GREEDY, RowSampling
 from specdec.request.seeds import Stream
 from specdec.request.sequence import Rule, Sequence
 

@@ -7,26 +7,30 @@ V vocabulary, H hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from specdec.errors import ModelError, RowsError
-from specdec.kernels.interface import (
+from specdec.kernels.data import (
     BLOCK_VERIFICATION,
     EXACT_MATCH,
+    NOT_FINITE,
     TOKEN_REJECTION,
+    Drafts,
     HiddenRows,
-    Verification,
     Verified,
+    VerifyBatch,
 )
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.request.logprobs import DecidedRows, TokenLogprobs, token_logprobs
 from specdec.request.sequence import Rule, Sequence
 from specdec.step.batch import Extend, ForwardBatch, build_batch
-from specdec.step.draft import DraftResult, check_finite
 from specdec.step.sampling import row_sampling, target_stream
 from specdec.step.scheduler import ScheduledSequence
+
+Item = TypeVar("Item")
 
 RULES: dict[Rule, int] = {
     "greedy": EXACT_MATCH,
@@ -38,79 +42,92 @@ RULES: dict[Rule, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TargetResult:
-    """output_token_ids[b]: what sequence b emits, its accepted drafts and one token more; empty where it does not
-    sample. logprobs[b]: of these tokens, where the request asks for them. hidden[b]: the target's hidden states of its
-    rows, the new tokens and then the drafts. draft_token_ids[b]: what was verified, known by now wherever it was made,
-    and perhaps less than there were rows for.
-    """
+    """What verification decided, of every scheduled sequence [B]."""
 
     output_token_ids: list[list[int]]
+    """What the sequence emits, its accepted drafts and one token more; empty where it does not sample."""
+    draft_token_ids: list[list[int]]
+    """What was verified, known by now wherever it was made, and perhaps less than there were rows for."""
+    hidden: list[HiddenRows]
+    """The target's hidden states of its rows, the new tokens and then the drafts."""
     logprobs: list[list[TokenLogprobs]]
-    hidden: list[HiddenRows]  # [B] of num_new_tokens + num_draft_tokens
-    draft_token_ids: list[list[int]] = field(default_factory=list)
+    """One per emitted token, where the request asks for them."""
 
 
 class TargetVerifier:
+    """Verifies with the target model."""
+
     def __init__(self, target: Glm4MoeForCausalLM, kv_cache: Tensor, page_size: int) -> None:
         self.target, self.kv_cache, self.page_size = target, kv_cache, page_size
 
-    def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
+    def verify(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> TargetResult:
+        """One forward over the new tokens and drafts [B] of all. Raises RowsError of the sequences whose logits, or
+        whose draft model's, are not finite."""
+        # 1) What the forward runs over, and what is to be decided after it: by those that sample in this step.
         batch = self._build_batch(scheduled, drafts)
         deciding = [b for b, s in enumerate(scheduled) if s.samples]
         sequences = [scheduled[b].sequence for b in deciding]
-        rules = [s.rule for s in sequences]
-        verification = Verification(
+        asked = VerifyBatch(
             first_rows=[batch.row_starts[b] + scheduled[b].num_new_tokens - 1 for b in deciding],
-            drafts=[drafts.draft_token_ids[b] for b in deciding],
-            rules=[RULES[rule] for rule in rules],
-            rows=row_sampling(sequences, [target_stream(rule) for rule in rules]),
+            drafts=drafts if len(deciding) == len(scheduled) else drafts.select(deciding),
+            rules=[RULES[s.rule] for s in sequences],
+            rows=row_sampling(sequences, [target_stream(s.rule) for s in sequences]),
             edits=[s.logit_edits for s in sequences],
-            prob_rows=[drafts.prob_rows[b] for b in deciding],
-            draft_probs=drafts.draft_probs,
-            drafts_on_device=drafts.on_device,
-            draft_rows=[] if drafts.on_device is None else [drafts.device_rows[b] for b in deciding],
             keep_logits=any(s.params.logprobs is not None for s in sequences),
         )
-        verified = self.target.verify(batch.input_ids, batch.metadata, self.kv_cache, verification)
-        output_token_ids: list[list[int]] = [[] for _ in scheduled]
-        draft_token_ids = drafts.draft_token_ids
-        if verified.draft_token_ids is not None:
-            draft_token_ids = [[] for _ in scheduled]
-            for b, draft_ids in zip(deciding, verified.draft_token_ids):
-                draft_token_ids[b] = draft_ids
-            check_finite(draft_token_ids)
-        for b, token_ids in zip(deciding, verified.token_ids):
-            output_token_ids[b] = token_ids
-        broken = [b for b in deciding if output_token_ids[b][-1] < 0]
-        if broken:
-            raise RowsError(broken, ModelError.not_finite("the target"))
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in scheduled]
-        if verification.keep_logits:
-            for b, found in zip(deciding, _logprobs(sequences, verification, verified)):
-                logprobs[b] = found
+        # 2) The backend's one call.
+        verified = self.target.verify(batch.input_ids, batch.metadata, self.kv_cache, asked)
+        _check_finite(deciding, verified)
+        # 3) Back from those that decide to all that were scheduled.
+        num = len(scheduled)
+        draft_token_ids = _spread(deciding, verified.draft_token_ids, num)
         spans = zip(batch.row_starts, scheduled, draft_token_ids)
-        hidden = [HiddenRows(verified.hidden, first, s.num_new_tokens + len(row)) for first, s, row in spans]
-        return TargetResult(output_token_ids, logprobs, hidden, draft_token_ids)
+        return TargetResult(
+            output_token_ids=_spread(deciding, verified.token_ids, num),
+            draft_token_ids=draft_token_ids,
+            hidden=[HiddenRows(verified.hidden, first, s.num_new_tokens + len(row)) for first, s, row in spans],
+            logprobs=_spread(deciding, _logprobs(sequences, asked, verified), num),
+        )
 
-    def _build_batch(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> ForwardBatch:
+    def _build_batch(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> ForwardBatch:
+        """Every sequence's new tokens, and after them room for its drafts, which the backend fills in."""
         extends = []
-        for s, draft_ids in zip(scheduled, drafts.draft_token_ids):
+        for s, count in zip(scheduled, drafts.counts):
             start = s.sequence.num_computed_tokens
             new = s.sequence.token_ids[start : start + s.num_new_tokens]
-            extends.append(Extend(new + draft_ids, start, s.sequence.page_table))
+            extends.append(Extend(new + [0] * count, start, s.sequence.page_table))
         return build_batch(extends, self.page_size)
 
 
-def _logprobs(sequences: list[Sequence], verification: Verification, verified: Verified) -> list[list[TokenLogprobs]]:
-    """Of each sequence's tokens; none where it does not ask."""
-    assert verified.raw is not None
-    assert verified.processed is not None
-    rows = [len(drafts) + 1 for drafts in verification.drafts]
-    laws = zip(verified.raw.split_with_sizes(rows), verified.processed.split_with_sizes(rows))
+def _spread(places: list[int], values: list[list[Item]], num: int) -> list[list[Item]]:
+    """[num] lists: those of `values` in their places, the others empty."""
+    if len(places) == num:
+        return values
+    spread: list[list[Item]] = [[] for _ in range(num)]
+    for b, value in zip(places, values):
+        spread[b] = value
+    return spread
+
+
+def _check_finite(deciding: list[int], verified: Verified) -> None:
+    for whose, broken in (
+        ("the MTP layer", [b for b, ids in zip(deciding, verified.draft_token_ids) if NOT_FINITE in ids]),
+        ("the target", [b for b, ids in zip(deciding, verified.token_ids) if ids[-1] < 0]),
+    ):
+        if broken:
+            raise RowsError(broken, ModelError.not_finite(whose))
+
+
+def _logprobs(sequences: list[Sequence], asked: VerifyBatch, verified: Verified) -> list[list[TokenLogprobs]]:
+    """Each sequence's tokens' log-probabilities; none where it does not ask."""
+    if verified.raw is None or verified.processed is None:
+        return [[] for _ in sequences]
+    rows = [count + 1 for count in asked.drafts.counts]
+    logits = zip(verified.raw.split_with_sizes(rows), verified.processed.split_with_sizes(rows))
     requests = []
-    for sequence, token_ids, (raw, processed) in zip(sequences, verified.token_ids, laws):
+    for sequence, token_ids, (raw, processed) in zip(sequences, verified.token_ids, logits):
         params = sequence.params
-        asked = [] if params.logprobs is None else token_ids
-        emitted = processed[: len(asked)] / (params.temperature or 1.0)
-        requests.append(DecidedRows(asked, raw, emitted, params.logprobs or 0))
+        wanted = [] if params.logprobs is None else token_ids
+        emitted = processed[: len(wanted)] / (params.temperature or 1.0)
+        requests.append(DecidedRows(wanted, raw, emitted, params.logprobs or 0))
     return token_logprobs(requests)

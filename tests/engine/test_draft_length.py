@@ -20,9 +20,9 @@ from specdec.auto_length.measure import cost_table, measure_costs, trials
 from specdec.auto_length.plan import best_lengths
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.cost import CostTable, StepTimes
+from specdec.kernels.data import Drafts
 from specdec.request.sequence import Sequence
 from specdec.step import batch
-from specdec.step.draft import DraftResult
 from specdec.step.draft_length import FixedDraftLength
 from specdec.step.scheduler import MAX_PENDING_PAIRS, ScheduledSequence
 from support.draft_simulation import BUNDLED, GPU, MEDIUM, Simulation, expected_rate
@@ -156,9 +156,9 @@ class Peeking:
     def __init__(self, drafter: object) -> None:
         self.drafter = drafter
 
-    def draft(self, scheduled: Seq[ScheduledSequence]) -> DraftResult:
+    def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
         result = self.drafter.draft(scheduled)
-        for token_ids in result.draft_token_ids:
+        for token_ids in result.token_ids:
             if 0 in token_ids:
                 del token_ids[token_ids.index(0) :]
         return result

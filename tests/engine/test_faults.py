@@ -24,7 +24,7 @@ from specdec.engine.core import EngineCore
 from specdec.engine.thread import EngineThread
 from specdec.eval.dev.faults import Fault, FaultPlan, InjectedError
 from specdec.eval.dev.soak import SoakOptions, make_cases, soak
-from specdec.kernels.interface import NOT_FINITE, Drafts
+from specdec.kernels.data import NOT_FINITE, Drafts
 from specdec.metrics.engine import EngineStats
 from specdec.request.sequence import Sequence
 from specdec.request.stats import SequenceStats
@@ -156,7 +156,7 @@ def test_logits_that_are_not_finite_end_their_own_request(
 
     def broken_chain(*args: Any) -> Any:
         extended = [s for s in scheduled if s.sequence.pending_hidden]
-        return Drafts([breaks(s, rows) for s, rows in zip(extended, chain(*args).token_ids)])
+        return Drafts.of([breaks(s, rows) for s, rows in zip(extended, chain(*args).token_ids)])
 
     monkeypatch.setattr(core.scheduler, "schedule", recording)
     if stage == "verify":

@@ -130,8 +130,8 @@ MUTANTS = {
     "plan before the last one was copied": Mutant(planner.Planner._next, "< NUM_IN_TURN", "< 1"),
     "drafts read at once": Mutant(
         chain.device_chain,
-        "Drafts([[0] * count for count in counts], draws.ids.clone())",
-        "Drafts([row[:n] for row, n in zip(draws.ids.tolist(), counts)])",
+        "Drafts(zeros, draws.prob_rows, draws.probs, draws.ids.clone(), list(range(len(counts))))",
+        "Drafts([row[:n] for row, n in zip(draws.ids.tolist(), counts)], draws.prob_rows, draws.probs)",
     ),
     "drafts not placed": Mutant(drafts.place_, "if places:", "if False:"),
     "drafts one row late": Mutant(drafts.place_, "first + 1 + i", "min(first + 2 + i, len(tokens) - 1)"),
@@ -149,7 +149,7 @@ MUTANTS = {
     ),
     "the wrong row goes on": Mutant(chain.device_chain, "ends[b] - 1", "max(ends[b] - 2, 0)"),
     "drafts at the position before": Mutant(
-        chain.device_chain, "metadata.kv_lens[b] + step", "metadata.kv_lens[b] + step - 1"
+        chain.device_chain, "one_more_row(metadata, active, step)", "one_more_row(metadata, active, step - 1)"
     ),
     "drafts of other sequences": Mutant(argmax.ArgmaxDraws.draw, "upload(active,", "upload(list(range(len(active))),"),
     "a sum in no fixed order": Mutant(
@@ -168,7 +168,10 @@ MUTANTS = {
         sampled=True,
     ),
     "laws of another row": Mutant(
-        sampled.decide, "v.draft_probs)", "None if v.draft_probs is None else v.draft_probs.flip(0))", sampled=True
+        sampled.decide,
+        "batch.drafts.probs)",
+        "None if batch.drafts.probs is None else batch.drafts.probs.flip(0))",
+        sampled=True,
     ),
     "logits of another sequence": Mutant(sampled.SampledDraws.draw, "places.get(b, 0)", "0", sampled=True),
     "uncapped counts": Mutant(

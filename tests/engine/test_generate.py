@@ -24,10 +24,11 @@ from specdec import (
     SpeculationParams,
 )
 from specdec.cache.pages import allocate_kv_cache
+from specdec.kernels.data import Drafts
 from specdec.kernels.reference import ReferenceKernels
 from specdec.model.layers import Decoder
 from specdec.step.batch import Extend, build_batch
-from specdec.step.draft import DraftResult, MTPDrafter
+from specdec.step.draft import MTPDrafter
 from specdec.step.scheduler import ScheduledSequence
 from support.fakes import (
     KERNELS,
@@ -579,7 +580,7 @@ def test_a_stream_dropped_in_the_middle_of_a_step_ends_after_it(
     del stream
     draft = MTPDrafter.draft
 
-    def dropping(self: MTPDrafter, scheduled: list[ScheduledSequence]) -> DraftResult:
+    def dropping(self: MTPDrafter, scheduled: list[ScheduledSequence]) -> Drafts:
         dropped.clear()
         return draft(self, scheduled)
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from specdec import SamplingParams, SpeculationParams
 from specdec.kernels import rules
-from specdec.kernels.interface import GREEDY, LogitEdits, Residuals, RowSampling
+from specdec.kernels.data import GREEDY, Drafts, LogitEdits, Residuals, RowSampling
 from specdec.kernels.rules import Proposal
 from specdec.request.seeds import Stream
 from specdec.step import draft
-from specdec.step.draft import DraftResult, MTPDrafter
+from specdec.step.draft import MTPDrafter
 from support.enumeration import (
     Context,
     Enumerator,
@@ -92,9 +92,9 @@ def test_chains_that_end_on_low_confidence_keep_the_law(tmp_path: Path, rule: st
         verified = engine.engine.core.verifier.verify
 
         def recording(
-            scheduled: object, drafts: DraftResult, lengths: set[int] = lengths, verified: object = verified
+            scheduled: object, drafts: Drafts, lengths: set[int] = lengths, verified: object = verified
         ) -> object:
-            lengths.update(map(len, drafts.draft_token_ids))
+            lengths.update(map(len, drafts.token_ids))
             return verified(scheduled, drafts)
 
         engine.engine.core.verifier.verify = recording
@@ -172,9 +172,9 @@ def wrong_q(patch: pytest.MonkeyPatch) -> None:
     """The law without the request's temperature."""
     drafted = MTPDrafter.draft
 
-    def flatter(self: MTPDrafter, scheduled: object) -> DraftResult:
+    def flatter(self: MTPDrafter, scheduled: object) -> Drafts:
         result = drafted(self, scheduled)
-        return result if result.draft_probs is None else replace(result, draft_probs=result.draft_probs.sqrt())
+        return result if result.probs is None else replace(result, probs=result.probs.sqrt())
 
     patch.setattr(MTPDrafter, "draft", flatter)
 
@@ -196,10 +196,10 @@ def first_failure_stop_in_block(patch: pytest.MonkeyPatch) -> None:
 def a_draft_dropped_for_its_own_low_q(patch: pytest.MonkeyPatch) -> None:
     drafted = MTPDrafter.draft
 
-    def dropping(self: MTPDrafter, scheduled: object) -> DraftResult:
+    def dropping(self: MTPDrafter, scheduled: object) -> Drafts:
         result = drafted(self, scheduled)
-        for ids, row in zip(result.draft_token_ids, result.prob_rows):
-            low = [i for i, d in enumerate(ids) if row >= 0 and result.draft_probs[row, i, d] < 0.4]
+        for ids, row in zip(result.token_ids, result.prob_rows):
+            low = [i for i, d in enumerate(ids) if row >= 0 and result.probs[row, i, d] < 0.4]
             del ids[low[0] if low else len(ids) :]
         return result
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.cache.pages import PagePool, allocate_kv_cache
 from specdec.config import SamplingParams, SpeculationParams
 from specdec.kernels import select
-from specdec.kernels.interface import HiddenRows
+from specdec.kernels.data import HiddenRows
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
 from specdec.request.sequence import Sequence
 from specdec.request.text import OutputText

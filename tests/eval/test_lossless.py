@@ -36,9 +36,9 @@ from specdec.eval.lossless.evidence import (
 )
 from specdec.eval.lossless.law import PlainTarget, edited_logits, truncated_probs
 from specdec.eval.lossless.plan import Combination, combinations, make_plan
-from specdec.kernels import composed, rules
+from specdec.kernels import rules, speculation
 from specdec.kernels.cpu import CpuKernels
-from specdec.kernels.interface import LogitEdits, Residuals
+from specdec.kernels.data import LogitEdits, Residuals
 from specdec.request.logit_edits import RequestEdits
 from support.fakes import KERNELS, tiny_config, write_checkpoint
 from support.laws import law_by_transformers
@@ -311,7 +311,7 @@ Breaker = Callable[[pytest.MonkeyPatch], None]
 
 def by_single_operations(patch: pytest.MonkeyPatch) -> None:
     """Verification by the rules in Python, where they can be broken."""
-    patch.setattr(CpuKernels, "verify", composed.verify)
+    patch.setattr(CpuKernels, "verify", speculation.verify)
 
 
 def residual_is_p(patch: pytest.MonkeyPatch) -> None:

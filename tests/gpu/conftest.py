@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.kernels import Kernels, select
+from specdec.kernels import AnyBackend, select
 from specdec.kernels.flashinfer.requirements import missing
 
 CUDA = torch.device("cuda")
@@ -25,5 +25,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def kernels() -> Any:
-    chosen: Kernels = select(CUDA, torch.bfloat16, "flashinfer")
+    chosen: AnyBackend = select(CUDA, torch.bfloat16, "flashinfer")
     return chosen

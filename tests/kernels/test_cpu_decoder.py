@@ -15,20 +15,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.kernels import AttentionMetadata, composed
+from specdec.kernels import AttentionMetadata, speculation
 from specdec.kernels.cpu import CpuKernels
-from specdec.kernels.interface import (
+from specdec.kernels.data import (
     BLOCK_VERIFICATION,
     EXACT_MATCH,
     GREEDY,
     NOT_FINITE,
     TOKEN_REJECTION,
+    ChainSampling,
     DraftChain,
-    DraftSampling,
+    Drafts,
     HiddenRows,
     LogitEdits,
-    Verification,
+    VerifyBatch,
 )
+from specdec.kernels.decoder import run_decoder
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
 from specdec.step.batch import Extend, ForwardBatch, build_batch
 from support.fakes import NEEDS_COMPILER, tiny_config, write_checkpoint
@@ -106,7 +108,7 @@ def test_a_decoder_is_its_operations_to_the_bit(model: LoadedModel, kv_dtype: to
                 torch.full((len(decoder.weights.layers), num, model.config.num_experts_per_tok), -1) for _ in range(2)
             ]
             ours = kernels.decode(decoder.prepared, batch.input_ids, hidden, batch.metadata, fused[layers], ids[0])
-            theirs = composed.decode(
+            theirs = run_decoder(
                 kernels, decoder.weights, batch.input_ids, hidden, batch.metadata, single[layers], ids[1]
             )
             assert torch.equal(ours.normed, theirs.normed)
@@ -150,7 +152,7 @@ def both_chains(model: LoadedModel, shape: Shape, **values: Any) -> list[DraftCh
     ]
 
 
-def assert_its_steps(model: LoadedModel, chains: list[DraftChain]) -> list[list[int]]:
+def assert_its_steps(model: LoadedModel, chains: list[DraftChain]) -> Drafts:
     """The chain as one call and as single operations: the same drafts, experts, caches and probabilities."""
     kernels, mtp = model.target.kernels, model.mtp
     assert mtp is not None
@@ -158,35 +160,36 @@ def assert_its_steps(model: LoadedModel, chains: list[DraftChain]) -> list[list[
     num_rows = len(chains[0].input_ids) + max(0, max(counts) - 1) * len(counts)
     ids = [torch.full((1, num_rows, model.config.num_experts_per_tok), -1) for _ in range(2)]
     ours = kernels.draft_chain(prepared, head, chains[0], ids[0])
-    theirs = composed.draft_chain(kernels, prepared, head, chains[1], ids[1])
-    assert ours == theirs
+    theirs = speculation.draft_chain(kernels, prepared, head, chains[1], ids[1])
+    assert ours.token_ids == theirs.token_ids
     assert torch.equal(*ids)
     assert torch.equal(chains[0].kv_cache, chains[1].kv_cache)
-    probs = [c.sampling.probs for c in chains if c.sampling is not None and c.sampling.probs is not None]
-    assert not probs or torch.equal(*probs)
-    return ours.token_ids
+    assert ours.prob_rows == theirs.prob_rows
+    assert (ours.probs is None) == (theirs.probs is None)
+    if ours.probs is not None:
+        torch.testing.assert_close(ours.probs, theirs.probs, rtol=0, atol=0, equal_nan=True)
+    return ours
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("recycle_unnormed", [False, True])
 def test_a_draft_chain_is_its_steps_to_the_bit(model: LoadedModel, recycle_unnormed: bool) -> None:
     for shape in SHAPES:
-        drafts = assert_its_steps(model, both_chains(model, shape, recycle_unnormed=recycle_unnormed))
+        drafts = assert_its_steps(model, both_chains(model, shape, recycle_unnormed=recycle_unnormed)).token_ids
         assert [len(row) for row in drafts] == shape[0]
         assert all(token >= 0 for row in drafts for token in row)
 
 
 def draft_sampling(
-    model: LoadedModel, num: int, steps: int, min_confidence: list[float], prob_rows: list[int], edited: bool = False
-) -> DraftSampling:
+    model: LoadedModel, num: int, min_confidence: list[float], keep_probs: list[bool], edited: bool = False
+) -> ChainSampling:
     """Greedy and noisy rows in turns, with every combination of cuts."""
-    held = max(prob_rows, default=-1) + 1
-    probs = torch.full((held, steps, model.config.vocab_size), -7.0) if held else None
     edits = [random_edits(model.config.vocab_size, seed=b) if edited and b % 3 else None for b in range(num)]
-    return DraftSampling(mixed_rows(num, [1, GREEDY, 0]), edits, min_confidence, probs, prob_rows)
+    return ChainSampling(mixed_rows(num, [1, GREEDY, 0]), edits, min_confidence, keep_probs)
 
 
 @torch.inference_mode()
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("edited", [False, True], ids=["plain", "edited"])
 @pytest.mark.parametrize("confident", [False, True], ids=["to the end", "while confident"])
 @pytest.mark.parametrize("with_probs", [False, True], ids=["ids only", "with laws"])
@@ -197,38 +200,42 @@ def test_a_sampled_draft_chain_is_its_steps_to_the_bit(
     for shape in SHAPES:
         counts, num = shape[0], len(shape[0])
         min_confidence = [[0.04, 0.0, 0.4, 0.08][b % 4] if confident else 0.0 for b in range(num)]
-        prob_rows = [b // 2 if b % 2 == 0 else -1 for b in reversed(range(num))] if with_probs else [-1] * num
-        both = [draft_sampling(model, num, max(counts) + 1, min_confidence, prob_rows, edited) for _ in range(2)]
+        keep_probs = [with_probs and b % 2 == 0 for b in reversed(range(num))]
+        both = [draft_sampling(model, num, min_confidence, keep_probs, edited) for _ in range(2)]
         chains = both_chains(model, shape, recycle_unnormed=confident, sampling=both)
         drafts = assert_its_steps(model, chains)
-        for row, count, least in zip(drafts, counts, min_confidence):
+        for row, count, least in zip(drafts.token_ids, counts, min_confidence):
             assert len(row) == count if least == 0 else len(row) <= count
-        ended += sum(counts) - sum(map(len, drafts))
-        if with_probs:
-            assert_laws(chains[0], drafts)
+        ended += sum(counts) - sum(drafts.counts)
+        if with_probs and max(counts) > 0:
+            assert_distributions(chains[0], drafts)
+        else:
+            assert drafts.probs is None
     assert (ended > 0) == confident
 
 
-def assert_laws(chain: DraftChain, drafts: list[list[int]]) -> None:
-    """One for each draft and for the one at which the confidence ended a chain; each draft is a token of its law."""
+def assert_distributions(chain: DraftChain, drafts: Drafts) -> None:
+    """One for each draft and for the one at which the confidence ended a chain; each draft is a token of its own."""
     assert chain.sampling is not None
-    assert chain.sampling.probs is not None
-    for row, least, count, ids in zip(chain.sampling.prob_rows, chain.sampling.min_confidence, chain.counts, drafts):
+    assert drafts.probs is not None
+    assert [row >= 0 for row in drafts.prob_rows] == chain.sampling.keep_probs
+    kept = zip(drafts.prob_rows, chain.sampling.min_confidence, chain.counts, drafts.token_ids)
+    for row, least, count, ids in kept:
         if row < 0:
             continue
-        for step, law in enumerate(chain.sampling.probs[row]):
+        for step, law in enumerate(drafts.probs[row]):
             if step < count and step <= len(ids):
                 assert abs(float(law.double().sum()) - 1) < 1e-6
                 assert (step < len(ids)) == (float(law.max()) >= least)
                 assert step == len(ids) or law[ids[step]] > 0
             else:
-                assert (law == -7).all()
+                assert law.isnan().all(), "fresh memory"
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_chain_ends_where_logits_are_not_finite(model: LoadedModel, sampled: bool) -> None:
-    both = [draft_sampling(model, 2, 3, [0.0, 0.5], [0, 1]) if sampled else None for _ in range(2)]
+    both = [draft_sampling(model, 2, [0.0, 0.5], [True, True]) if sampled else None for _ in range(2)]
     chains = both_chains(model, ([3, 2], [3, 4], [1, 2]), recycle_unnormed=False, sampling=both)
     chains[0].previous[1].tensor()[1, 0] = float("nan")  # both chains' start
     kernels, mtp = model.target.kernels, model.mtp
@@ -237,13 +244,13 @@ def test_a_chain_ends_where_logits_are_not_finite(model: LoadedModel, sampled: b
     assert drafts[1] == [NOT_FINITE]
     assert len(drafts[0]) == 1
     assert drafts[0][0] >= 0
-    assert drafts == composed.draft_chain(kernels, mtp.decoder.prepared, model.target.head, chains[1]).token_ids
+    assert drafts == speculation.draft_chain(kernels, mtp.decoder.prepared, model.target.head, chains[1]).token_ids
 
 
 RULES = [EXACT_MATCH, TOKEN_REJECTION, BLOCK_VERIFICATION]
 
 
-def verifications(model: LoadedModel, batch: ForwardBatch, seed: int, rules: list[int], edited: bool) -> Verification:
+def verifications(model: LoadedModel, batch: ForwardBatch, seed: int, rules: list[int], edited: bool) -> VerifyBatch:
     """Drafts that are often right: half of them the target's own choices, which decoding once has found out."""
     rng, vocab = random.Random(seed), model.config.vocab_size
     counts = [rng.randint(0, n - 1) for n in batch.metadata.query_lens]
@@ -253,14 +260,16 @@ def verifications(model: LoadedModel, batch: ForwardBatch, seed: int, rules: lis
     drawn = [rule != EXACT_MATCH and b % 4 != 1 for b, rule in enumerate(rule_of)]
     starts = zip(batch.row_starts, batch.metadata.query_lens, counts)
     rows = mixed_rows(num, [GREEDY, 0])
-    return Verification(
+    return VerifyBatch(
         first_rows=[start + n - 1 - k for start, n, k in starts],
-        drafts=[[int(q[b, i].argmax()) for i in range(k)] for b, k in enumerate(counts)],
+        drafts=Drafts(
+            [[int(q[b, i].argmax()) for i in range(k)] for b, k in enumerate(counts)],
+            prob_rows=[b if d else -1 for b, d in enumerate(drawn)],
+            probs=q if any(drawn) else None,
+        ),
         rules=rule_of,
         rows=rows if edited else replace(rows, top_k=[0] * num, top_p=[1.0] * num, min_p=[0.0] * num),
         edits=[random_edits(vocab, seed=b) if edited and b % 3 else None for b in range(num)],
-        prob_rows=[b if d else -1 for b, d in enumerate(drawn)],
-        draft_probs=q if any(drawn) else None,
         keep_logits=edited and seed % 2 == 0,
     )
 
@@ -284,18 +293,20 @@ def test_verification_is_its_operations_to_the_bit(model: LoadedModel, rules: li
         fused, single = caches(model, torch.float32)
         ours = kernels.verify(decoder.prepared, head, batch.input_ids, batch.metadata, fused, verification)
         if seed % 4 != 3:  # drafts that it accepts
-            for drafts, tokens in zip(verification.drafts, ours.token_ids):
+            for drafts, tokens in zip(verification.drafts.token_ids, ours.token_ids):
                 drafts[: len(tokens)] = tokens[: len(drafts)]
             ours = kernels.verify(decoder.prepared, head, batch.input_ids, batch.metadata, fused, verification)
-        theirs = composed.verify(kernels, decoder.prepared, head, batch.input_ids, batch.metadata, single, verification)
+        theirs = speculation.verify(
+            kernels, decoder.prepared, head, batch.input_ids, batch.metadata, single, verification
+        )
         assert ours.token_ids == theirs.token_ids
         assert torch.equal(ours.hidden, theirs.hidden)
         assert (ours.raw is not None) == (ours.processed is not None) == verification.keep_logits
         assert theirs.raw is None or torch.equal(ours.raw, theirs.raw)
-        emitted |= {(len(tokens), len(drafts)) for tokens, drafts in zip(ours.token_ids, verification.drafts)}
+        emitted |= {(len(tokens), len(drafts)) for tokens, drafts in zip(ours.token_ids, verification.drafts.token_ids)}
         if ours.processed is not None:
             first = 0
-            for tokens, drafts in zip(ours.token_ids, verification.drafts):
+            for tokens, drafts in zip(ours.token_ids, verification.drafts.token_ids):
                 rows = slice(first, first + len(tokens))
                 assert torch.equal(ours.processed[rows], theirs.processed[rows])
                 first += len(drafts) + 1
@@ -310,9 +321,8 @@ def test_verification_sees_logits_that_are_not_finite(model: LoadedModel) -> Non
         decoder(list(range(1, 4)), None, AttentionMetadata([3], [3], [table(0)], PAGE_SIZE), cache)
         for layer in cache[:-1]:
             layer[table(0)[0], 1, 0] = float("nan")  # a value that every later row sees
-        verification = Verification(
-            [0], [[5]], [rule], replace(mixed_rows(1, [stream]), top_k=[0], top_p=[1.0]), [None], [-1], None
-        )
+        rows = replace(mixed_rows(1, [stream]), top_k=[0], top_p=[1.0])
+        verification = VerifyBatch([0], Drafts.of([[5]]), [rule], rows, [None])
         metadata = AttentionMetadata([2], [5], [table(0)], PAGE_SIZE)
         verified = kernels.verify(decoder.prepared, head, [4, 5], metadata, cache, verification)
         assert verified.token_ids[0][-1] == -1
@@ -324,9 +334,9 @@ def test_no_draft_is_accepted_under_a_law_that_is_not_finite(model: LoadedModel,
     """Though the rows after it are: everything is banned before the first draft only."""
     kernels, decoder, head = model.target.kernels, model.target.decoder, model.target.head
     everything = LogitEdits(end_ids=array("q", range(model.config.vocab_size)), ends_banned=1)
-    verification = Verification([0], [[5, 6]], [rule], mixed_rows(1, [0]), [everything], [-1], None)
+    verification = VerifyBatch([0], Drafts.of([[5, 6]]), [rule], mixed_rows(1, [0]), [everything])
     metadata = AttentionMetadata([3], [3], [table(0)], PAGE_SIZE)
-    for verify in (kernels.verify, partial(composed.verify, kernels)):
+    for verify in (kernels.verify, partial(speculation.verify, kernels)):
         cache = caches(model, torch.float32)[0]
         verified = verify(decoder.prepared, head, [4, 5, 6], metadata, cache, verification)
         assert verified.token_ids == [[-1]]
@@ -339,7 +349,7 @@ def test_one_thread_pool_for_torch_and_the_kernels(first: str) -> None:
 import os, torch
 torch.set_num_threads(1)
 from specdec.kernels.cpu import CpuKernels
-from specdec.kernels.interface import DraftChain
+from specdec.kernels.data import DraftChain
 kernels, weight, x = CpuKernels(torch.float32), torch.ones(512, 512), torch.ones(64, 512)
 packed = kernels.pack(weight)
 def count(): return len(os.listdir("/proc/self/task"))

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
 
+from specdec.kernels.data import LogitEdits
 from specdec.kernels.flashinfer.kept import Kept
-from specdec.kernels.interface import LogitEdits
 from specdec.kernels.triton import Drawer, edit_words
 from support import flashinfer_fakes
 from support.flashinfer_fakes import FakeDevice

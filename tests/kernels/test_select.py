@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specdec.errors import KernelsUnavailableError, SpecdecWarning
-from specdec.kernels import Kernels, select
+from specdec.kernels import AnyBackend, select
 from specdec.kernels.flashinfer import requirements
 from specdec.loading import resolve_backend, resolve_device
 from support.fakes import NEEDS_COMPILER
@@ -30,7 +30,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(*arguments: object) -> tuple[str, str]:
-    kernels: Kernels = select(*arguments)  # type: ignore[arg-type]
+    kernels: AnyBackend = select(*arguments)  # type: ignore[arg-type]
     return kernels.name, kernels.device.type
 
 

@@ -17,7 +17,7 @@ from specdec import Engine, SamplingParams
 from specdec.cache.pages import allocate_kv_cache
 from specdec.config import EngineConfig
 from specdec.errors import SpecdecWarning
-from specdec.kernels import Kernels, select
+from specdec.kernels import AnyBackend, select
 from specdec.kernels.fp8 import E4M3, Fp8Kind, Fp8Matrix, fp8_linear
 from specdec.kernels.reference import ReferenceKernels
 from specdec.loading import load_runtime, open_checkpoint, weight_bytes
@@ -44,11 +44,11 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 MTP = "model.layers.2."
 
 
-def kernels(name: str = "reference", dtype: torch.dtype = torch.bfloat16) -> Kernels:
+def kernels(name: str = "reference", dtype: torch.dtype = torch.bfloat16) -> AnyBackend:
     return select(torch.device("cpu"), dtype, name, checkpoint_dtype=torch.bfloat16)
 
 
-def load(folder: Path, backend: Kernels | None = None) -> LoadedModel:
+def load(folder: Path, backend: AnyBackend | None = None) -> LoadedModel:
     return load_model(CheckpointIndex.open(folder), backend or kernels())
 
 

@@ -12,7 +12,7 @@ from specdec import SamplingParams, SpeculationParams
 from specdec.auto_length.controller import AutoDraftLength
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.cost import CostTable
-from specdec.kernels.interface import HiddenRows
+from specdec.kernels.data import HiddenRows
 from specdec.request.sequence import Sequence
 from specdec.request.text import OutputText
 from specdec.step.draft_length import DraftLength

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kernels import Kernels, select
-from specdec.kernels.interface import GREEDY, LogitEdits, Residuals, RowSampling
+from specdec.kernels import AnyBackend, select
+from specdec.kernels.data import GREEDY, LogitEdits, Residuals, RowSampling
 from specdec.kernels.reference import residual_law
 from support.fakes import randn
 
@@ -126,7 +126,7 @@ def check_truncated(ours: Tensor, logits: Tensor, expected: Tensor, doubtful: Te
     assert not ours.isnan().any()
 
 
-def check_rows_that_are_not_sound(kernels: Kernels, size: int) -> None:
+def check_rows_that_are_not_sound(kernels: AnyBackend, size: int) -> None:
     """They become NaN, and choose nothing."""
     logits = randn(9, size)
     for r, (bad, at) in enumerate([(NAN, 0), (NAN, size - 1), (INF, size // 2), (INF, size - 1)]):
@@ -182,7 +182,7 @@ def check_residual_samples(exact: Residuals, ids: list[int], uniforms: list[floa
         assert law[: token + 1].sum() >= target - slack
 
 
-def check_laws_that_are_not_finite(kernels: Kernels, size: int) -> None:
+def check_laws_that_are_not_finite(kernels: AnyBackend, size: int) -> None:
     """They have neither a sample nor a mass."""
     p, q = randn(4, size).softmax(-1), randn(1, size, seed=1).softmax(-1)
     p[0, 7], p[1, size - 1], p[2] = NAN, INF, NAN

@@ -10,7 +10,7 @@ import torch
 
 from specdec import SamplingParams, SpeculationParams
 from specdec.cache.pages import PagePool
-from specdec.kernels.interface import HiddenRows
+from specdec.kernels.data import HiddenRows
 from specdec.request.sequence import Sequence
 from specdec.step.commit import commit
 from specdec.step.scheduler import ScheduledSequence, Scheduler

@@ -1,4 +1,4 @@
-// The C interface: every operation of specdec.kernels.interface on plain pointers, fp32 activations.
+// The C interface: specdec.kernels.backend and specdec.kernels.operations on plain pointers, fp32 activations.
 //
 // A call splits its work among `threads` OpenMP threads in a way that changes no result. Arrays are dense and
 // row-major unless a stride is given (in elements).
@@ -112,7 +112,7 @@ void sd_attention(const Cache* cache, const Batch* batch, int64_t heads, const f
 
 void sd_decode(const Decoder* decoder, const Forward* forward, int32_t threads) { decode(*decoder, *forward, threads); }
 
-// See specdec.kernels.interface.Kernels.draft_chain
+// See specdec.kernels.backend.Backend.draft_chain
 void sd_draft_chain(const Decoder* decoder, const Matrix* head, const Chain* chain, int32_t threads) {
   draft_chain(*decoder, *head, *chain, threads);
 }
@@ -122,7 +122,7 @@ void sd_head_argmax(const Matrix* head, const float* x, int64_t rows, int64_t* i
   head_argmax(*head, {x, head->in, nullptr, rows}, ids, threads);
 }
 
-// See specdec.kernels.interface.Kernels.verify
+// See specdec.kernels.backend.Backend.verify
 void sd_verify(const Decoder* decoder, const Matrix* head, const Forward* forward, const Verification* verification,
                int32_t threads) {
   verify(*decoder, *head, *forward, *verification, threads);

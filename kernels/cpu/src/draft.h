@@ -8,7 +8,7 @@
 
 namespace specdec {
 
-constexpr int64_t NOT_DRAFTED = -1, NOT_FINITE = -2;  // as in specdec.kernels.interface
+constexpr int64_t NOT_DRAFTED = -1, NOT_FINITE = -2;  // as in specdec.kernels.data
 
 // Mirrored by specdec.kernels.cpu.native.DraftSampling.
 struct DraftSampling {

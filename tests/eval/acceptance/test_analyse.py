@@ -21,7 +21,7 @@ from specdec.eval.acceptance.plan import AcceptanceOptions, Cell
 from specdec.eval.acceptance.replay import Reader
 from specdec.eval.acceptance.run import with_exact_drafts
 from specdec.eval.prompts import load_stdlib
-from specdec.kernels.interface import HiddenRows
+from specdec.kernels.data import HiddenRows
 from specdec.step.draft import MTPDrafter
 from support.enumeration import Enumerator, RandomModel, RandomPath
 from support.fakes import NEEDS_COMPILER

@@ -16,7 +16,6 @@ from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.eval.acceptance import replay
 from specdec.eval.acceptance.analyse import Completion, Drawing, analyse, laws_of, softmax
 from specdec.eval.acceptance.replay import Context, Reader
-from specdec.kernels import composed
 from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.rules import Proposal, verify_by_rejection
 from support.fakes import KERNELS, NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
@@ -80,7 +79,7 @@ def generate_and_watch(
         return verify_by_rejection(kernels, p, q, proposals)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CpuKernels, "verify", composed.verify)
+        patch.setattr(CpuKernels, "verify", speculation.verify)
         patch.setattr(specdec.kernels.rules, "verify_by_rejection", watching)
         return generate(engine, speculation, 0.8), seen
 

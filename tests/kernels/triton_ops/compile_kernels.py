@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from specdec.kernels.interface import BLOCK_VERIFICATION, TOKEN_REJECTION, Verification
+from specdec.kernels.data import BLOCK_VERIFICATION, TOKEN_REJECTION, Drafts, VerifyBatch
 from specdec.kernels.triton import Batch, Decider, Drawer, TritonSampling
 from support.sampled_rows import random_edits, sampling
 
@@ -33,18 +33,16 @@ def launches() -> list[Launch]:
 
     JITFunction.run = run
     decider = Decider(Batch(B, K, CPU, edit_words=1000), V)
-    verification = Verification(
+    verification = VerifyBatch(
         first_rows=[0, K + 1],
-        drafts=[[1, 2, 3], [4]],
+        drafts=Drafts([[1, 2, 3], [4]], [0, -1], torch.zeros(1, K, V)),
         rules=[TOKEN_REJECTION, BLOCK_VERIFICATION],
         rows=sampling(B, top_p=0.9),
         edits=[random_edits(50, 1), None],
-        prob_rows=[0, -1],
-        draft_probs=torch.zeros(1, K, V),
     )
     decider.batch.pack_verification(verification, verification.first_rows)
-    decider.decide(torch.zeros(B * (K + 1), V), decider.batch.drafts, verification.draft_probs)
-    Drawer(decider.batch, V).draw(torch.zeros(B, V), 1, verification.draft_probs)
+    decider.decide(torch.zeros(B * (K + 1), V), decider.batch.drafts, verification.drafts.probs)
+    Drawer(decider.batch, V).draw(torch.zeros(B, V), 1, verification.drafts.probs)
     kernels = TritonSampling()
     kernels.device = CPU
     kernels.uniforms([1, 2], 2, [3, 4], [5, 6])

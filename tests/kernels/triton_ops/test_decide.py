@@ -11,15 +11,16 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specdec.kernels import composed
-from specdec.kernels.interface import (
+from specdec.kernels import speculation
+from specdec.kernels.data import (
     BLOCK_VERIFICATION,
     EXACT_MATCH,
     GREEDY,
     TOKEN_REJECTION,
     AttentionMetadata,
     DecoderOutput,
-    Verification,
+    Drafts,
+    VerifyBatch,
 )
 from specdec.kernels.reference import ReferenceKernels
 from specdec.kernels.triton import Batch, Decider, edit_words
@@ -49,14 +50,14 @@ class GivenLogits(ReferenceKernels):
         return x
 
 
-def composed_tokens(logits: Tensor, v: Verification) -> list[list[int]]:
+def composed_tokens(logits: Tensor, v: VerifyBatch) -> list[list[int]]:
     nothing: Any = None
-    return composed.verify(
+    return speculation.verify(
         GivenLogits(logits), nothing, nothing, [], AttentionMetadata([], [], [], 16), nothing, v
     ).token_ids
 
 
-def random_step(vocab_size: int, num: int, seed: int) -> tuple[Tensor, Verification]:
+def random_step(vocab_size: int, num: int, seed: int) -> tuple[Tensor, VerifyBatch]:
     """Drafts of all lengths that are likely to be right, every rule, laws and point masses, edits, cuts, and here and
     there a row that is not sound. The rows lie with gaps between the sequences."""
     rng = random.Random(seed)
@@ -83,36 +84,33 @@ def random_step(vocab_size: int, num: int, seed: int) -> tuple[Tensor, Verificat
     if seed % 2:
         bad = firsts[rng.randrange(num)]
         logits[bad, rng.randrange(vocab_size)] = rng.choice([NAN, INF])
-    verification = Verification(
+    verification = VerifyBatch(
         first_rows=firsts,
-        drafts=drafts,
+        drafts=Drafts(drafts, [rng.choice([-1, b]) if rule != EXACT_MATCH else -1 for b, rule in enumerate(rules)], q),
         rules=rules,
         rows=law,
         edits=[random_edits(vocab_size, rng.randrange(1000)) if rng.random() < 0.5 else None for _ in range(num)],
-        prob_rows=[rng.choice([-1, b]) if rule != EXACT_MATCH else -1 for b, rule in enumerate(rules)],
-        draft_probs=q,
     )
     return logits, verification
 
 
-def packed_rows(logits: Tensor, v: Verification) -> tuple[Tensor, list[int]]:
+def packed_rows(logits: Tensor, v: VerifyBatch) -> tuple[Tensor, list[int]]:
     """The rows that decide, in another order than the sequences'; and where each sequence's begin."""
-    order = list(reversed(range(len(v.drafts))))
+    order = list(reversed(range(len(v.rules))))
     rows, firsts = [], [0] * len(order)
     for b in order:
         firsts[b] = len(rows)
-        rows += [v.first_rows[b] + i for i in range(len(v.drafts[b]) + 1)]
+        rows += [v.first_rows[b] + i for i in range(v.drafts.counts[b] + 1)]
     return logits[rows], firsts
 
 
-def decided(decider: Decider, logits: Tensor, v: Verification) -> list[list[int]]:
+def decided(decider: Decider, logits: Tensor, v: VerifyBatch) -> list[list[int]]:
     rows, firsts = packed_rows(logits, v)
     device = decider.batch.device
     decider.batch.pack_verification(v, firsts)
-    result = decider.decide(
-        rows.to(device), decider.batch.drafts, None if v.draft_probs is None else v.draft_probs.to(device)
-    )
-    num = len(v.drafts)
+    probs = v.drafts.probs
+    result = decider.decide(rows.to(device), decider.batch.drafts, None if probs is None else probs.to(device))
+    num = len(v.rules)
     assert (result.token_ids[num:] == -1).all()
     assert (result.num_accepted[num:] == 0).all()
     for n, row in zip(result.num_accepted.tolist(), result.token_ids.tolist()):
@@ -143,16 +141,14 @@ def test_decisions_across_tiles_and_of_tiny_vocabularies(
     decider = Decider(Batch(num, NUM_DRAFTS, device), vocab_size)
     assert decided(decider, logits, v) == composed_tokens(logits, v)
     for b in range(num):  # alone
-        one = Verification(
-            [v.first_rows[b]], [v.drafts[b]], [v.rules[b]], v.rows.select([b]), [None], [v.prob_rows[b]], v.draft_probs
-        )
+        one = VerifyBatch([v.first_rows[b]], v.drafts.select([b]), [v.rules[b]], v.rows.select([b]), [None])
         alone = Decider(Batch(1, NUM_DRAFTS, device), vocab_size)
         assert decided(alone, logits, one) == [composed_tokens(logits, v)[b]]
 
 
 def test_without_drafts(device: torch.device) -> None:
     logits, v = random_step(40, 3, 0)
-    v.drafts, v.draft_probs, v.prob_rows = [[], [], []], None, [-1] * 3
+    v.drafts = Drafts.of([[], [], []])
     decider = Decider(Batch(4, 0, device, edit_words=2000), 40)
     decider.batch.pack_verification(v, v.first_rows)
     expected = composed_tokens(logits, v)
@@ -169,7 +165,7 @@ def test_each_position_has_a_uniform_of_its_own(device: torch.device) -> None:
             logits[b * (NUM_DRAFTS + 1) + i, draft] = 1.0
     rules = [TOKEN_REJECTION, BLOCK_VERIFICATION] * (num // 2)
     firsts = [b * (NUM_DRAFTS + 1) for b in range(num)]
-    v = Verification(firsts, drafts, rules, sampling(num), [None] * num, [-1] * num, None)
+    v = VerifyBatch(firsts, Drafts.of(drafts), rules, sampling(num), [None] * num)
     expected = composed_tokens(logits, v)
     decider = Decider(Batch(num, NUM_DRAFTS, device), 3)
     decider.batch.pack_verification(v, firsts)
@@ -181,17 +177,19 @@ def test_each_position_has_a_uniform_of_its_own(device: torch.device) -> None:
 def test_drafts_on_the_device_end_where_they_or_their_counts_do(device: torch.device, by: str) -> None:
     logits, v = random_step(40, SIZE, 4)
     expected = composed_tokens(logits, v)
-    counts = [NUM_DRAFTS] * SIZE if by == "drafts" else [len(row) for row in v.drafts]
+    counts = [NUM_DRAFTS] * SIZE if by == "drafts" else v.drafts.counts
     drafts = torch.full((SIZE, NUM_DRAFTS), -1)
-    for row, given, tokens in zip(drafts, v.drafts, expected):
+    for row, given, tokens in zip(drafts, v.drafts.token_ids, expected):
         row[: len(given)] = torch.tensor(given, dtype=torch.int64)
         if by == "counts":
             row[len(given) :] = tokens[-1]  # a draft that would be accepted
     decider = Decider(Batch(SIZE, NUM_DRAFTS, device, edit_words=2000), 40)
-    v.drafts = [[]] * SIZE
-    decider.batch.pack_verification(v, v.first_rows, counts)
-    assert v.draft_probs is not None
-    result = decider.decide(logits.to(device), drafts.to(device), v.draft_probs.to(device))
+    assert v.drafts.probs is not None
+    probs = v.drafts.probs.to(device)
+    zeros = [[0] * count for count in counts]
+    v.drafts = Drafts(zeros, v.drafts.prob_rows, probs, drafts.to(device), list(range(SIZE)))
+    decider.batch.pack_verification(v, v.first_rows)
+    result = decider.decide(logits.to(device), drafts.to(device), probs)
     assert result.tolist() == expected
 
 

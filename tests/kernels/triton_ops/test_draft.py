@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.kernels import composed
-from specdec.kernels.interface import (
+from specdec.kernels import speculation
+from specdec.kernels.data import (
     NOT_DRAFTED,
     NOT_FINITE,
     AttentionMetadata,
+    ChainSampling,
     DecoderOutput,
     DraftChain,
-    DraftSampling,
+    Drafts,
     HiddenRows,
+    room_for_probs,
 )
 from specdec.kernels.reference import ReferenceKernels
 from specdec.kernels.triton import Batch, Drawer
@@ -48,7 +50,7 @@ class GivenChain(ReferenceKernels):
         return self.logits[self.step, x[:, 0].long()]
 
 
-def composed_chain(logits: Tensor, sampling: DraftSampling) -> list[list[int]]:
+def composed_chain(logits: Tensor, sampling: ChainSampling) -> Drafts:
     hidden = torch.arange(NUM, dtype=torch.float32)[:, None]
     chain = DraftChain(
         input_ids=[0] * NUM,
@@ -59,33 +61,31 @@ def composed_chain(logits: Tensor, sampling: DraftSampling) -> list[list[int]]:
         recycle_unnormed=False,
         sampling=sampling,
     )
-    return composed.draft_chain(GivenChain(logits), None, None, chain).token_ids
+    return speculation.draft_chain(GivenChain(logits), None, None, chain)
 
 
-def drawn(drawer: Drawer, logits: Tensor, sampling: DraftSampling) -> list[list[int]]:
-    batch, probs = drawer.batch, sampling.probs
-    on_device = None if probs is None else probs.to(batch.device)
-    batch.pack_drafting(sampling, COUNTS)
+def drawn(drawer: Drawer, logits: Tensor, sampling: ChainSampling) -> Drafts:
+    batch = drawer.batch
+    probs, prob_rows = room_for_probs(sampling.keep_probs, STEPS, logits.shape[-1], torch.float32, batch.device)
+    batch.pack_drafting(sampling, COUNTS, prob_rows)
     for step, rows in enumerate(logits):
         padding = torch.full((batch.size - NUM, rows.shape[1]), float("nan"))
-        drawer.draw(torch.cat([rows, padding]).to(batch.device), step, on_device)
-    if probs is not None and on_device is not None:
-        probs.copy_(on_device)
+        drawer.draw(torch.cat([rows, padding]).to(batch.device), step, probs)
     drafts = batch.drafts.tolist()
     assert drafts[NUM:] == [[NOT_DRAFTED] * STEPS] * (batch.size - NUM)
     for row in drafts:
         ended = next((i for i, token in enumerate(row) if token < 0), STEPS)
         assert row[ended + 1 :] == [NOT_DRAFTED] * (STEPS - ended - 1), "a chain that has ended goes on"
-    return [[token for token in row if token != NOT_DRAFTED] for row in drafts[:NUM]]
+    token_ids = [[token for token in row if token != NOT_DRAFTED] for row in drafts[:NUM]]
+    return Drafts(token_ids, prob_rows, None if probs is None else probs.cpu())
 
 
-def draft_sampling(vocab_size: int, seed: int) -> DraftSampling:
-    return DraftSampling(
+def draft_sampling(vocab_size: int, seed: int) -> ChainSampling:
+    return ChainSampling(
         rows=mixed_rows(NUM, [1, -1, 0]),
         edits=[random_edits(vocab_size, seed + b) if b % 2 else None for b in range(NUM)],
         min_confidence=[0.0, 0.0, 0.6, 0.5, 0.0, 0.4, 0.0],
-        probs=torch.full((3, STEPS, vocab_size), 7.0),
-        prob_rows=[1, -1, -1, 0, -1, 2, -1],
+        keep_probs=[True, False, False, True, False, True, False],
     )
 
 
@@ -96,14 +96,14 @@ def test_drafts_and_laws_are_the_composed_ones(device: torch.device, vocab_size:
     ended = 0
     for seed in range(2 if vocab_size == 40 else 1):
         logits = 3 * randn(STEPS, NUM, vocab_size, seed=seed)
-        ours, expected = draft_sampling(vocab_size, seed), draft_sampling(vocab_size, seed)
-        drafts = composed_chain(logits, expected)
-        assert drawn(drawer, logits, ours) == drafts
+        sampling = draft_sampling(vocab_size, seed)
+        ours, expected = drawn(drawer, logits, sampling), composed_chain(logits, sampling)
+        assert ours.token_ids == expected.token_ids
+        assert ours.prob_rows == expected.prob_rows
         assert ours.probs is not None
         assert expected.probs is not None
-        assert torch.equal(ours.probs == 7.0, expected.probs == 7.0)
-        torch.testing.assert_close(ours.probs, expected.probs, rtol=1e-5, atol=0)
-        ended += sum(len(row) < count for row, count in zip(drafts, COUNTS))
+        torch.testing.assert_close(ours.probs, expected.probs, rtol=1e-5, atol=0, equal_nan=True)  # fresh memory is NaN
+        ended += sum(number < count for number, count in zip(expected.counts, COUNTS))
     assert ended > 0, "no chain was ended by its confidence"
 
 
@@ -112,8 +112,8 @@ def test_logits_that_are_not_finite_end_their_own_chain(device: torch.device) ->
     sampling = draft_sampling(40, 0)
     sampling.min_confidence = [0.0] * NUM
     sampling.edits = [None] * NUM
-    sound = composed_chain(logits, sampling)
+    sound = composed_chain(logits, sampling).token_ids
     logits[1, 5] = float("nan")
-    drafts = drawn(Drawer(Batch(NUM, STEPS, device), 40), logits, sampling)
+    drafts = drawn(Drawer(Batch(NUM, STEPS, device), 40), logits, sampling).token_ids
     assert drafts[5] == [sound[5][0], NOT_FINITE]
     assert drafts[:5] + drafts[6:] == sound[:5] + sound[6:]

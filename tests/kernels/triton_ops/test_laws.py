@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.interface import BLOCK_VERIFICATION, TOKEN_REJECTION, Residuals, Verification
+from specdec.kernels.data import BLOCK_VERIFICATION, TOKEN_REJECTION, Drafts, Residuals, VerifyBatch
 from specdec.kernels.reference import residual_law
 from specdec.kernels.triton import Batch, Decider, rules
 from support.enumeration import Context, Law, RandomModel, completed, distance, target_law
@@ -51,18 +51,20 @@ def emitted(
     logits = torch.stack([TARGET.logits(c) for c in contexts]).float()
     q = torch.stack([DRAFT.logits(c) for c in contexts]).softmax(-1).float().view(-1, K + 1, V)[:, :K].contiguous()
     num = len(paths)
-    verification = Verification(
+    verification = VerifyBatch(
         first_rows=[n * (K + 1) for n in range(num)],
-        drafts=[list(drafts) for drafts, _ in paths],
+        drafts=Drafts(
+            [list(drafts) for drafts, _ in paths],
+            list(range(num)) if sampled else [-1] * num,
+            q if sampled else None,
+        ),
         rules=[rule] * num,
         rows=sampling(num, seeds=[seed for _, seed in paths], positions=[5] * num),
         edits=[None] * num,
-        prob_rows=list(range(num)) if sampled else [-1] * num,
-        draft_probs=q if sampled else None,
     )
     decider = Decider(Batch(num, K, torch.device("cpu")), V)
     decider.batch.pack_verification(verification, verification.first_rows)
-    tokens = decider.emit(logits, decider.batch.drafts, verification.draft_probs).tolist()
+    tokens = decider.emit(logits, decider.batch.drafts, verification.drafts.probs).tolist()
     p_rows, q_rows, excluded, _ = decider._final_laws.tolist()
     laws = Residuals(logits, p_rows, decider._final_scales.tolist(), q.flatten(0, 1), q_rows, excluded)
     return tokens, list(logits.view(num, K + 1, V)), laws

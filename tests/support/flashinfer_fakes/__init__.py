@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 from specdec import Engine
-from specdec.kernels import composed
+from specdec.kernels import speculation
 from specdec.kernels.flashinfer.backend import FlashInferKernels
 from specdec.kernels.flashinfer.experts import Experts, FusedExperts
 from specdec.kernels.reference import ReferenceKernels
@@ -59,7 +59,7 @@ def break_norm(engine: Engine, of: str) -> str:
 
 def decide_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same forwards, but drafts and decisions of the composed path over the reference's operations."""
-    monkeypatch.setattr(FlashInferKernels, "draft_chain", composed.draft_chain)
-    monkeypatch.setattr(FlashInferKernels, "verify", composed.verify)
+    monkeypatch.setattr(FlashInferKernels, "draft_chain", speculation.draft_chain)
+    monkeypatch.setattr(FlashInferKernels, "verify", speculation.verify)
     for name in OPERATIONS:
         monkeypatch.setattr(FlashInferKernels, name, getattr(ReferenceKernels, name))
