@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix
+from specdec.kernels.progress import Progress, silent
 
 
 @dataclass(eq=False, slots=True)
@@ -520,8 +521,9 @@ class CapturesGraphs(Protocol):
         max_num_seqs: int,
         draft_lengths: list[int],
         max_model_len: int,
+        progress: Progress = silent,
     ) -> None:
         """Prepared decoders; kv_cache with the backend's scratch pages, its last layer the MTP layer's if there is
         one. What decodes up to max_num_seqs sequences with no drafts, or up to one of draft_lengths each, is replayed
-        from then on, everything else runs as before."""
+        from then on, everything else runs as before. `progress` hears of each graph."""
         ...
