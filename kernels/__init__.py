@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from specdec.kernels.backend import AnyBackend
 from specdec.kernels.data import AttentionMetadata, DecoderOutput, RoutingConfig
 from specdec.kernels.errors import KernelsUnavailableError, SpecdecWarning
+from specdec.kernels.progress import Progress, silent
 from specdec.kernels.reference import ReferenceKernels
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "check_name",
     "select",
 ]
+
+log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpu", "flashinfer")
 
@@ -38,46 +42,60 @@ def select(
     dtype: torch.dtype | None,
     requested: str = "auto",
     checkpoint_dtype: torch.dtype = torch.float32,
+    *,
+    progress: Progress = silent,
 ) -> AnyBackend:
     """The backend for `device` with matrices in `dtype`; `requested` is one of `BACKENDS`.
 
     dtype None leaves it to the backend: float32; bfloat16 on CUDA, and where it computes in float32 all the same and
     the checkpoint has no more. "auto" is the C++ backend on a CPU with a compiler, FlashInfer in bfloat16 on CUDA, else
     the reference, with a SpecdecWarning. What was asked for by name is used or refused, never replaced. int8 quantises
-    the checkpoint's matrices as they are loaded, for the C++ backend only.
+    the checkpoint's matrices as they are loaded, for the C++ backend only. `progress` hears of a compilation.
 
     Raises ValueError for an unknown name or a dtype that the backend does not store,
     KernelsUnavailableError where it cannot run.
     """
     check_name(requested)
-    fits = dtype in (None, torch.bfloat16) if device.type == "cuda" else _fits_cpu(device, dtype)
-    fast = {"cpu": "cpu", "cuda": "flashinfer"}.get(device.type)
-    chosen = fast if requested == "auto" and fits else requested
+    chosen = _fast(device, dtype) if requested == "auto" else requested
     try:
         if chosen == "cpu":
-            return _cpu_kernels(device, dtype, checkpoint_dtype)
+            return _cpu_kernels(device, dtype, checkpoint_dtype, progress)
         if chosen == "flashinfer":
             return _flashinfer_kernels(device, dtype)
     except KernelsUnavailableError as error:
         if requested != "auto" or dtype == torch.int8:
             raise
+        log.info("auto: not %s because %s", chosen, error)
         warnings.warn(f"using the slow reference kernels: {error}", SpecdecWarning, stacklevel=2)
     if dtype == torch.int8:
         raise ValueError("dtype = int8 needs kernels = 'cpu': the reference kernels do not quantise")
     return ReferenceKernels(device, torch.float32 if dtype is None else dtype)
 
 
-def _fits_cpu(device: torch.device, dtype: torch.dtype | None) -> bool:
-    return device.type == "cpu" and dtype in (None, torch.float32, torch.bfloat16, torch.int8)
+_FAST: dict[str, tuple[str, tuple[torch.dtype | None, ...]]] = {
+    "cpu": ("cpu", (None, torch.float32, torch.bfloat16, torch.int8)),
+    "cuda": ("flashinfer", (None, torch.bfloat16)),
+}
 
 
-def _cpu_kernels(device: torch.device, dtype: torch.dtype | None, checkpoint_dtype: torch.dtype) -> AnyBackend:
+def _fast(device: torch.device, dtype: torch.dtype | None) -> str:
+    """The device's own backend where it stores `dtype`, else the reference."""
+    name, dtypes = _FAST.get(device.type, ("reference", (dtype,)))
+    if dtype in dtypes:
+        return name
+    log.info("auto: not %s because it does not store %s", name, dtype)
+    return "reference"
+
+
+def _cpu_kernels(
+    device: torch.device, dtype: torch.dtype | None, checkpoint_dtype: torch.dtype, progress: Progress
+) -> AnyBackend:
     if device.type != "cpu":
         raise KernelsUnavailableError(f"kernels = 'cpu' run on the CPU, not on device = {str(device)!r}")
     from specdec.kernels.cpu import CpuKernels
 
     stored = torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float32
-    return CpuKernels(stored if dtype is None else dtype, load_dtype=stored)
+    return CpuKernels(stored if dtype is None else dtype, load_dtype=stored, progress=progress)
 
 
 def _flashinfer_kernels(device: torch.device, dtype: torch.dtype | None) -> AnyBackend:

@@ -7,6 +7,7 @@ the weights plus that.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from specdec.kernels import AnyBackend
 from specdec.kernels.fp8 import E4M3
+from specdec.kernels.progress import Progress, silent, tracked
 from specdec.model.config import Glm4MoeConfig, load_config, read_json
 from specdec.model.errors import CheckpointError
 from specdec.model.fp8 import scaled_modules, store_fp8
@@ -25,6 +27,8 @@ from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.layers import Experts, Matrices, RotaryEmbedding, iter_slots
 from specdec.model.mtp import MTPLayer
 from specdec.model.quantization import SCALE_SUFFIX, SUPPORTED
+
+log = logging.getLogger(__name__)
 
 REMAP_BYTES = 16 * 2**20
 INDEX_NAME = "model.safetensors.index.json"
@@ -76,17 +80,21 @@ def build_model(config: Glm4MoeConfig, kernels: AnyBackend, *, with_mtp: bool) -
     return LoadedModel(config, target, MTPLayer(config, kernels) if with_mtp else None)
 
 
-def load_model(index: CheckpointIndex, kernels: AnyBackend, *, max_model_len: int | None = None) -> LoadedModel:
-    """Builds and fills a checkpoint's model. Raises CheckpointError naming the tensor or file at fault."""
+def load_model(
+    index: CheckpointIndex, kernels: AnyBackend, *, max_model_len: int | None = None, progress: Progress = silent
+) -> LoadedModel:
+    """Builds and fills a checkpoint's model. Raises CheckpointError naming the tensor or file at fault.
+
+    progress: hears of each tensor that is read, in bytes, then of each module whose matrices the kernels pack.
+    """
     loaded = build_model(index.config, kernels, with_mtp=index.has_mtp_layer)
     store_fp8(loaded.parts(), index.scaled_modules().__contains__)
     for part, _ in loaded.parts():
         part.to_empty(device=kernels.device)
-    _fill(_Slots(loaded), index.tensors, ignored_names(index.config))
-    for part, _ in loaded.parts():
-        for module in part.modules():
-            if isinstance(module, Matrices):
-                module.pack()
+    _fill(_Slots(loaded), index.tensors, ignored_names(index.config), progress)
+    modules = [module for part, _ in loaded.parts() for module in part.modules() if isinstance(module, Matrices)]
+    for module in tracked(modules, "packing weights", progress):
+        module.pack()
     max_positions = index.config.max_position_embeddings if max_model_len is None else max_model_len
     rotary = RotaryEmbedding(index.config, max_positions, kernels.device)
     loaded.target.prepare(rotary)
@@ -169,6 +177,7 @@ def read_tensors(tensors: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
     for name, shard in tensors.items():
         by_shard.setdefault(shard, []).append(name)
     for shard, names in by_shard.items():
+        log.debug("reading %s", shard)
         file, mapped = _open(shard), 0
         for name in names:
             if mapped >= REMAP_BYTES:
@@ -226,7 +235,7 @@ def _check_dtype(name: str, tensor: Tensor, needed: torch.dtype | None) -> None:
 
 
 @torch.no_grad()
-def _fill(slots: _Slots, tensors: dict[str, Path], ignored: re.Pattern[str]) -> None:
+def _fill(slots: _Slots, tensors: dict[str, Path], ignored: re.Pattern[str], progress: Progress) -> None:
     wanted, unexpected = {}, []
     for name, shard in tensors.items():
         if name in slots.views:
@@ -235,8 +244,12 @@ def _fill(slots: _Slots, tensors: dict[str, Path], ignored: re.Pattern[str]) -> 
             unexpected.append(name)
     if unexpected:
         raise CheckpointError(_unexpected_message(unexpected))
+    done, total = 0, sum(slots.views[name].nbytes for name in wanted)
+    progress("loading weights", done, total)
     for name, tensor in read_tensors(wanted):
         slots.fill(name, tensor)
+        done += slots.views[name].nbytes
+        progress("loading weights", done, total)
     if slots.missing:
         raise CheckpointError(f"the checkpoint lacks {_listed(slots.missing)}")
 

@@ -1,5 +1,6 @@
 """specdec: speculative decoding around the MTP head of GLM-4.5-family MoE models."""
 
+import logging
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,8 @@ _MODULES = {
     "specdec.model.errors": ("CheckpointError",),
     "specdec.engine.outputs": ("GenerationOutput", "StreamChunk", "TokenStream"),
 }
+
+logging.getLogger("specdec").addHandler(logging.NullHandler())  # what is logged goes nowhere until somebody asks for it
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +22,15 @@ from specdec.kernels import AnyBackend, select
 from specdec.kernels.backend import CapturesGraphs
 from specdec.kernels.flashinfer.requirements import missing
 from specdec.kernels.fp8 import FP8_KINDS, Fp8Kind
+from specdec.kernels.progress import Progress, silent
 from specdec.model.config import DTYPES, Glm4MoeConfig, check_token_ids, parse_token_ids, read_json
 from specdec.model.errors import CheckpointError
 from specdec.model.fp8 import store_fp8
 from specdec.model.tokenizer import Tokenizer
 from specdec.model.weights import CheckpointIndex, LoadedModel, build_model, load_model
+from specdec.units import size_text
+
+log = logging.getLogger(__name__)
 
 DEFAULT_KV_CACHE_BYTES = 2 * 2**30
 AUTO_GRAPHS = [1, 2, 3, 5, MAX_SPECULATIVE_TOKENS]  # draft lengths with CUDA graphs of their own; others are filled up
@@ -112,6 +118,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 WEIGHT_DTYPES = DTYPES | {"int8": torch.int8}
+_LANGUAGES = {"reference": "plain torch", "cpu": "C++", "flashinfer": "CUDA"}  # of the backends
 
 
 def resolve_dtype(
@@ -132,15 +139,32 @@ def check_num_threads(num_threads: int) -> None:
 
 
 def resolve_backend(
-    device: str | torch.device, dtype: str | torch.dtype, kernels: str, config: Glm4MoeConfig
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    kernels: str,
+    config: Glm4MoeConfig,
+    progress: Progress = silent,
 ) -> AnyBackend:
-    """dtype "auto" is bfloat16 for an FP8 checkpoint, whose values it holds to 2^-9."""
+    """The backend that an engine with these arguments computes with.
+
+    dtype "auto" is bfloat16 for an FP8 checkpoint, whose values it holds to 2^-9. `progress` hears of a compilation.
+    Raises as `specdec.kernels.select` does.
+    """
     automatic = None if config.quantization is None else torch.bfloat16
     wanted = automatic if dtype == "auto" else resolve_dtype(dtype)
     resolved = resolve_device("cpu" if device == "auto" and kernels == "cpu" else device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise KernelsUnavailableError(f"device = {str(device)!r} cannot be used: {missing()}")
-    return select(resolved, wanted, kernels, config.dtype)
+    if resolved.type == "cpu" and device == kernels == "auto":
+        log.info("auto: not flashinfer because torch sees no CUDA device")
+    backend = select(resolved, wanted, kernels, config.dtype, progress=progress)
+    weight_dtype = getattr(backend, "weight_dtype", backend.dtype)  # int8 is not a dtype that one computes in
+    log.info("kernels: %s (%s), %s", backend.name, _LANGUAGES[backend.name], _name_of(weight_dtype))
+    return backend
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -158,9 +182,16 @@ class Runtime:
 
 
 def load_runtime(
-    checkpoint: Checkpoint, config: EngineConfig, backend: AnyBackend, kv_dtype: str | torch.dtype = "auto"
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    backend: AnyBackend,
+    kv_dtype: str | torch.dtype = "auto",
+    progress: Progress = silent,
 ) -> Runtime:
-    """Checks that weights and cache fit into memory, then loads the one and allocates the other."""
+    """Checks that weights and cache fit into memory, then loads the one and allocates the other.
+
+    progress: hears of loading the weights and of capturing CUDA graphs.
+    """
     cache_dtype = backend.activation_dtype if kv_dtype == "auto" else resolve_dtype(kv_dtype, "kv_dtype", DTYPES)
     if cache_dtype not in backend.cache_dtypes:
         raise ValueError(f"kv_dtype = {cache_dtype}: kernels = {backend.name!r} know {backend.cache_dtypes}")
@@ -173,29 +204,41 @@ def load_runtime(
         "KV cache": num_pages * bytes_per_page,
     }
     _check_memory(needed, backend.device)
-    model = load_model(checkpoint.index, backend, max_model_len=max_model_len)
+    log.info("loading %s of weights from %s", size_text(needed["weights"]), checkpoint.folder)
+    start_s = time.perf_counter()
+    model = load_model(checkpoint.index, backend, max_model_len=max_model_len, progress=progress)
+    log.info("loaded the weights in %.1f s", time.perf_counter() - start_s)
     kv_cache = allocate_kv_cache(
         checkpoint.config, num_layers, num_pages, config.page_size, cache_dtype, backend.device
     )
+    _log_cache(kv_cache, backend)
+    runtime = Runtime(model, kv_cache, max_model_len)
     if config.cuda_graphs and isinstance(backend, CapturesGraphs):
-        _capture_graphs(backend, model, kv_cache, config, max_model_len)
-    return Runtime(model, kv_cache, max_model_len)
+        _capture_graphs(backend, runtime, config, progress)
+    return runtime
 
 
-def _capture_graphs(
-    backend: CapturesGraphs, model: LoadedModel, kv_cache: Tensor, config: EngineConfig, max_model_len: int
-) -> None:
+def _log_cache(kv_cache: Tensor, backend: AnyBackend) -> None:
+    num_pages, page_size = kv_cache.shape[1] - backend.num_scratch_pages, kv_cache.shape[3]
+    size, dtype = size_text(kv_cache.nbytes), _name_of(kv_cache.dtype)
+    log.info(
+        "KV cache: %d pages of %d tokens, %d tokens, %s in %s", num_pages, page_size, num_pages * page_size, size, dtype
+    )
+
+
+def _capture_graphs(backend: CapturesGraphs, runtime: Runtime, config: EngineConfig, progress: Progress) -> None:
     """For requests with the engine's own number of drafts, or fewer."""
-    speculation = config.speculation or SpeculationParams()
+    model, speculation = runtime.model, config.speculation or SpeculationParams()
     draft_lengths = AUTO_GRAPHS if speculation.automatic else [speculation.max_draft_tokens]
     mtp = None if model.mtp is None else model.mtp.decoder.prepared
     backend.capture(
         model.target.decoder.prepared,
         mtp,
-        kv_cache,
+        runtime.kv_cache,
         max_num_seqs=config.max_num_seqs,
         draft_lengths=[] if mtp is None else [length for length in draft_lengths if length > 0],
-        max_model_len=max_model_len,
+        max_model_len=runtime.max_model_len,
+        progress=progress,
     )
 
 

@@ -27,6 +27,7 @@ from specdec.eval.acceptance.summary import (
     sections,
     speculative,
 )
+from specdec.kernels.progress import as_text
 
 RULE = "rule, drafts"
 COLUMNS = (RULE, "K", "length", "x plain", "tokens/s", "check")
@@ -44,6 +45,7 @@ class LiveTable:
         self.console, self.clock = console, clock
         self.cells: list[Cell] = []
         self.progress: Progress | None = None
+        self._loading = "starting"
         self._at = 0.0  # the time of the last call
         self._durations: list[float] = []  # of the parts done, seconds
         self._live = Live(console=console, get_renderable=self.render, transient=True, refresh_per_second=4)
@@ -68,6 +70,10 @@ class LiveTable:
             if not self.console.is_terminal:
                 self.message(f"{progress.done}/{progress.total} {_line(self.cells[-1])}{self._left_text()}")
 
+    def loading(self, what: str, done: int, total: int) -> None:
+        """The `loading` of `run_acceptance`, a line until the first part begins."""
+        self._loading = as_text(what, done, total)
+
     def message(self, text: str) -> None:
         """One line, above the table."""
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
@@ -89,7 +95,7 @@ class LiveTable:
     def render(self) -> RenderableType:
         """The table's end, as much as fits, and the bar."""
         if self.progress is None:
-            return Text("starting")
+            return Text(self._loading)
         rows = max(1, self.console.height - LINES_AROUND_TABLE)
         parts: list[RenderableType] = []
         if self.cells:

@@ -28,6 +28,8 @@ from specdec.eval.acceptance.schema import SCHEMA, VERSION
 from specdec.eval.acceptance.store import Store, as_document, as_record, part_name
 from specdec.eval.machine import describe_machine, git_revision
 from specdec.eval.prompts import Prompt, PromptSet, load_prompts
+from specdec.kernels.progress import Progress as Loading
+from specdec.kernels.progress import silent
 from specdec.model.errors import CheckpointError
 
 EXPERTS_NAME = "experts"
@@ -66,14 +68,16 @@ def run_acceptance(
     resume: bool = False,
     command: str = "",
     progress: Callable[[Progress], None] = lambda _: None,
+    loading: Loading = silent,
 ) -> dict[str, Any]:
     """Measures everything -> the document of results.json.
 
     folder: keeps what is finished; resume: goes on from what it holds. command: as typed.
+    loading: hears how far the model is loaded, before `progress` hears anything.
     Raises ValueError for options that do not fit the checkpoint, prompts that do not fit the context, and a folder with
     other results; CheckpointError for a checkpoint without an MTP layer.
     """
-    run = Run(options, folder, resume=resume, progress=progress)
+    run = Run(options, folder, resume=resume, progress=progress, loading=loading)
     cells, experts = run.cells(), run.experts()
     return {
         "schema": SCHEMA,
@@ -90,10 +94,16 @@ class Run:
     """Engines that share one model, prompts, and the store."""
 
     def __init__(
-        self, options: AcceptanceOptions, folder: Path, *, resume: bool, progress: Callable[[Progress], None]
+        self,
+        options: AcceptanceOptions,
+        folder: Path,
+        *,
+        resume: bool,
+        progress: Callable[[Progress], None],
+        loading: Loading,
     ) -> None:
         self.options, self.progress = options, progress
-        self.engine = _load(options)
+        self.engine = _load(options, loading)
         self.engines = {
             b: Engine(self.engine.checkpoint, self.engine.runtime, replace(self.engine.config, max_num_seqs=b))
             for b in options.batch_sizes
@@ -211,10 +221,11 @@ def with_exact_drafts(check: Check) -> Check:
     return replace(check, passed=False, message=message)
 
 
-def _load(options: AcceptanceOptions) -> Engine:
+def _load(options: AcceptanceOptions, loading: Loading) -> Engine:
     engine = Engine.from_pretrained(
         options.model, kernels=options.kernels, dtype=options.dtype, num_threads=options.num_threads,
         max_num_seqs=max(options.batch_sizes), mtp_recycling=options.mtp_recycling, prefix_caching=False,
+        progress=loading,
     )  # fmt: skip
     if engine.runtime.model.mtp is None:
         raise CheckpointError(

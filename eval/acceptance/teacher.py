@@ -8,7 +8,7 @@ An engine's own iterations start elsewhere, after rejections, and in text of its
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from specdec.eval.acceptance.replay import Chains, Context, Reader
 from specdec.eval.acceptance.results import provenance, utc_now
 from specdec.eval.acceptance.tally import Proposal, Row, Tally, proposals
 from specdec.eval.prompts import Prompt, load_prompts
+from specdec.kernels.progress import Progress, silent
 
 SCHEMA, VERSION = "specdec.teacher_forced", 1
-Progress = Callable[[int, int], None]
 """(contexts done, of how many)"""
 
 
@@ -65,14 +65,14 @@ class ForcedAcceptance:
 
 
 def teacher_forced(
-    options: TeacherOptions, *, recording: Path | None = None, command: str = "", progress: Progress = lambda *_: None
+    options: TeacherOptions, *, recording: Path | None = None, command: str = "", progress: Progress = silent
 ) -> ForcedAcceptance:
     """Looks at all contexts. recording: also write all drafts and logits to this file, for `replay`.
 
     Raises ValueError for options that do not fit the checkpoint and for a recording that would be too large,
     CheckpointError for a checkpoint at fault.
     """
-    started, teacher = utc_now(), Teacher(options)
+    started, teacher = utc_now(), Teacher(options, progress)
     config = teacher.engine.checkpoint.config
     recorded = None
     if recording is not None:
@@ -108,11 +108,11 @@ class Place:
 class Teacher:
     """The texts of a prompt set, and the contexts to look at, in order."""
 
-    def __init__(self, options: TeacherOptions) -> None:
+    def __init__(self, options: TeacherOptions, progress: Progress = silent) -> None:
         self.options = options
         self.engine = Engine.from_pretrained(
             options.model, kernels=options.kernels, dtype=options.dtype, num_threads=options.num_threads,
-            max_num_seqs=1, mtp_recycling=options.mtp_recycling,
+            max_num_seqs=1, mtp_recycling=options.mtp_recycling, progress=progress,
         )  # fmt: skip
         self.reader = Reader(self.engine, options.num_drafts)
         self.proposals = proposals(options.temperatures, options.draft_sampling)
@@ -129,7 +129,7 @@ class Teacher:
             read = dict(zip(chosen, self.reader.read([self.texts[number] for number in chosen])))
             first, end = np.searchsorted(texts, [chosen[0], chosen[-1] + 1]).tolist()
             for start in range(first, end, self.reader.max_contexts):
-                progress(start, len(self.places))
+                progress("contexts", start, len(self.places))
                 some = range(start, min(start + self.reader.max_contexts, end))
                 contexts = [Context(read[self.places[i].text], self.places[i].start) for i in some]
                 seeds = [derived_seed(self.options.seed, self.places[i].text) for i in some]

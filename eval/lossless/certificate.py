@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -12,8 +11,6 @@ from numpy.typing import NDArray
 from specdec.config import MAX_SPECULATIVE_TOKENS, MIN_TEMPERATURE, Verification
 
 Ints = NDArray[np.int64]
-Progress = Callable[[str, int, int], None]
-"""(what is being done, how much of it is done, of how much)"""
 
 RULES = get_args(Verification)
 DRAFT_LENGTHS = tuple(range(MAX_SPECULATIVE_TOKENS + 1))  # of the comparisons with plain decoding

@@ -13,18 +13,18 @@ from specdec.config import DraftSampling
 from specdec.eval.lossless.certificate import (
     Certificate,
     LosslessOptions,
-    Progress,
 )
 from specdec.eval.lossless.equality import compare, coupled_cases, greedy_cases
 from specdec.eval.lossless.plan import make_plan
 from specdec.eval.lossless.sampling import certify_sampling
+from specdec.kernels.progress import Progress, silent
 
 
-def certify(options: LosslessOptions, progress: Progress = lambda *_: None) -> Certificate:
+def certify(options: LosslessOptions, progress: Progress = silent) -> Certificate:
     """Runs all parts. Raises CheckpointError for a checkpoint that cannot be certified, ValueError for options that do
     not fit it."""
     start = time.perf_counter()
-    plan = make_plan(options)
+    plan = make_plan(options, progress)
     sampling, failures = certify_sampling(plan, progress)
     greedy_speculations = [SpeculationParams(), SpeculationParams(min_draft_confidence=0.5)]
     greedy, found = compare(plan, "greedy", greedy_cases(plan), greedy_speculations, progress)

@@ -19,11 +19,11 @@ from specdec.eval.lossless.certificate import (
     Comparison,
     Difference,
     Failure,
-    Progress,
 )
 from specdec.eval.lossless.law import PlainTarget, edited_logits, truncated_probs
 from specdec.eval.lossless.plan import Plan
 from specdec.kernels.philox import gumbel_noise
+from specdec.kernels.progress import Progress
 from specdec.request.seeds import Stream
 
 

@@ -21,6 +21,7 @@ from specdec.eval.lossless.certificate import (
 )
 from specdec.eval.lossless.law import PlainTarget
 from specdec.eval.prompts import load_stdlib
+from specdec.kernels.progress import Progress, silent
 from specdec.loading import open_checkpoint
 from specdec.model.errors import CheckpointError
 from specdec.model.hub import resolve_model
@@ -104,7 +105,7 @@ class Plan:
         return min(self.options.samples, max(100, POOLED_ELEMENTS // (laws * (self.vocab_size + LAW_OVERHEAD))))
 
 
-def make_plan(options: LosslessOptions) -> Plan:
+def make_plan(options: LosslessOptions, progress: Progress = silent) -> Plan:
     """Loads the engine, and finds prompts and parameters that suit it."""
     checkpoint = open_checkpoint(resolve_model(options.model))
     vocab_size, k = checkpoint.config.vocab_size, options.num_speculative_tokens
@@ -118,7 +119,7 @@ def make_plan(options: LosslessOptions) -> Plan:
     max_num_seqs = options.max_num_seqs or max(16, min(256, 2**25 // (vocab_size * (k + 1))))
     engine = Engine.from_pretrained(
         checkpoint.folder, kernels=options.kernels, dtype=options.dtype, num_threads=options.num_threads,
-        max_num_seqs=max_num_seqs, max_model_len=PROMPT_TOKENS + longest,
+        max_num_seqs=max_num_seqs, max_model_len=PROMPT_TOKENS + longest, progress=progress,
     )  # fmt: skip
     activations = engine.runtime.model.target.kernels.activation_dtype
     if activations not in (torch.float32, torch.float64):

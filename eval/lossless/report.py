@@ -1,22 +1,17 @@
-"""A `Certificate` as a summary for people and as JSON for machines; a progress bar meanwhile."""
+"""A `Certificate` as a summary for people and as JSON for machines."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from specdec.eval.files import finite, write_whole
 from specdec.eval.lossless.certificate import NUM_ITERATIONS, POWER, Certificate, Comparison, Detectable
-from specdec.eval.lossless.certificate import Progress as Report
 
 SCHEMA = 1
 
@@ -31,25 +26,6 @@ def as_json(certificate: Certificate) -> dict[str, Any]:
 def write_json(certificate: Certificate, path: Path) -> None:
     """Complete or not at all."""
     write_whole(path, json.dumps(as_json(certificate), indent=2) + "\n")
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Report]:
-    """One bar for every stage, with the time that is left of it."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                for task in tasks.values():
-                    bar.update(task, visible=False)
-                tasks[stage] = bar.add_task(escape(stage), total=total)
-            bar.update(tasks[stage], completed=done)
-
-        yield report
 
 
 def print_certificate(certificate: Certificate, out: Console) -> None:

@@ -20,7 +20,6 @@ from specdec.eval.lossless.certificate import (
     GroupResult,
     GTest,
     Ints,
-    Progress,
     RuleResult,
     Sampling,
 )
@@ -38,6 +37,7 @@ from specdec.eval.lossless.evidence import (
 )
 from specdec.eval.lossless.law import PlainTarget, edited_logits, truncated_probs
 from specdec.eval.lossless.plan import Plan
+from specdec.kernels.progress import Progress
 
 G_TESTS_PER_GROUP, G_TEST_VISITS = 4, 50
 BATCH_ELEMENTS = 2**22  # of logits at once

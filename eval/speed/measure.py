@@ -29,6 +29,7 @@ from specdec.eval.speed.peers import PEERS, Peer, PeerSpec, Settings
 from specdec.eval.speed.planted import RECIPE_NAME, planted_prompts
 from specdec.eval.speed.roofline import StepBytes, read_bandwidth, traced
 from specdec.kernels.cpu import CpuKernels
+from specdec.kernels.progress import Progress, silent
 
 GREEDY = 0.0
 
@@ -213,8 +214,13 @@ class PeerSubject:
         return len(prompt) / self.peer.generate([prompt], 1).seconds
 
 
-def measure_speed(options: SpeedOptions, progress: Callable[[str], None] = lambda _: None) -> SpeedReport:
-    """Runs everything. Raises ValueError for options that do not fit the model, PeerError for a peer's fault."""
+def measure_speed(
+    options: SpeedOptions, progress: Callable[[str], None] = lambda _: None, loading: Progress = silent
+) -> SpeedReport:
+    """Runs everything. Raises ValueError for options that do not fit the model, PeerError for a peer's fault.
+
+    progress: hears what is measured next; loading: how far the model is loaded.
+    """
     most = max(options.batch_sizes)
     longest = max([options.prompt_tokens + options.max_tokens, *(n + 1 for n in options.prefill_lengths)])
     engine = Engine.from_pretrained(
@@ -223,6 +229,7 @@ def measure_speed(options: SpeedOptions, progress: Callable[[str], None] = lambd
         dtype=options.dtype,
         num_threads=options.num_threads,
         max_num_seqs=most,
+        progress=loading,
         prefix_caching=False,  # the same prompts run again and again
     )
     if engine.max_model_len < options.prompt_tokens + options.max_tokens:

@@ -48,6 +48,7 @@ from specdec.kernels.data import (
     room_for_probs,
 )
 from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, plain
+from specdec.kernels.progress import Progress, silent
 
 _num_threads = torch.get_num_threads
 
@@ -62,10 +63,15 @@ class CpuKernels:
     num_scratch_pages = 0
 
     def __init__(
-        self, weight_dtype: torch.dtype, load_dtype: torch.dtype = torch.bfloat16, architecture: str = "native"
+        self,
+        weight_dtype: torch.dtype,
+        load_dtype: torch.dtype = torch.bfloat16,
+        architecture: str = "native",
+        progress: Progress = silent,
     ) -> None:
         """weight_dtype: float32, bfloat16, or int8, which is quantised from load_dtype, per output channel.
         architecture: what the compiler builds for; results do not depend on it.
+        progress: hears of the compilation, if there is one.
 
         Raises KernelsUnavailableError, and ValueError for another dtype.
         """
@@ -73,7 +79,7 @@ class CpuKernels:
             raise ValueError(f"kernels='cpu' have weights in float32, bfloat16 or int8, not {weight_dtype}")
         self.device, self.weight_dtype = torch.device("cpu"), weight_dtype
         self.dtype = load_dtype if weight_dtype == torch.int8 else weight_dtype
-        self._library: Any = native.load_library(architecture)
+        self._library: Any = native.load_library(architecture, progress)
 
     def pack(self, weight: Tensor | Fp8Matrix, *, full_precision: bool = False) -> PackedWeight:
         weight = plain(weight, self.dtype)

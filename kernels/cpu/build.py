@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 from specdec.kernels.errors import KernelsUnavailableError
+from specdec.kernels.progress import Progress, silent
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
 COMPILERS = ("g++", "clang++")
 
 
-def library_path(architecture: str = "native") -> Path:
+def library_path(architecture: str = "native", progress: Progress = silent) -> Path:
     """The compiled library; compiles it where the cache does not hold it yet. Raises KernelsUnavailableError.
 
     architecture: the compiler's -march. The environment's SPECDEC_CXXFLAGS are added to the flags.
@@ -25,8 +30,10 @@ def library_path(architecture: str = "native") -> Path:
     compiler = _find_compiler()
     flags = [*FLAGS, f"-march={architecture}", *os.environ.get("SPECDEC_CXXFLAGS", "").split()]
     path = cache_folder() / f"specdec-{_key(compiler, flags)}.so"
-    if not path.exists():
-        _compile(compiler, flags, path)
+    if path.exists():
+        log.debug("the C++ kernels are %s", path)
+    else:
+        _compile(compiler, flags, path, progress)
     return path
 
 
@@ -63,7 +70,7 @@ def _processor() -> str:
     )
 
 
-def _compile(compiler: str, flags: list[str], path: Path) -> None:
+def _compile(compiler: str, flags: list[str], path: Path, progress: Progress) -> None:
     """Into a file of its own, then renamed: processes that do it at once each end with a whole library."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +81,10 @@ def _compile(compiler: str, flags: list[str], path: Path) -> None:
         ) from error
     os.close(handle)
     command = [compiler, *flags, str(SOURCES / "api.cpp"), "-o", temporary]
+    log.info("compiling the C++ kernels, once, into %s", path)
+    log.debug("%s", " ".join(command))
+    start_s = time.perf_counter()
+    progress("compiling the C++ kernels", 0, 1)
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -81,3 +92,5 @@ def _compile(compiler: str, flags: list[str], path: Path) -> None:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+    progress("compiling the C++ kernels", 1, 1)
+    log.info("compiled the C++ kernels in %.1f s", time.perf_counter() - start_s)

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import ClassVar
 
 from specdec.kernels.cpu.build import library_path
+from specdec.kernels.progress import Progress, silent
 
 
 class Matrix(ctypes.Structure):
@@ -137,9 +138,9 @@ _SIGNATURES: dict[str, list[type]] = {
 }
 
 
-def load_library(architecture: str) -> ctypes.CDLL:
+def load_library(architecture: str, progress: Progress = silent) -> ctypes.CDLL:
     """Compiles if need be, and declares every function. Raises KernelsUnavailableError."""
-    library = ctypes.CDLL(str(library_path(architecture)))
+    library = ctypes.CDLL(str(library_path(architecture, progress)))
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = None, arguments

@@ -10,6 +10,8 @@ Shapes: T packed tokens, B sequences, K draft tokens, V vocabulary, H hidden, D 
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,6 @@ from flashinfer.activation import silu_and_mul
 from flashinfer.norm import fused_add_rmsnorm, rmsnorm
 from flashinfer.page import append_paged_kv_cache
 from flashinfer.rope import apply_rope_with_cos_sin_cache_inplace
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from specdec.kernels import speculation
@@ -46,8 +46,11 @@ from specdec.kernels.flashinfer.requirements import fp8_kinds
 from specdec.kernels.flashinfer.sampled import SampledDraws
 from specdec.kernels.flashinfer.transfer import upload
 from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix, fp8_linear, plain
+from specdec.kernels.progress import Progress, silent, tracked
 from specdec.kernels.reference import ReferenceOperations
 from specdec.kernels.triton import Decider, Drawer, TritonSampling
+
+log = logging.getLogger(__name__)
 
 HEAD_DIMS = (64, 128, 256)  # of FlashInfer's RoPE and attention
 
@@ -222,6 +225,7 @@ class FlashInferKernels(TritonSampling, ReferenceOperations):
         max_num_seqs: int,
         draft_lengths: list[int],
         max_model_len: int,
+        progress: Progress = silent,
     ) -> None:
         """See `CapturesGraphs`. The MTP layer's pairs of a step are up to 1 + K rows; each later draft is one more,
         and as many graphs of that shape take turns."""
@@ -233,18 +237,16 @@ class FlashInferKernels(TritonSampling, ReferenceOperations):
             mtp.graphs = DecoderGraphs(kv_cache[-1:])
             for num in batch_sizes(max_num_seqs):
                 wanted += [(mtp, kv_cache[-1:], num, n) for n in query_lens + [1] * (longest - 1)]
-        pool = torch.cuda.graph_pool_handle()
-        progress = Console(stderr=True)
-        # The largest first: the smaller ones find room in its memory.
-        for decoder, cache, num_seqs, query_len in track(
-            sorted(wanted, key=lambda w: -w[2] * w[3]), "Capturing CUDA graphs", console=progress, transient=True
-        ):
+        pool, start_s = torch.cuda.graph_pool_handle(), time.perf_counter()
+        wanted.sort(key=lambda w: -w[2] * w[3])  # the largest first: the smaller ones find room in its memory
+        for decoder, cache, num_seqs, query_len in tracked(wanted, "capturing CUDA graphs", progress):
             assert decoder.graphs is not None
             captured = CapturedForward(
                 self._forward, decoder.weights, cache, self.planner, pool,
                 num_seqs=num_seqs, query_len=query_len, max_model_len=max_model_len,
             )  # fmt: skip
             decoder.graphs.add(captured)
+        log.info("captured %d CUDA graphs in %.1f s", len(wanted), time.perf_counter() - start_s)
 
     def _forward(self, decoder: DecoderWeights, inputs: ForwardInputs, kv_cache: Tensor) -> DecoderOutput:
         return run_layers(self, decoder, inputs, kv_cache)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
 from specdec import __version__
 from specdec.cli import evaluate
+from specdec.cli.common import InvalidOption, fail, log_level, log_to_stderr
 from specdec.cli.generate import generate
 from specdec.cli.inspect import inspect
 
@@ -31,11 +33,27 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     _: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "--verbose",
+            "-v",
+            count=True,
+            help="Say on stderr what is chosen, loaded and measured; twice: in detail. SPECDEC_LOG_LEVEL sets a level.",
+            show_default=False,
+        ),
+    ] = 0,
 ) -> None:
-    pass
+    try:
+        level = log_level(verbose, os.environ.get("SPECDEC_LOG_LEVEL", ""))
+    except InvalidOption as error:
+        fail(error, 2)
+    if level is not None:
+        context.with_resource(log_to_stderr(level))
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from specdec.cli.common import (
     DTYPE_HELP,
@@ -23,6 +22,7 @@ from specdec.cli.common import (
     check_folder_of,
     err,
     option_errors,
+    progress_bar,
     tables,
     user_errors,
 )
@@ -104,8 +104,10 @@ def acceptance(
                 skip_bad=skip_bad,
                 check_contexts=check_contexts,
             )
-        with LiveTable(err) as progress:
-            document = run_acceptance(options, output, resume=resume, command=_command(), progress=progress)
+        with LiveTable(err) as table:
+            document = run_acceptance(
+                options, output, resume=resume, command=_command(), progress=table, loading=table.loading
+            )
         write_results(document, output)
         write_csv(document, output)
         write_plots(build_charts(document).charts, output)
@@ -170,15 +172,8 @@ def teacher_forced(
                 chat=chat,
                 skip_bad=skip_bad,
             )
-        columns = TextColumn("contexts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=err, transient=True) as bar:
-            task = bar.add_task("contexts")
-            found = compute(
-                options,
-                recording=record,
-                command=_command(),
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
+        with progress_bar() as progress:
+            found = compute(options, recording=record, command=_command(), progress=progress)
         document = found.as_dict()
         if output is not None:
             write_whole(output, json.dumps(document, indent=2) + "\n")

@@ -6,22 +6,39 @@ that failed; 2 for an invalid option; 130 on Ctrl-C.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+if TYPE_CHECKING:
+    from specdec.kernels.progress import Progress as Report
 
 Number = TypeVar("Number", int, float)
 
 TABLE_WIDTH = 140
 
 err = Console(stderr=True, highlight=False)
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 MODEL_HELP = "'bundled', a checkpoint folder, or a Hub id."
 KERNELS_HELP = "auto, reference, cpu (C++) or flashinfer (CUDA)."
@@ -75,6 +92,64 @@ def fail(error: Exception, code: int) -> NoReturn:
 def say(message: str, style: str) -> None:
     """One line on stderr, never wrapped."""
     err.print(message, style=style, soft_wrap=True, markup=False, emoji=False)
+
+
+class LogHandler(logging.Handler):
+    """Writes to stderr, above a progress bar that is drawn there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            say(self.format(record), "none")
+        except Exception:  # as in every handler: what is logged must not fail for that
+            self.handleError(record)
+
+
+@contextmanager
+def log_to_stderr(level: int) -> Iterator[None]:
+    """What the package logs from `level` on goes to stderr while it is entered."""
+    logger, handler = logging.getLogger("specdec"), LogHandler()
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+
+
+def log_level(verbose: int, variable: str) -> int | None:
+    """The level that -v, given so many times, or else the environment's SPECDEC_LOG_LEVEL asks for; None: no log."""
+    if verbose:
+        return logging.INFO if verbose == 1 else logging.DEBUG
+    if not variable:
+        return None
+    if variable.upper() not in LOG_LEVELS:
+        raise InvalidOption(f"SPECDEC_LOG_LEVEL = {variable!r} is unknown: choose one of {', '.join(LOG_LEVELS)}")
+    return logging.getLevelNamesMapping()[variable.upper()]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Report]:
+    """Draws one task after the other on stderr while it is entered, and nothing where that is no terminal.
+
+    A task with a total of 1 has a bar that only moves.
+    """
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                for task in tasks.values():
+                    bar.update(task, visible=False)
+                tasks[what] = bar.add_task(escape(what), total=total if total > 1 else None)
+            bar.update(tasks[what], completed=done, visible=done < total)
+
+        yield report
 
 
 def tables() -> Console:

@@ -21,6 +21,7 @@ from specdec.cli.common import (
     check_folder_of,
     err,
     option_errors,
+    progress_bar,
     tables,
     user_errors,
 )
@@ -60,6 +61,7 @@ def speed(
         from specdec.eval.speed.peers import parse_peer
         from specdec.eval.speed.report import as_json as report_as_json
         from specdec.eval.speed.report import print_report
+        from specdec.kernels.progress import as_text
 
         with option_errors():
             options = SpeedOptions(
@@ -79,7 +81,11 @@ def speed(
                 peer_draft_lengths=as_numbers("--peer-draft-lengths", peer_draft_lengths, int),
             )
         with err.status("measuring") as status:
-            report = measure_speed(options, progress=lambda text: status.update(escape(text)))
+            report = measure_speed(
+                options,
+                progress=lambda text: status.update(escape(text)),
+                loading=lambda what, done, total: status.update(escape(as_text(what, done, total))),
+            )
         if as_json:
             print(json.dumps(report_as_json(report), indent=2))
         else:
@@ -111,7 +117,7 @@ def lossless(
     with user_errors():
         from specdec.eval.lossless import LosslessOptions, certify
         from specdec.eval.lossless.report import as_json as certificate_as_json
-        from specdec.eval.lossless.report import print_certificate, progress_bar, write_json
+        from specdec.eval.lossless.report import print_certificate, write_json
 
         check_backend("auto", dtype, kernels, threads)
         if output is not None:
@@ -131,7 +137,7 @@ def lossless(
                 comparison_seeds=comparison_seeds,
                 comparison_tokens=comparison_tokens,
             )
-        with progress_bar(err) as progress:
+        with progress_bar() as progress:
             certificate = certify(options, progress)
         if output is not None:
             write_json(certificate, output)

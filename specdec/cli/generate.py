@@ -18,6 +18,7 @@ from specdec.cli.common import (
     InvalidOption,
     check_backend,
     option_errors,
+    progress_bar,
     say,
     user_errors,
 )
@@ -114,15 +115,21 @@ def generate(
         check_backend(device, dtype, kernels, threads)
         from specdec.engine.engine import Engine
 
-        engine = Engine.from_pretrained(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            kernels=kernels,
-            num_threads=threads,
-            speculation=params.speculation if speculation_is_given else None,
-        )
+        with progress_bar() as progress:
+            engine = Engine.from_pretrained(
+                model,
+                revision=revision,
+                device=device,
+                dtype=dtype,
+                kernels=kernels,
+                num_threads=threads,
+                progress=progress,
+                speculation=params.speculation if speculation_is_given else None,
+            )
+            if num_speculative_tokens == AUTO:
+                progress("measuring what forwards cost", 0, 1)
+                engine.measure_costs()
+                progress("measuring what forwards cost", 1, 1)
         if chat:
             text = engine.tokenizer.apply_chat_template([{"role": "user", "content": text}])
         if not speculation_is_given and engine.runtime.model.mtp is None:

@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from specdec.cli.common import JSON_HELP, InvalidOption, say, tables, user_errors
+from specdec.cli.common import JSON_HELP, InvalidOption, progress_bar, say, tables, user_errors
+from specdec.units import size_text as _size
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -33,7 +34,9 @@ def inspect(
         from specdec.inspection.checkpoint import inspect_checkpoint
         from specdec.model.hub import resolve_model
 
-        result = inspect_checkpoint(resolve_model(model, revision), with_cuda=device == "cuda")
+        folder = resolve_model(model, revision)
+        with progress_bar() as progress:
+            result = inspect_checkpoint(folder, with_cuda=device == "cuda", progress=progress)
         if as_json:
             print(json.dumps(result.as_dict(), indent=2))
         else:
@@ -109,12 +112,3 @@ def _fit_table(fits: list[Any]) -> Table:
         gpu = row[0].gpu, _size(row[0].gpu_memory_bytes)
         table.add_row(*gpu, row[0].checkpoint, _size(row[0].weight_bytes), *tokens)
     return table
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

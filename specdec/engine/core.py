@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import time
 import traceback
@@ -27,6 +28,8 @@ from specdec.step.draft_length import DraftLength, FixedDraftLength
 from specdec.step.scheduler import Scheduler
 from specdec.step.step import Decision, StepError, step
 from specdec.step.verify import TargetVerifier
+
+log = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -79,7 +82,9 @@ class EngineCore:
         try:
             return self._step()
         except Exception as error:  # no stage's own, which are StepErrors
-            return self._start_over(error)
+            ended = self._start_over(error)
+            log.error("a step failed between its stages: requests %s", [s.request_id for s in ended], exc_info=error)
+            return ended
         except BaseException as interrupt:
             self._start_over(interrupt)
             raise
@@ -97,6 +102,7 @@ class EngineCore:
                 _fail(sequence, error.error)
                 self.scheduler.remove(sequence)
             self.scheduler.remove_finished()  # those that had committed
+            log.error("a step failed for requests %s", [s.request_id for s in error.failed], exc_info=error.error)
         sequences = [s.sequence for s in scheduled]
         with self._stats_lock:
             self._stats.record_step(scheduled, start_s, time.perf_counter(), self.draft_length)

@@ -14,6 +14,7 @@ from specdec.config import EngineConfig, SamplingParams, SpeculationParams
 from specdec.engine.core import EngineCore
 from specdec.engine.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
 from specdec.errors import SpecdecWarning
+from specdec.kernels.progress import Progress, silent
 from specdec.loading import (
     Checkpoint,
     Runtime,
@@ -60,6 +61,7 @@ class Engine:
         kv_dtype: str | torch.dtype = "auto",
         revision: str | None = None,
         num_threads: int | None = None,
+        progress: Progress | None = None,
         **config: Any,
     ) -> Engine:
         """Loads "bundled", a local checkpoint folder or a Hub id.
@@ -68,7 +70,9 @@ class Engine:
         first use), "flashinfer" (CUDA) or "reference" (plain torch); "auto" is the device's own where it can run.
         dtype: of the matrices, and with "reference" of the activations; "auto" is float32, with "cpu" bfloat16 where
         the checkpoint is, with "flashinfer" and for an FP8 checkpoint bfloat16. kv_dtype: of the KV cache; "auto" is
-        the activations'. num_threads: torch's, for the whole process. `config`: the fields of EngineConfig.
+        the activations'. num_threads: torch's, for the whole process. progress: called as
+        progress(what, done, total) while kernels are compiled, weights are loaded and CUDA graphs are captured.
+        `config`: the fields of EngineConfig.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
         """
         engine_config = EngineConfig(**config)
@@ -76,8 +80,9 @@ class Engine:
             check_num_threads(num_threads)
             torch.set_num_threads(num_threads)
         checkpoint = open_checkpoint(resolve_model(model, revision))
-        backend = resolve_backend(device, dtype, kernels, checkpoint.config)
-        runtime = load_runtime(checkpoint, engine_config, backend, kv_dtype)
+        heard = progress or silent
+        backend = resolve_backend(device, dtype, kernels, checkpoint.config, heard)
+        runtime = load_runtime(checkpoint, engine_config, backend, kv_dtype, heard)
         return cls(checkpoint, runtime, engine_config)
 
     def generate(

@@ -20,6 +20,7 @@ from specdec.kernels.flashinfer.requirements import (
     requirements,
     visible_capability,
 )
+from specdec.kernels.progress import Progress, silent
 from specdec.kernels.reference import lowest_argmax
 from specdec.loading import Checkpoint, Runtime, load_runtime, open_checkpoint, resolve_backend
 from specdec.model.config import Glm4MoeConfig, load_config
@@ -129,15 +130,15 @@ class Inspection:
         }
 
 
-def inspect_checkpoint(folder: Path, *, with_cuda: bool = False) -> Inspection:
+def inspect_checkpoint(folder: Path, *, with_cuda: bool = False, progress: Progress = silent) -> Inspection:
     """Raises CheckpointError for anything that would keep the checkpoint from loading. with_cuda: report on the CUDA
-    backend, too."""
+    backend, too. progress: hears of loading and of the check."""
     if any(folder.glob("*.safetensors")):
         checkpoint = open_checkpoint(folder)
         index, config = checkpoint.index, checkpoint.config
         is_fp8 = PUBLISHED.covers if config.quantization is None else index.scaled_modules().__contains__
         has_mtp, tensors = index.has_mtp_layer, _count_tensors(index)
-        check, skipped = _try_mtp_check(checkpoint)
+        check, skipped = _try_mtp_check(checkpoint, progress)
     else:
         config = load_config(folder)
         is_fp8 = (config.quantization or PUBLISHED).covers
@@ -155,19 +156,22 @@ def _count_tensors(index: CheckpointIndex) -> TensorCounts:
     return TensorCounts(target=len(used) - mtp, mtp=mtp, ignored=len(index.tensors) - len(used))
 
 
-def _try_mtp_check(checkpoint: Checkpoint) -> tuple[MTPCheck | None, str | None]:
+def _try_mtp_check(checkpoint: Checkpoint, progress: Progress) -> tuple[MTPCheck | None, str | None]:
     """Loads the weights, which checks every tensor; -> the check, or why there is none."""
-    backend = resolve_backend("cpu", "auto", "auto", checkpoint.config)
+    backend = resolve_backend("cpu", "auto", "auto", checkpoint.config, progress)
     engine_config = EngineConfig(num_pages=-(-MAX_SAMPLE_TOKENS // EngineConfig.page_size))
     try:
-        runtime = load_runtime(checkpoint, engine_config, backend)
+        runtime = load_runtime(checkpoint, engine_config, backend, progress=progress)
     except NotEnoughMemoryError as error:
         return None, str(error)
     if runtime.model.mtp is None:
         return None, "the checkpoint has no MTP layer, speculation is unavailable"
     if runtime.max_model_len < MIN_SAMPLE_TOKENS:
         return None, f"a context of {runtime.max_model_len} tokens is too short, {MIN_SAMPLE_TOKENS} are needed"
-    return check_mtp(runtime, checkpoint), None
+    progress("checking the MTP layer", 0, 1)
+    found = check_mtp(runtime, checkpoint)
+    progress("checking the MTP layer", 1, 1)
+    return found, None
 
 
 def report_cuda(fits: list[Fit]) -> CudaReport:

@@ -207,3 +207,21 @@ def test_without_drafts_the_target_alone_is_captured(
     target, mtp = decoders(engine)
     assert [(g.num_seqs, g.query_len) for g in all_graphs(target)] == [(2, 1), (1, 1)]
     assert mtp.prepared.graphs is None
+
+
+def test_every_graph_is_heard_of(
+    fake: FakeDevice, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "specdec")
+    heard: list[tuple[int, int]] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "capturing CUDA graphs":
+            heard.append((done, total))
+
+    engine = flashinfer_fakes.engine(
+        monkeypatch, checkpoint, progress=progress, speculation=SpeculationParams(1), max_num_seqs=2
+    )
+    num = sum(len(list(all_graphs(decoder))) for decoder in decoders(engine))
+    assert heard == [(done, num) for done in range(num + 1)]
+    assert caplog.messages[-1].startswith(f"captured {num} CUDA graphs in ")
