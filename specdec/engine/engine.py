@@ -104,7 +104,7 @@ class Engine:
                 _raise_errors(s for s in self.core.step() if s in own)
         finally:
             for sequence in own:
-                self.core.abort(sequence)
+                self.core.end(sequence, "abort")
         return [GenerationOutput.of(first, others) for first, *others in samples]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
@@ -113,7 +113,9 @@ class Engine:
         one = self.default_sampling_params() if params is None else as_params(params)
         sequence = self.core.admission.sequence(as_prompt(prompt), one)
         self.core.add(sequence)
-        return TokenStream(sequence, self._chunks(sequence), self.core.abort, self.core.abandon)
+        return TokenStream(
+            sequence, self._chunks(sequence), lambda stopped: self.core.end(stopped, "abort"), self.core.abandon
+        )
 
     def chat(
         self,

@@ -352,6 +352,7 @@ def test_rows_of_a_failed_step_that_decode_are_no_prompts(planted: Path, fault: 
     stats = engine.stats()
     assert stats.num_failed_steps == 1
     assert stats.step_tokens.sum == 4 * 5 + stats.num_output_tokens
+    assert stats.num_output_tokens == sum(s.stats.num_output_tokens for s in sequences), "what had committed counts"
 
 
 class CheckedLock:
@@ -385,7 +386,7 @@ def test_no_state_between_two_counts_is_seen(planted: Path) -> None:
         core.add(sequences[8])
     for number, fault in enumerate(Fault):
         faults.plan(sequences[number].request_id, fault, 2 + number)
-    core.abort(sequences[7])
+    core.end(sequences[7], "abort")
     while not core.scheduler.idle:
         core.step()
     assert core.stats().num_requests == 9
