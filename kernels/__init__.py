@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from specdec.kernels.errors import KernelsUnavailableError, SpecdecWarning
+from specdec.errors import KernelsUnavailableError, SpecdecWarning
 from specdec.kernels.interface import AttentionMetadata, DecoderOutput, Kernels, RoutingConfig
 from specdec.kernels.reference import ReferenceKernels
 

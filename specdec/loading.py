@@ -15,13 +15,12 @@ from torch import Tensor
 
 from specdec.cache.pages import allocate_kv_cache, page_bytes
 from specdec.config import MAX_SPECULATIVE_TOKENS, EngineConfig, SamplingParams, SpeculationParams
-from specdec.errors import KernelsUnavailableError, NotEnoughMemoryError, SpecdecWarning
+from specdec.errors import CheckpointError, KernelsUnavailableError, NotEnoughMemoryError, SpecdecWarning
 from specdec.kernels import Kernels, select
 from specdec.kernels.flashinfer.requirements import missing
 from specdec.kernels.fp8 import FP8_KINDS, Fp8Kind
 from specdec.kernels.interface import CapturesGraphs
 from specdec.model.config import DTYPES, Glm4MoeConfig, check_token_ids, parse_token_ids, read_json
-from specdec.model.errors import CheckpointError
 from specdec.model.fp8 import store_fp8
 from specdec.model.tokenizer import Tokenizer
 from specdec.model.weights import CheckpointIndex, LoadedModel, build_model, load_model

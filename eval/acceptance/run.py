@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from specdec import Engine
+from specdec.errors import CheckpointError
 from specdec.eval.acceptance.experts import measure_experts
 from specdec.eval.acceptance.generate import analysed, fits, prompt_text, run_round
 from specdec.eval.acceptance.metrics import CellMetrics, Check, cell_metrics
@@ -28,7 +29,6 @@ from specdec.eval.acceptance.schema import SCHEMA, VERSION
 from specdec.eval.acceptance.store import Store, as_document, as_record, part_name
 from specdec.eval.machine import describe_machine, git_revision
 from specdec.eval.prompts import Prompt, PromptSet, load_prompts
-from specdec.model.errors import CheckpointError
 
 EXPERTS_NAME = "experts"
 EXPERT_PROMPTS, EXPERT_TOKENS = 32, 48

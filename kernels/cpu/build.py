@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from specdec.kernels.errors import KernelsUnavailableError
+from specdec.errors import KernelsUnavailableError
 
 SOURCES = Path(__file__).parent / "src"
 FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
