@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
-from specdec.errors import KernelsUnavailableError, SpecdecWarning
+from specdec.errors import KernelsUnavailableError, warn
 from specdec.kernels.interface import AttentionMetadata, DecoderOutput, Kernels, RoutingConfig
 from specdec.kernels.reference import ReferenceKernels
 
@@ -60,7 +58,7 @@ def select(
     except KernelsUnavailableError as error:
         if requested != "auto" or dtype == torch.int8:
             raise
-        warnings.warn(f"using the slow reference kernels: {error}", SpecdecWarning, stacklevel=2)
+        warn(f"using the slow reference kernels: {error}")
     if dtype == torch.int8:
         raise ValueError("dtype = int8 needs kernels = 'cpu': the reference kernels do not quantise")
     return ReferenceKernels(device, torch.float32 if dtype is None else dtype)

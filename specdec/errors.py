@@ -15,6 +15,8 @@ the error of a stage to the engine.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence as Seq
 from typing import ClassVar
 
@@ -65,3 +67,11 @@ class RowsError(Exception):
 
 class SpecdecWarning(UserWarning):
     """Something works, but not as a user would expect."""
+
+
+def warn(message: str) -> None:
+    """Issues a SpecdecWarning that points at the user's line: the innermost one that is not in this package."""
+    frame, depth = sys._getframe(1), 2  # warnings.warn counts from this function, which is 1
+    while frame.f_globals.get("__name__", "").partition(".")[0] == "specdec" and frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, SpecdecWarning, stacklevel=depth)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from specdec.config import EngineConfig, SamplingParams, SpeculationParams
 from specdec.engine.core import EngineCore
 from specdec.engine.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
-from specdec.errors import SpecdecWarning
+from specdec.errors import warn
 from specdec.loading import (
     Checkpoint,
     Runtime,
@@ -138,11 +137,7 @@ class Engine:
         """SamplingParams with what the checkpoint's generation_config.json recommends; `do_sample: false` is
         temperature 0. A recommendation that is not supported gives a warning."""
         if self.checkpoint.ignored_recommendations:
-            warnings.warn(
-                f"generation_config.json recommends {self.checkpoint.ignored_recommendations}, which is not supported",
-                SpecdecWarning,
-                stacklevel=3,
-            )
+            warn(f"generation_config.json recommends {self.checkpoint.ignored_recommendations}, which is not supported")
         return self.checkpoint.default_params
 
     def stats(self) -> EngineStats:
