@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import logging
-import warnings
 
 import torch
 
+from specdec.errors import KernelsUnavailableError, warn
 from specdec.kernels.backend import AnyBackend
 from specdec.kernels.data import AttentionMetadata, DecoderOutput, RoutingConfig
-from specdec.kernels.errors import KernelsUnavailableError, SpecdecWarning
 from specdec.kernels.progress import Progress, silent
 from specdec.kernels.reference import ReferenceKernels
 
@@ -66,7 +65,7 @@ def select(
         if requested != "auto" or dtype == torch.int8:
             raise
         log.info("auto: not %s because %s", chosen, error)
-        warnings.warn(f"using the slow reference kernels: {error}", SpecdecWarning, stacklevel=2)
+        warn(f"using the slow reference kernels: {error}")
     if dtype == torch.int8:
         raise ValueError("dtype = int8 needs kernels = 'cpu': the reference kernels do not quantise")
     return ReferenceKernels(device, torch.float32 if dtype is None else dtype)

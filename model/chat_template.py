@@ -11,7 +11,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from specdec.model.errors import CheckpointError
+from specdec.errors import CheckpointError
 
 
 class ChatTemplate:

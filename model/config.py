@@ -8,7 +8,6 @@ generations of key names are read.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 import torch
 
+from specdec.checks import is_integer, is_number, require
+from specdec.errors import CheckpointError
 from specdec.kernels import RoutingConfig
-from specdec.model.errors import CheckpointError
 from specdec.model.quantization import Fp8Scheme, parse_quantization
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
@@ -71,10 +71,13 @@ class Glm4MoeConfig:
         )
 
     def __post_init__(self) -> None:
-        def require(condition: bool, message: str) -> None:
-            if not condition:
-                raise CheckpointError(f"config.json: {message}")
+        try:
+            self._check_sizes()
+        except ValueError as error:
+            raise CheckpointError(f"config.json: {error}") from error
+        check_token_ids(self.eos_token_ids, self.vocab_size, "config.json: eos_token_id")
 
+    def _check_sizes(self) -> None:
         for name, low in _LEAST.items():
             value = getattr(self, name)
             require(value >= low, f"{name} = {value} is below {low}")
@@ -103,7 +106,6 @@ class Glm4MoeConfig:
         )
         require(self.rms_norm_eps > 0, f"rms_norm_eps = {self.rms_norm_eps} must be positive")
         require(self.rope_theta > 0, f"rope_theta = {self.rope_theta} must be positive")
-        check_token_ids(self.eos_token_ids, self.vocab_size, "config.json: eos_token_id")
 
 
 _LEAST = {
@@ -207,13 +209,13 @@ class _Keys:
 
     def integer(self, *names: str, default: int | None = None) -> int:
         value = self._find(names, default)
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_integer(value):
             raise CheckpointError(f"config.json: {names[0]} = {value!r} is not an integer")
-        return value
+        return int(value)
 
     def number(self, *names: str) -> float:
         value = self._find(names)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+        if not is_number(value):
             raise CheckpointError(f"config.json: {names[0]} = {value!r} is not a finite number")
         return float(value)
 
@@ -222,13 +224,6 @@ class _Keys:
         if not isinstance(value, bool):
             raise CheckpointError(f"config.json: {names[0]} = {value!r} is not true or false")
         return value
-
-
-def _is_finite(value: int | float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond any float
-        return False
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> _Keys:
@@ -260,6 +255,6 @@ def check_token_ids(ids: tuple[int, ...], vocab_size: int, where: str) -> None:
 def parse_token_ids(value: Any, where: str) -> tuple[int, ...]:
     """A token id, a list of them or null -> a tuple."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+    if not all(map(is_integer, ids)):
         raise CheckpointError(f"{where} = {value!r} is not a token id or a list of them")
     return tuple(ids)

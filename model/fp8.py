@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from specdec.errors import CheckpointError
 from specdec.kernels.fp8 import FP8_KINDS, Fp8Kind
 from specdec.model.config import Glm4MoeConfig
-from specdec.model.errors import CheckpointError
 from specdec.model.layers import Matrices, iter_modules
 from specdec.model.quantization import SCALE_SUFFIX
 

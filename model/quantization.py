@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from specdec.model.errors import CheckpointError
+from specdec.errors import CheckpointError
 
 SCALE_SUFFIX = "_scale"  # of `X.weight`: `X.weight_scale`
 SUPPORTED = (

@@ -8,9 +8,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
+from specdec.errors import CheckpointError
 from specdec.model.chat_template import ChatTemplate
 from specdec.model.config import read_json
-from specdec.model.errors import CheckpointError
 
 REPLACEMENT = "\ufffd"
 

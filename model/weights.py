@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from specdec.errors import CheckpointError
 from specdec.kernels import AnyBackend
 from specdec.kernels.fp8 import E4M3
 from specdec.kernels.progress import Progress, silent, tracked
 from specdec.model.config import Glm4MoeConfig, load_config, read_json
-from specdec.model.errors import CheckpointError
 from specdec.model.fp8 import scaled_modules, store_fp8
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.layers import Experts, Matrices, RotaryEmbedding, iter_slots

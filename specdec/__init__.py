@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     from specdec.engine.async_engine import AsyncEngine, AsyncTokenStream
     from specdec.engine.engine import Engine
     from specdec.engine.outputs import GenerationOutput, StreamChunk, TokenStream
-    from specdec.errors import CacheFullError, ModelError, QueueFullError, SpecdecWarning
+    from specdec.errors import CacheFullError, CheckpointError, ModelError, QueueFullError, SpecdecWarning
     from specdec.metrics.engine import EngineStats
-    from specdec.model.errors import CheckpointError
 
     __version__: str
 
@@ -40,8 +39,7 @@ _MODULES = {
     "specdec.config": ("EngineConfig", "SamplingParams", "SpeculationParams"),
     "specdec.engine.engine": ("Engine",),
     "specdec.metrics.engine": ("EngineStats",),
-    "specdec.errors": ("CacheFullError", "ModelError", "QueueFullError", "SpecdecWarning"),
-    "specdec.model.errors": ("CheckpointError",),
+    "specdec.errors": ("CacheFullError", "CheckpointError", "ModelError", "QueueFullError", "SpecdecWarning"),
     "specdec.engine.outputs": ("GenerationOutput", "StreamChunk", "TokenStream"),
 }
 

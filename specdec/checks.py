@@ -12,11 +12,15 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, Python's or NumPy's; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def require_int(name: str, value: Any, low: int | None = None, high: int | None = None, remedy: str = "") -> None:
     """Python's, or NumPy's; no bool."""
     limits = "" if low is None else f", at least {low}" if high is None else f", from {low} to {high}"
-    inside = isinstance(value, Integral) and not isinstance(value, bool)
-    inside = inside and (low is None or value >= low) and (high is None or value <= high)
+    inside = is_integer(value) and (low is None or value >= low) and (high is None or value <= high)
     require(inside, f"{name} = {value!r} must be an integer{limits}{remedy}")
 
 

@@ -1,40 +1,59 @@
-"""Errors of the engine that are not plain ValueErrors, and its warning."""
+"""Every error that specdec raises on purpose, but for plain ValueErrors about arguments, and its warning.
+
+    SpecdecError
+     +-- CheckpointError          a checkpoint cannot be used as it is
+     +-- KernelsUnavailableError  (also a RuntimeError) the backend cannot run here
+     +-- NotEnoughMemoryError     (also a ValueError) weights and cache do not fit
+     +-- CacheFullError           (also a RuntimeError) a request could never fit into the KV cache
+     +-- QueueFullError           (also a RuntimeError) too many requests wait already
+     +-- ModelError               (also a RuntimeError) the model computed nonsense
+    SpecdecWarning                (a UserWarning) something works, but not as expected
+
+A ValueError about an argument names the value, the limit and the remedy. `RowsError` never reaches a user: it carries
+the error of a stage to the engine.
+"""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence as Seq
-
-from specdec.kernels.errors import KernelsUnavailableError, SpecdecWarning
-
-__all__ = [
-    "CacheFullError",
-    "KernelsUnavailableError",
-    "ModelError",
-    "NotEnoughMemoryError",
-    "QueueFullError",
-    "RowsError",
-    "SpecdecWarning",
-]
+from typing import ClassVar
 
 
-class CacheFullError(RuntimeError):
-    """A request that could never fit into the KV cache, however long it waited."""
+class SpecdecError(Exception):
+    """Base of all errors of specdec."""
+
+    exit_code: ClassVar[int] = 1
+    """What the command line exits with after it."""
 
 
-class NotEnoughMemoryError(ValueError):
+class CheckpointError(SpecdecError):
+    """A checkpoint that cannot be used as it is: the message names the file or tensor and the remedy."""
+
+
+class KernelsUnavailableError(SpecdecError, RuntimeError):
+    """The backend that was asked for cannot run here; the message says what is missing."""
+
+
+class NotEnoughMemoryError(SpecdecError, ValueError):
     """Weights and cache do not fit into the machine's memory."""
 
 
-class ModelError(RuntimeError):
+class CacheFullError(SpecdecError, RuntimeError):
+    """A request that could never fit into the KV cache, however long it waited."""
+
+
+class QueueFullError(SpecdecError, RuntimeError):
+    """A request that was refused because too many wait already."""
+
+
+class ModelError(SpecdecError, RuntimeError):
     """The model computed something that cannot be used."""
 
     @classmethod
     def not_finite(cls, whose: str) -> ModelError:
         return cls(f"{whose}'s logits are not finite: its weights are broken, or its dtype overflows")
-
-
-class QueueFullError(RuntimeError):
-    """A request that was refused because too many wait already."""
 
 
 class RowsError(Exception):
@@ -44,3 +63,15 @@ class RowsError(Exception):
     def __init__(self, rows: Seq[int], error: Exception) -> None:
         super().__init__(str(error))
         self.rows, self.error = rows, error
+
+
+class SpecdecWarning(UserWarning):
+    """Something works, but not as a user would expect."""
+
+
+def warn(message: str) -> None:
+    """Issues a SpecdecWarning that points at the user's line: the innermost one that is not in this package."""
+    frame, depth = sys._getframe(1), 2  # warnings.warn counts from this function, which is 1
+    while frame.f_globals.get("__name__", "").partition(".")[0] == "specdec" and frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, SpecdecWarning, stacklevel=depth)

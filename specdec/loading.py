@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -17,14 +16,13 @@ from torch import Tensor
 
 from specdec.cache.pages import allocate_kv_cache, page_bytes
 from specdec.config import MAX_SPECULATIVE_TOKENS, EngineConfig, SamplingParams, SpeculationParams
-from specdec.errors import KernelsUnavailableError, NotEnoughMemoryError, SpecdecWarning
+from specdec.errors import CheckpointError, KernelsUnavailableError, NotEnoughMemoryError, warn
 from specdec.kernels import AnyBackend, select
 from specdec.kernels.backend import CapturesGraphs
 from specdec.kernels.flashinfer.requirements import missing
 from specdec.kernels.fp8 import FP8_KINDS, Fp8Kind
 from specdec.kernels.progress import Progress, silent
 from specdec.model.config import DTYPES, Glm4MoeConfig, check_token_ids, parse_token_ids, read_json
-from specdec.model.errors import CheckpointError
 from specdec.model.fp8 import store_fp8
 from specdec.model.tokenizer import Tokenizer
 from specdec.model.weights import CheckpointIndex, LoadedModel, build_model, load_model
@@ -263,11 +261,9 @@ def _weight_bytes_of(index: CheckpointIndex, kernels: AnyBackend) -> int:
     loaded = weight_bytes(config, kernels, has_mtp, is_fp8, kernels.fp8)
     if kernels.device.type != "cpu" and loaded > (stored := weight_bytes(config, kernels, has_mtp, is_fp8)):
         what = "experts" if "linear" in kernels.fp8 else "linear layers and experts"
-        warnings.warn(
+        warn(
             f"kernels={kernels.name!r} have no FP8 {what} on this device: they are dequantised to {kernels.dtype} as "
-            f"they are loaded, {loaded / GIB:.1f} GiB of weights instead of {stored / GIB:.1f}",
-            SpecdecWarning,
-            stacklevel=2,
+            f"they are loaded, {loaded / GIB:.1f} GiB of weights instead of {stored / GIB:.1f}"
         )
     return loaded
 

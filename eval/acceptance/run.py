@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from specdec import Engine
+from specdec.errors import CheckpointError
 from specdec.eval.acceptance.experts import measure_experts
 from specdec.eval.acceptance.generate import analysed, fits, prompt_text, run_round
 from specdec.eval.acceptance.metrics import CellMetrics, Check, cell_metrics
@@ -30,7 +31,6 @@ from specdec.eval.machine import describe_machine, git_revision
 from specdec.eval.prompts import Prompt, PromptSet, load_prompts
 from specdec.kernels.progress import Progress as Loading
 from specdec.kernels.progress import silent
-from specdec.model.errors import CheckpointError
 
 EXPERTS_NAME = "experts"
 EXPERT_PROMPTS, EXPERT_TOKENS = 32, 48

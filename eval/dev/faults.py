@@ -8,6 +8,7 @@ from enum import Enum
 from specdec.engine.core import EngineCore
 from specdec.errors import RowsError
 from specdec.kernels.data import Drafts
+from specdec.request.text import OutputText
 from specdec.step.scheduler import ScheduledSequence
 from specdec.step.verify import TargetResult
 
@@ -35,9 +36,7 @@ class FaultPlan:
         self._planned: dict[str, tuple[Fault, int]] = {}
         self._due: dict[Fault, tuple[int, ScheduledSequence]] = {}  # this step's
         self._drafter, self._verifier = core.drafter, core.verifier
-        self._verify = core.verifier.verify
-        core.drafter = self
-        core.verifier.verify = self.verify  # type: ignore[method-assign]
+        core.drafter = core.verifier = self
 
     def plan(self, request_id: str, fault: Fault, nth: int) -> None:
         """At the request's nth step, if it lives so long."""
@@ -57,7 +56,7 @@ class FaultPlan:
         return result
 
     def verify(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> TargetResult:
-        result = self._verify(scheduled, drafts)
+        result = self._verifier.verify(scheduled, drafts)
         self._strike(Fault.AFTER_FORWARD, scheduled)
         if Fault.ROW in self._due:
             row, s = self._due.pop(Fault.ROW)
@@ -66,7 +65,7 @@ class FaultPlan:
         if Fault.COMMIT in self._due and self._due[Fault.COMMIT][1].samples:
             _, s = self._due.pop(Fault.COMMIT)
             self.failed.add(s.sequence.request_id)
-            s.sequence.output.push = s.sequence.output.flush = _raise  # type: ignore[method-assign, assignment]
+            s.sequence.output = _BrokenText(s.sequence.output)
         return result
 
     def _strike(self, fault: Fault, scheduled: Seq[ScheduledSequence]) -> None:
@@ -75,5 +74,14 @@ class FaultPlan:
             raise InjectedError(fault.value)
 
 
-def _raise(*_: object) -> bool:
-    raise InjectedError("commit")
+class _BrokenText(OutputText):
+    """A request's text as it is so far, which takes no further token."""
+
+    def __init__(self, text: OutputText) -> None:
+        vars(self).update(vars(text))
+
+    def push(self, token_id: int) -> bool:
+        raise InjectedError("commit")
+
+    def flush(self) -> bool:
+        raise InjectedError("commit")

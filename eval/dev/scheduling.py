@@ -123,11 +123,11 @@ def measure(batch_size: int, num_steps: int, k: int, *, warm: bool) -> StepCost:
         result = load.result(scheduled)
         drafts = [[0] * s.num_draft_tokens for s in scheduled]
         decided = time.perf_counter()
-        commit(scheduled, result)
+        records = commit(scheduled, result)
         draft_length.record(scheduled, drafts, result.output_token_ids)
         scheduler.remove_finished()
         committed = time.perf_counter()
-        stats.record_step(scheduled, start, committed, draft_length)
+        stats.record_step(scheduled, records, start, committed, draft_length)
         for s in scheduled:
             if s.sequence.finished:
                 stats.record_finished(s.sequence)

@@ -12,6 +12,7 @@ import torch
 
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.config import DraftSampling, Verification
+from specdec.errors import CheckpointError
 from specdec.eval.lossless.certificate import (
     MAX_SAMPLES,
     MIN_VOCAB_SIZE,
@@ -23,7 +24,6 @@ from specdec.eval.lossless.law import PlainTarget
 from specdec.eval.prompts import load_stdlib
 from specdec.kernels.progress import Progress, silent
 from specdec.loading import open_checkpoint
-from specdec.model.errors import CheckpointError
 from specdec.model.hub import resolve_model
 
 PROMPT_TOKENS, RANDOM_PROMPT_TOKENS = 16, 4

@@ -36,9 +36,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
+from specdec.errors import CheckpointError
 from specdec.kernels import select
 from specdec.model.config import ARCHITECTURE, Glm4MoeConfig, parse_config, read_json
-from specdec.model.errors import CheckpointError
 from specdec.model.layers import iter_slots
 from specdec.model.weights import INDEX_NAME, build_model, mtp_prefix
 

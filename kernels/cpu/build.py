@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from specdec.kernels.errors import KernelsUnavailableError
+from specdec.errors import KernelsUnavailableError
 from specdec.kernels.progress import Progress, silent
 
 log = logging.getLogger(__name__)

@@ -31,6 +31,8 @@ from rich.progress import (
 if TYPE_CHECKING:
     from specdec.kernels.progress import Progress as Report
 
+from specdec.errors import SpecdecError, SpecdecWarning
+
 Number = TypeVar("Number", int, float)
 
 TABLE_WIDTH = 140
@@ -46,18 +48,15 @@ DTYPE_HELP = "auto, bfloat16, float16, float32, float64, or int8 (quantised as i
 JSON_HELP = "Print one JSON document instead of tables."
 
 
-class InvalidOption(Exception):
-    """An option value that can never work: exit code 2."""
+class InvalidOption(SpecdecError):
+    """An option value that can never work."""
+
+    exit_code = 2
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turns a user's mistake into one line on stderr and an exit code."""
-    try:
-        from specdec.errors import CacheFullError, KernelsUnavailableError, ModelError, SpecdecWarning
-        from specdec.model.errors import CheckpointError
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -66,12 +65,12 @@ def user_errors() -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except InvalidOption as error:
-        fail(error, 2)
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(141) from None
-    except (CheckpointError, CacheFullError, KernelsUnavailableError, ModelError, ValueError, OSError) as error:
+    except SpecdecError as error:
+        fail(error, error.exit_code)
+    except (ValueError, OSError) as error:
         fail(error, 1)
 
 

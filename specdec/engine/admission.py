@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 
 from specdec.config import SamplingParams, SpeculationParams
-from specdec.errors import SpecdecWarning
+from specdec.errors import warn
 from specdec.loading import Checkpoint
 from specdec.request.seeds import draw_seed, sample_seed
 from specdec.request.sequence import Sequence
@@ -125,9 +124,5 @@ class Admission:
                 "has no MTP layer, so speculation is unavailable; pass 0"
             )
         if default is None and asked is None:
-            warnings.warn(
-                f"{self.checkpoint.folder} has no MTP layer: speculation is unavailable, decoding plainly",
-                SpecdecWarning,
-                stacklevel=6,
-            )
+            warn(f"{self.checkpoint.folder} has no MTP layer: speculation is unavailable, decoding plainly")
         return asked or default or OFF

@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from specdec.checks import is_number, require, require_int
+from specdec.checks import is_number, require, require_bool, require_int
 from specdec.config import SamplingParams
 from specdec.engine.engine import Engine
 from specdec.engine.outputs import GenerationOutput, StreamChunk
-from specdec.engine.thread import Command, EngineThread, Mailroom, Request, stop
+from specdec.engine.thread import Command, EngineThread, Mailroom, StreamedRequest, stop
 from specdec.errors import QueueFullError
 from specdec.metrics.engine import EngineStats
 from specdec.request.prompts import Prompt, as_params, as_prompt
@@ -28,7 +28,7 @@ class AsyncTokenStream(AsyncIterator[StreamChunk]):
     cancelling the task that waits for it abort the request.
     """
 
-    def __init__(self, engine: AsyncEngine, thread: EngineThread, request: Request) -> None:
+    def __init__(self, engine: AsyncEngine, thread: EngineThread, request: StreamedRequest) -> None:
         self._engine = engine  # which ends with the last reference to it
         self._thread, self._request = thread, request
 
@@ -77,25 +77,35 @@ class AsyncEngine:
     """An `Engine` in a thread of its own, for one asyncio event loop.
 
     Build it with `AsyncEngine.from_pretrained`; `await shutdown()` ends it. It belongs to the loop in which `generate`
-    was called first, until that is closed. It lowers `sys.setswitchinterval` to 20 us, see docs/serving.md.
+    was called first, until that is closed.
     max_queue: so many requests may wait beside those that the engine runs at once (max_num_seqs).
     """
 
-    def __init__(self, engine: Engine, max_queue: int = 1024) -> None:
-        """engine: its requests come from here alone from now on."""
+    def __init__(self, engine: Engine, max_queue: int = 1024, *, shorten_switch_interval: bool = True) -> None:
+        """Starts the engine's thread.
+
+        engine: its requests come from here alone from now on.
+        max_queue: so many requests may wait beside those that the engine runs at once (max_num_seqs).
+        shorten_switch_interval: the thread lowers `sys.setswitchinterval` to 20 us, for the whole process: an event
+            loop that is never idle would keep it out otherwise. See "A busy event loop" in docs/serving.md.
+        """
         require_int("max_queue", max_queue, 0)
+        require_bool("shorten_switch_interval", shorten_switch_interval)
         self.max_queue, self.tokenizer, self.max_model_len = max_queue, engine.tokenizer, engine.max_model_len
         self._engine, self._core = engine, engine.core
         self._mailroom: Mailroom | None = None
         self._numbers = itertools.count()
         self._shut_down = False
-        self._thread = EngineThread(engine.core)
+        self._thread = EngineThread(engine.core, shorten_switch_interval=shorten_switch_interval)
         weakref.finalize(self, stop, self._thread.commands)  # the thread may hold errors that lead back here
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, max_queue: int = 1024, **arguments: Any) -> AsyncEngine:
+    def from_pretrained(
+        cls, model: str | Path, *, max_queue: int = 1024, shorten_switch_interval: bool = True, **arguments: Any
+    ) -> AsyncEngine:
         """arguments: those of `Engine.from_pretrained`, and its errors."""
-        return cls(Engine.from_pretrained(model, **arguments), max_queue)
+        engine = Engine.from_pretrained(model, **arguments)
+        return cls(engine, max_queue, shorten_switch_interval=shorten_switch_interval)
 
     def generate(
         self,
@@ -142,7 +152,7 @@ class AsyncEngine:
         sequences = self._core.admission.sequences(as_prompt(prompt), one, request_id=request_id, priority=priority)
         self._check_room(mailroom, [s.request_id for s in sequences])
         deadline = math.inf if deadline_s is None else time.monotonic() + float(deadline_s)
-        requests = [Request(sequence, mailroom, deadline) for sequence in sequences]
+        requests = [StreamedRequest(sequence, mailroom, deadline) for sequence in sequences]
         for request in requests:
             mailroom.requests[request.request_id] = request
             self._thread.send(Command("add", request))

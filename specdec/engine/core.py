@@ -6,7 +6,6 @@ import copy
 import logging
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -22,17 +21,26 @@ from specdec.engine.admission import Admission
 from specdec.loading import Checkpoint, Runtime
 from specdec.metrics.engine import EngineStats
 from specdec.request.sequence import FinishReason, Sequence
-from specdec.step.commit import abort, fail
 from specdec.step.draft import Drafter, MTPDrafter, NoDrafter
 from specdec.step.draft_length import DraftLength, FixedDraftLength
 from specdec.step.scheduler import Scheduler
-from specdec.step.step import Decision, StepError, step
+from specdec.step.step import Decision, StepError, Verifier, step
 from specdec.step.verify import TargetVerifier
 
 log = logging.getLogger(__name__)
 
 
 class EngineCore:
+    """The engine below the front doors: queues requests, steps them all, and ends them.
+
+    draft_length, drafter and verifier are the stages of its step; other objects of their protocols may be assigned
+    between two steps.
+    """
+
+    draft_length: DraftLength
+    drafter: Drafter
+    verifier: Verifier
+
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig) -> None:
         self.admission = Admission(
             checkpoint, runtime.max_model_len, config.speculation, has_mtp=runtime.model.mtp is not None
@@ -42,6 +50,7 @@ class EngineCore:
         self.draft_length = _make_draft_length(checkpoint, runtime, config)
         self.drafter = _make_drafter(runtime, config)
         self.verifier = TargetVerifier(runtime.model.target, runtime.kv_cache, config.page_size)
+        self._device = runtime.kv_cache.device
         self._stats, self._stats_lock = EngineStats(pool.num_pages, config.prefix_caching), threading.Lock()
         self._stats.draft_length = self.draft_length.snapshot()
         self._alive: dict[Sequence, None] = {}  # every request that has not ended
@@ -50,9 +59,8 @@ class EngineCore:
 
     def use_device(self) -> None:
         """Makes its CUDA device, if it has one, the calling thread's."""
-        device = self.verifier.kv_cache.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a request. Raises CacheFullError, with which the request ends, where the whole cache could not hold
@@ -62,14 +70,13 @@ class EngineCore:
                 self.draft_length.prepare()
             self.scheduler.add(sequence)
         except BaseException as error:
-            _end(sequence, error)
-            self.scheduler.remove(sequence)
+            self._end(sequence, *_ending(error))
             raise
         finally:
             with self._stats_lock:
                 self._alive[sequence] = None
                 self._stats.num_requests += 1
-                self._settle([sequence])
+                self._count_ended([sequence])
 
     def step(self) -> list[Sequence]:
         """One engine step; -> the sequences that took part.
@@ -78,54 +85,53 @@ class EngineCore:
         nothing had been. A KeyboardInterrupt or the like aborts all that run, and is raised.
         """
         while self._abandoned:
-            self.abort(self._abandoned.popleft())
+            self.end(self._abandoned.popleft(), "abort")
         try:
             return self._step()
         except Exception as error:  # no stage's own, which are StepErrors
-            ended = self._start_over(error)
+            ended = self._recover(error)
             log.error("a step failed between its stages: requests %s", [s.request_id for s in ended], exc_info=error)
             return ended
         except BaseException as interrupt:
-            self._start_over(interrupt)
+            self._recover(interrupt)
             raise
 
     def _step(self) -> list[Sequence]:
         start_s, num_failures = time.perf_counter(), 0
         try:
             done = step(self.scheduler, self.draft_length, self.drafter, self.verifier)
-            scheduled = done.scheduled
+            scheduled, records = done.scheduled, done.records
             if self._trace is not None:
                 self._trace += done.decisions()
         except StepError as error:
-            scheduled, num_failures = error.scheduled, 1
+            scheduled, records, num_failures = error.scheduled, error.records, 1
             for sequence in error.failed:
-                _fail(sequence, error.error)
-                self.scheduler.remove(sequence)
+                self._end(sequence, "error", error.error)
             self.scheduler.remove_finished()  # those that had committed
             log.error("a step failed for requests %s", [s.request_id for s in error.failed], exc_info=error.error)
         sequences = [s.sequence for s in scheduled]
         with self._stats_lock:
-            self._stats.record_step(scheduled, start_s, time.perf_counter(), self.draft_length)
+            self._stats.record_step(scheduled, records, start_s, time.perf_counter(), self.draft_length)
             self._stats.num_failed_steps += num_failures
             if any(s.speculation.automatic for s in sequences):
                 self._stats.draft_length = self.draft_length.snapshot()
-            self._settle(sequences)
+            self._count_ended(sequences)
         return sequences
 
-    def abort(self, sequence: Sequence, reason: FinishReason = "abort") -> None:
-        """Ends a request unless it has ended; its pages are free at once."""
-        if not sequence.finished:
-            _abort(sequence, reason)
-            self._leave([sequence])
+    def end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> bool:
+        """Ends a request between two steps, unless it has ended: out of its queue, its pages free, counted.
 
-    def fail(self, sequence: Sequence, error: Exception) -> None:
-        """Ends a request with an error, unless it has ended."""
-        if not sequence.finished:
-            _fail(sequence, error)
-            self._leave([sequence])
+        error: what ended it, with reason "error". Returns whether this call ended it.
+        """
+        if sequence.finished:
+            return False
+        self._end(sequence, reason, error)
+        with self._stats_lock:
+            self._count_ended([sequence])
+        return True
 
     def abandon(self, sequence: Sequence) -> None:
-        """Aborts it before the next step; from a finaliser, which may run in the middle of one."""
+        """Aborts a request before the next step. Finalisers call it, which may run in the middle of one."""
         self._abandoned.append(sequence)
 
     def reject(self) -> None:
@@ -148,26 +154,35 @@ class EngineCore:
         finally:
             self._trace = None
 
-    def _start_over(self, error: BaseException) -> list[Sequence]:
-        """After what came in the middle of a step, whatever it left half done: ends all requests but those that wait,
-        or, where there are no others, the first of these. Everything cached is forgotten. -> those that it ended."""
+    def _recover(self, error: BaseException) -> list[Sequence]:
+        """Recovers from an exception inside a step, whatever that left half done.
+
+        Ends every request that does not wait, or, where all wait, the first of them; frees all pages and forgets what
+        was cached. Returns these requests.
+        """
         waiting = set(self.scheduler.waiting)
         ended = [s for s in self._alive if s not in waiting] or self.scheduler.waiting[:1]
         self.scheduler.start_over()
         for sequence in ended:
             if not (sequence.finished and isinstance(error, Exception)):  # an interrupt may have come in its commit
-                _end(sequence, error)
-        self._leave(ended)
+                self._end(sequence, *_ending(error))
+        with self._stats_lock:
+            self._count_ended(ended)
         return ended
 
-    def _leave(self, ended: list[Sequence]) -> None:
-        for sequence in ended:
-            self.scheduler.remove(sequence)
-        with self._stats_lock:
-            self._settle(ended)
+    def _end(self, sequence: Sequence, reason: FinishReason, error: Exception | None) -> None:
+        """Ends a request and takes it out of its queue; `_count_ended` is to follow."""
+        try:
+            sequence.end(reason, error)
+        except Exception as text_error:  # the text that was held back cannot be decoded
+            sequence.end("error", text_error)
+        self.scheduler.remove(sequence)
 
-    def _settle(self, sequences: Seq[Sequence]) -> None:
-        """Counts those that have ended, and that they are gone, at once: nobody sees the one without the other."""
+    def _count_ended(self, sequences: Seq[Sequence]) -> None:
+        """Counts which of these requests have ended, and what is left running, waiting and used.
+
+        Its caller holds the lock of the statistics, so no snapshot shows a request as both running and ended.
+        """
         for sequence in sequences:
             if sequence.finished and sequence in self._alive:
                 del self._alive[sequence]
@@ -175,24 +190,9 @@ class EngineCore:
         self._stats.record_state(self.scheduler)
 
 
-def _end(sequence: Sequence, cause: BaseException) -> None:
-    """An interrupt is no error of the request."""
-    if isinstance(cause, Exception):
-        _fail(sequence, cause)
-    else:
-        _abort(sequence, "abort")
-
-
-def _abort(sequence: Sequence, reason: FinishReason) -> None:
-    try:
-        abort(sequence, reason)
-    except Exception as error:  # of the text that was held back
-        _fail(sequence, error)
-
-
-def _fail(sequence: Sequence, error: Exception) -> None:
-    traceback.clear_frames(error.__traceback__)  # requests keep the error: it must not keep the step's tensors
-    fail(sequence, error)
+def _ending(cause: BaseException) -> tuple[FinishReason, Exception | None]:
+    """How a request ends by an exception: an interrupt is no error of the request."""
+    return ("error", cause) if isinstance(cause, Exception) else ("abort", None)
 
 
 def _make_draft_length(checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig) -> DraftLength:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from specdec.config import EngineConfig, SamplingParams, SpeculationParams
 from specdec.engine.core import EngineCore
 from specdec.engine.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
-from specdec.errors import SpecdecWarning
+from specdec.errors import warn
 from specdec.kernels.progress import Progress, silent
 from specdec.loading import (
     Checkpoint,
@@ -109,7 +108,7 @@ class Engine:
                 _raise_errors(s for s in self.core.step() if s in own)
         finally:
             for sequence in own:
-                self.core.abort(sequence)
+                self.core.end(sequence, "abort")
         return [GenerationOutput.of(first, others) for first, *others in samples]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
@@ -118,7 +117,9 @@ class Engine:
         one = self.default_sampling_params() if params is None else as_params(params)
         sequence = self.core.admission.sequence(as_prompt(prompt), one)
         self.core.add(sequence)
-        return TokenStream(sequence, self._chunks(sequence), self.core.abort, self.core.abandon)
+        return TokenStream(
+            sequence, self._chunks(sequence), lambda stopped: self.core.end(stopped, "abort"), self.core.abandon
+        )
 
     def chat(
         self,
@@ -141,11 +142,7 @@ class Engine:
         """SamplingParams with what the checkpoint's generation_config.json recommends; `do_sample: false` is
         temperature 0. A recommendation that is not supported gives a warning."""
         if self.checkpoint.ignored_recommendations:
-            warnings.warn(
-                f"generation_config.json recommends {self.checkpoint.ignored_recommendations}, which is not supported",
-                SpecdecWarning,
-                stacklevel=3,
-            )
+            warn(f"generation_config.json recommends {self.checkpoint.ignored_recommendations}, which is not supported")
         return self.checkpoint.default_params
 
     def stats(self) -> EngineStats:

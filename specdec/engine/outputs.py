@@ -95,7 +95,7 @@ class TokenStream(Iterator[StreamChunk]):
         self,
         sequence: Sequence,
         chunks: Generator[StreamChunk],
-        abort: Callable[[Sequence], None],
+        abort: Callable[[Sequence], object],
         abandon: Callable[[Sequence], None],
     ) -> None:
         self._sequence, self._chunks, self._abort, self._abandon = sequence, chunks, abort, abandon

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 from specdec.engine.core import EngineCore
 from specdec.engine.outputs import ChunkCutter, StreamChunk
-from specdec.request.sequence import FinishReason, Sequence
+from specdec.request.sequence import Sequence
 
 SWITCH_INTERVAL_S = 20e-6
 PR_SET_TIMERSLACK = 29  # prctl(2)
@@ -53,7 +53,7 @@ class Mailroom:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.requests: dict[str, Request] = {}
+        self.requests: dict[str, StreamedRequest] = {}
 
     def deliver(self, mails: list[Mail]) -> None:
         for mail in mails:
@@ -63,9 +63,13 @@ class Mailroom:
 
 
 @dataclass(eq=False)
-class Request:
-    """A request in both worlds. wanted: its consumer has read the last chunk; set by the consumer as it reads, cleared
-    by the thread as it sends, so they take turns. deadline: on the clock of time.monotonic."""
+class StreamedRequest:
+    """A request as the engine's thread and the event loop share it.
+
+    wanted: its consumer has read the last chunk; set by the consumer as it reads, cleared by the thread as it sends, so
+    they take turns.
+    deadline: when it ends whatever it has, on the clock of time.monotonic; inf: never.
+    """
 
     sequence: Sequence
     mailroom: Mailroom
@@ -79,17 +83,17 @@ class Request:
 
 
 class Mail(NamedTuple):
-    request: Request
+    request: StreamedRequest
     chunk: StreamChunk | None
     error: BaseException | None
     last: bool
 
 
 class Command(NamedTuple):
-    """stop: when all requests have ended."""
+    """What the thread is to do. kind "stop" ends it once no request is left."""
 
     kind: Literal["add", "abort", "abort all", "stop"]
-    request: Request | None = None
+    request: StreamedRequest | None = None
 
 
 def stop(commands: queue.SimpleQueue[Command]) -> None:
@@ -109,8 +113,8 @@ def _stop_all() -> None:
         thread.join()
 
 
-def _insist() -> None:
-    """Lets the calling thread take over from a busy event loop.
+def _shorten_switch_interval() -> None:
+    """Makes CPython let the calling thread take over from a busy event loop.
 
     CPython's waiting threads ask the one that runs to let go only after a whole switch interval (5 ms) in which it did
     not do so of itself. An event loop does in each of its turns, in `select`, too briefly for anybody else to wake up:
@@ -126,12 +130,12 @@ def _insist() -> None:
 class EngineThread:
     """Steps the core while there are requests, and sleeps while there are none."""
 
-    def __init__(self, core: EngineCore) -> None:
-        self.core = core
+    def __init__(self, core: EngineCore, *, shorten_switch_interval: bool = True) -> None:
+        self.core, self._shorten_switch_interval = core, shorten_switch_interval
         self.broken: BaseException | None = None  # what ended the thread, if it was a fault of ours
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._requests: dict[Sequence, Request] = {}
-        self._unsent: set[Request] = set()  # have tokens that their consumers were not ready for
+        self._requests: dict[Sequence, StreamedRequest] = {}
+        self._unsent: set[StreamedRequest] = set()  # have tokens that their consumers were not ready for
         self._next_deadline = math.inf
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="specdec-engine", daemon=True)
@@ -147,16 +151,17 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            _insist()
+            if self._shorten_switch_interval:
+                _shorten_switch_interval()
             self.core.use_device()
             while self._requests or not self._stopping:
                 self._turn()
         except BaseException as error:
-            self._break(error)
+            self._fail_everyone(error)
 
     def _turn(self) -> None:
         changed = self._receive()
-        changed += self._expire()
+        changed += self._end_late_requests()
         if not self.core.scheduler.idle:
             changed += self.core.step()
         self._publish(changed)
@@ -175,33 +180,27 @@ class EngineThread:
             if kind == "stop":
                 self._stopping = True
             elif kind == "abort all":
-                ended += [s for s in self._requests if self._end(s, "abort")]
+                ended += [s for s in self._requests if self.core.end(s, "abort")]
             elif request is not None and kind == "add":
                 self._add(request)
                 ended += [request.sequence] if request.sequence.finished else []
             elif request is not None:
-                ended += [request.sequence] if self._end(request.sequence, "abort") else []
+                ended += [request.sequence] if self.core.end(request.sequence, "abort") else []
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: StreamedRequest) -> None:
         self._requests[request.sequence] = request
         self._next_deadline = min(self._next_deadline, request.deadline)
         with contextlib.suppress(Exception):  # the request has it as its error
             self.core.add(request.sequence)
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> bool:
-        """Ends a request from outside; False where it had ended."""
-        if sequence.finished:
-            return False
-        self.core.abort(sequence, reason)
-        return True
-
-    def _expire(self) -> list[Sequence]:
+    def _end_late_requests(self) -> list[Sequence]:
+        """Ends the requests whose deadline has passed; -> their sequences."""
         now = time.monotonic()
         if now < self._next_deadline:
             return []
         late = [s for s, request in self._requests.items() if request.deadline <= now]
         self._next_deadline = min((r.deadline for r in self._requests.values() if r.deadline > now), default=math.inf)
-        return [s for s in late if self._end(s, "deadline")]
+        return [s for s in late if self.core.end(s, "deadline")]
 
     def _publish(self, changed: list[Sequence]) -> None:
         """Sends what is new: to consumers who are ready, and whatever is left of requests that have ended."""
@@ -217,27 +216,27 @@ class EngineThread:
                 mails.setdefault(request.mailroom, []).append(mail)
         for mailroom, batch in mails.items():
             if not _post(mailroom, batch):
-                self._forget(mailroom)
+                self._drop_requests_of(mailroom)
 
-    def _mail(self, request: Request) -> Mail:
+    def _mail(self, request: StreamedRequest) -> Mail:
         sequence = request.sequence
         if sequence.error is None:
             try:
                 return Mail(request, request.cutter.take(), None, sequence.finished)
             except Exception as error:  # the detokeniser's
-                self.core.fail(sequence, error)
+                self.core.end(sequence, "error", error)
                 return Mail(request, None, error, True)
         return Mail(request, None, sequence.error, True)
 
-    def _forget(self, mailroom: Mailroom) -> None:
-        """Its loop is closed: nobody will read any of its requests."""
+    def _drop_requests_of(self, mailroom: Mailroom) -> None:
+        """Aborts and forgets all requests of an event loop that is closed: nobody will read them."""
         for request in [r for r in self._requests.values() if r.mailroom is mailroom]:
-            self._end(request.sequence, "abort")
+            self.core.end(request.sequence, "abort")
             del self._requests[request.sequence]
             self._unsent.discard(request)
 
-    def _break(self, error: BaseException) -> None:
-        """The thread cannot go on: everyone who waits gets the error, and `broken` refuses whoever comes."""
+    def _fail_everyone(self, error: BaseException) -> None:
+        """The thread ends by an error: everyone who waits gets it, and `broken` refuses whoever comes."""
         self.broken = error
         requests = list(self._requests.values())
         while True:

@@ -73,19 +73,28 @@ class EngineStats:
         self.num_running, self.num_waiting = len(scheduler.running), len(scheduler.waiting)
         self.num_used_pages = self.num_pages - scheduler.pool.num_free
 
-    def record_step(self, scheduled: Seq[ScheduledSequence], start_s: float, end_s: float, costs: DraftLength) -> None:
-        """A step and what it committed; of requests that it failed for only that they took part."""
+    def record_step(
+        self,
+        scheduled: Seq[ScheduledSequence],
+        records: Seq[CommitRecord | None],
+        start_s: float,
+        end_s: float,
+        costs: DraftLength,
+    ) -> None:
+        """Counts a step, failed or not, and changes no sequence.
+
+        records: what the step added to each scheduled sequence, None where it decided no token; not counted for a
+        request that the step failed for. start_s, end_s: seconds of time.perf_counter. costs: what plain steps cost.
+        """
         self.num_steps += 1
         self.steps_s += end_s - start_s
         num_rows = num_decoding = num_prefilled = num_tokens = num_deciding = 0
         speculates = False
-        for s in scheduled:
-            sequence, stats = s.sequence, s.sequence.stats
-            if stats.scheduled_s is None:
-                stats.scheduled_s = start_s
+        for s, commit in zip(scheduled, records):
+            sequence = s.sequence
             num_rows += s.num_new_tokens
-            commit, stats.commit = stats.commit, None
-            if s.num_new_tokens > 1 or stats.num_output_tokens == (commit.num_tokens if commit else 0):
+            num_before = sequence.stats.num_output_tokens - (commit.num_tokens if commit else 0)
+            if s.num_new_tokens > 1 or num_before == 0:
                 num_prefilled += s.num_new_tokens
             else:
                 num_decoding += 1

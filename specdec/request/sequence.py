@@ -1,11 +1,21 @@
 """`Sequence`: one request's tokens, cache rows and parameters. The only mutable per-request state.
 
-Who sets what: the engine creates it; the scheduler gives and takes its pages, and with them the rows that are in
-them; `specdec.step.commit` changes all the rest. Draft and verify only read it.
+Who sets what:
+
+- the engine creates it, and ends it with `end` where it does not end by itself;
+- the scheduler numbers it (`arrival`), gives and takes its pages (`admit`, `preempt`, `give_up_pages`), and with them
+  the rows that are in them, publishes full pages, and stamps what belongs to this in `stats`: scheduled_s,
+  num_cached_tokens, num_preemptions;
+- `specdec.step.commit` changes all the rest: tokens, computed rows, pending hidden states, text, log-probabilities, the
+  other statistics, and the end that tokens bring.
+
+Draft, verify and the engine's statistics only read it.
 """
 
 from __future__ import annotations
 
+import time
+import traceback
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -78,6 +88,7 @@ class Sequence:
         self.num_mtp_tokens = self.num_computed_tokens if self.speculates else 0
         if self.stats.num_preemptions == 0:
             self.stats.num_cached_tokens = self.num_computed_tokens
+            self.stats.scheduled_s = time.perf_counter()
 
     def preempt(self) -> list[int]:
         """It waits again; tokens, text and statistics stay. -> its pages."""
@@ -90,6 +101,21 @@ class Sequence:
         """Of a request that is preempted or has ended."""
         pages, self.page_table, self.num_published_pages = self.page_table, [], 0
         return pages
+
+    def end(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """Ends the request; the tokens that it has stay.
+
+        error: what ended it, with reason "error". Without an error the text that was held back comes out; a stop string
+        in it turns the reason "length" into "stop". Raises what decoding that text raises; the request has not ended
+        then.
+        """
+        if error is not None:
+            traceback.clear_frames(
+                error.__traceback__
+            )  # the request keeps the error: it must not keep a step's tensors
+        elif self.output.flush() and reason == "length":
+            reason = "stop"
+        self.finish_reason, self.error, self.pending_hidden = reason, error, []
 
     @property
     def order(self) -> tuple[int, int]:

@@ -95,10 +95,9 @@ class CommitRecord(NamedTuple):
 class SequenceStats(DraftStats):
     """Counts and times of one request.
 
-    num_first_tokens: output tokens of the first commit. *_s: seconds of time.perf_counter. scheduled_s: the start of
-    the first step that computed something of it. num_cached_tokens: prompt tokens whose rows the prefix cache had when
-    the request was first admitted. num_preemptions: how often it lost its pages and computed its rows anew. commit: the
-    last step's, until the engine's statistics have taken it.
+    num_first_tokens: output tokens of the first commit. *_s: seconds of time.perf_counter. scheduled_s: when the
+    scheduler first gave it a place in a step. num_cached_tokens: prompt tokens whose rows the prefix cache had when the
+    request was first admitted. num_preemptions: how often it lost its pages and computed its rows anew.
     """
 
     num_output_tokens: int = 0
@@ -109,9 +108,10 @@ class SequenceStats(DraftStats):
     scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
-    commit: CommitRecord | None = None
 
-    def record_commit(self, now: float, num_draft_tokens: int, num_accepted_tokens: int, num_tokens: int) -> None:
+    def record_commit(
+        self, now: float, num_draft_tokens: int, num_accepted_tokens: int, num_tokens: int
+    ) -> CommitRecord:
         """A verification, and how many tokens of its outcome the output kept. now: time.perf_counter."""
         interval_s = None if self.last_token_s is None else now - self.last_token_s
         if self.first_token_s is None:
@@ -119,7 +119,7 @@ class SequenceStats(DraftStats):
         self.last_token_s = now
         self.num_output_tokens += num_tokens
         self.record_verification(num_draft_tokens, num_accepted_tokens)
-        self.commit = CommitRecord(num_draft_tokens, num_accepted_tokens, num_tokens, interval_s)
+        return CommitRecord(num_draft_tokens, num_accepted_tokens, num_tokens, interval_s)
 
     @property
     def queue_s(self) -> float | None:

@@ -1,4 +1,5 @@
-"""Stage 4, commit: what verification decided becomes part of each sequence. The only stage that changes one."""
+"""Stage 4, commit: what verification decided becomes part of each sequence. The only stage that changes one, its
+statistics included; what it added is a `CommitRecord` for the engine's."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from specdec.errors import RowsError
 from specdec.kernels.data import HiddenRows
 from specdec.request.logprobs import TokenLogprobs
 from specdec.request.sequence import FinishReason, Sequence
+from specdec.request.stats import CommitRecord
 from specdec.step.scheduler import ScheduledSequence
 from specdec.step.verify import TargetResult
 
@@ -18,43 +20,44 @@ MAX_PIECES = 256  # of pending hidden states, before they are copied into one te
 MAX_SHARED_ROWS = 64
 
 
-def commit(scheduled: Seq[ScheduledSequence], result: TargetResult) -> None:
+class CommitError(RowsError):
+    """The commit failed with `error` for one sequence: those before it are complete, those after it as they were.
+
+    records: what `commit` would have returned, None from the one that failed on.
+    """
+
+    def __init__(self, row: int, error: Exception, records: list[CommitRecord | None]) -> None:
+        super().__init__([row], error)
+        self.records = records
+
+
+def commit(scheduled: Seq[ScheduledSequence], result: TargetResult) -> list[CommitRecord | None]:
     """Applies one step's result to its sequences, one after the other.
 
-    Where that fails for one, those before it are complete and those after it as they were: RowsError.
+    Returns what it added to each of them; None for a sequence of which the step decided no token. Raises CommitError.
     """
     now = time.perf_counter()
+    records: list[CommitRecord | None] = []
     results = zip(scheduled, result.output_token_ids, result.logprobs, result.hidden, strict=True)
     for b, (s, token_ids, logprobs, hidden) in enumerate(results):
         try:
-            _commit_sequence(now, s, token_ids, logprobs, hidden)
+            records.append(_commit_sequence(now, s, token_ids, logprobs, hidden))
         except Exception as error:
-            raise RowsError([b], error) from error
-
-
-def abort(sequence: Sequence, reason: FinishReason = "abort") -> None:
-    """Ends a request that has not finished; what it generated so far stays."""
-    sequence.finish_reason = reason
-    sequence.output.flush()
-    sequence.pending_hidden = []
-
-
-def fail(sequence: Sequence, error: Exception) -> None:
-    """Ends a request with an error, whatever state that left it in."""
-    sequence.finish_reason, sequence.error = "error", error
-    sequence.pending_hidden = []
+            raise CommitError(b, error, records + [None] * (len(scheduled) - b)) from error
+    return records
 
 
 def _commit_sequence(
     now: float, s: ScheduledSequence, token_ids: list[int], logprobs: list[TokenLogprobs], hidden: HiddenRows
-) -> None:
+) -> CommitRecord | None:
     num_accepted = len(token_ids) - 1 if token_ids else 0
     _commit_cache_rows(s, s.num_new_tokens + num_accepted, hidden)
-    if token_ids:
-        sequence = s.sequence
-        sequence.logprobs += logprobs
-        num_tokens = _commit_tokens(sequence, token_ids)
-        sequence.stats.record_commit(now, hidden.num_rows - s.num_new_tokens, num_accepted, num_tokens)
+    if not token_ids:
+        return None
+    sequence = s.sequence
+    sequence.logprobs += logprobs
+    num_tokens = _commit_tokens(sequence, token_ids)
+    return sequence.stats.record_commit(now, hidden.num_rows - s.num_new_tokens, num_accepted, num_tokens)
 
 
 def _commit_cache_rows(s: ScheduledSequence, num_rows: int, hidden: HiddenRows) -> None:
@@ -101,8 +104,7 @@ def _commit_tokens(sequence: Sequence, token_ids: list[int]) -> int:
             reason = "length"
         else:
             continue
-        sequence.finish_reason = "stop" if output.flush() else reason
-        sequence.pending_hidden = []
+        sequence.end(reason)
         break
     if sequence.logprobs:
         del sequence.logprobs[sequence.num_output_tokens :]

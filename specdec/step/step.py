@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence as Seq
+from typing import NamedTuple, Protocol
 
 from specdec.errors import RowsError
+from specdec.kernels.data import Drafts
 from specdec.request.sequence import Sequence
-from specdec.step.commit import commit
+from specdec.request.stats import CommitRecord
+from specdec.step.commit import CommitError, commit
 from specdec.step.draft import Drafter
 from specdec.step.draft_length import DraftLength
 from specdec.step.scheduler import ScheduledSequence, Scheduler
-from specdec.step.verify import TargetResult, TargetVerifier
+from specdec.step.verify import TargetResult
 
 
-def step(scheduler: Scheduler, draft_length: DraftLength, drafter: Drafter, verifier: TargetVerifier) -> StepResult:
+class Verifier(Protocol):
+    """Decides tokens; may write KV rows of uncommitted tokens, must not change a sequence."""
+
+    def verify(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> TargetResult:
+        """What each scheduled sequence emits. Raises RowsError where it fails for some of them and knows for which."""
+        ...
+
+
+def step(scheduler: Scheduler, draft_length: DraftLength, drafter: Drafter, verifier: Verifier) -> StepResult:
     """Advances every scheduled sequence by a prefill chunk or a verification.
 
     A sequence contributes a chunk of its prompt, or its last token plus up to K drafts, to one ragged
     target forward; each of those that decode ends the step with 1 to K+1 new tokens. Raises StepError.
     """
     scheduled = scheduler.schedule()
+    records: list[CommitRecord | None] = [None] * len(scheduled)
     try:
         scheduled = draft_length.choose(scheduled)
         drafts = drafter.draft(scheduled)
         result = verifier.verify(scheduled, drafts)
-        commit(scheduled, result)
+        records = commit(scheduled, result)
         draft_length.record(scheduled, result.draft_token_ids, result.output_token_ids)
     except Exception as error:
-        raise StepError(scheduled, error) from error
+        raise StepError(scheduled, records, error) from error
     scheduler.remove_finished()
-    return StepResult(scheduled, result)
+    return StepResult(scheduled, records, result)
 
 
 class Decision(NamedTuple):
@@ -42,9 +54,11 @@ class Decision(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step did, after its commit."""
+    """What a step did, after its commit. records: what it added to each scheduled sequence; None for those of which it
+    decided no token."""
 
     scheduled: list[ScheduledSequence]
+    records: list[CommitRecord | None]
     result: TargetResult
 
     def decisions(self) -> list[Decision]:
@@ -59,14 +73,18 @@ class StepResult(NamedTuple):
 
 class StepError(Exception):
     """A stage failed with `error`. failed: the sequences that it failed for, all of them where the stage does not know.
+    records: of those that had committed when it failed, in the order of `scheduled`; None for the others.
 
     Only commit changes a sequence, and it knows for which one it failed. So the others are as they were before the
     step, or have committed it: drafts and the rows written for them are made again in their next step.
     """
 
-    def __init__(self, scheduled: list[ScheduledSequence], error: Exception) -> None:
+    def __init__(
+        self, scheduled: list[ScheduledSequence], records: list[CommitRecord | None], error: Exception
+    ) -> None:
         super().__init__(str(error))
         self.scheduled = scheduled
+        self.records = error.records if isinstance(error, CommitError) else records
         rows = error.rows if isinstance(error, RowsError) else range(len(scheduled))
         self.failed: list[Sequence] = [scheduled[b].sequence for b in rows]
         self.error = error.error if isinstance(error, RowsError) else error

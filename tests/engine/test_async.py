@@ -338,6 +338,23 @@ def test_a_loop_that_is_never_idle_keeps_nobody_out(planted: Path, turn_s: float
     run(work())
 
 
+def test_the_switch_interval_is_shortened_unless_it_shall_not(planted: Path) -> None:
+    """For the whole process, so a program may have reasons of its own."""
+
+    async def work() -> None:
+        for shorten, interval_s in ((False, 0.005), (True, 20e-6)):
+            async with serving(planted, shorten_switch_interval=shorten) as served:
+                await read(served.generate("abc", greedy(2)))
+                assert sys.getswitchinterval() == pytest.approx(interval_s)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.005)
+    try:
+        run(work())
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_one_event_loop_at_a_time(planted: Path) -> None:
     served = AsyncEngine.from_pretrained(planted)
     problems: list[BaseException] = []
@@ -462,6 +479,8 @@ def test_what_cannot_be_asked_for_is_refused_at_once(planted: Path) -> None:
             assert len(await read(served.generate("abc", greedy(1), request_id="mine"))) == 1
         with pytest.raises(ValueError, match="max_queue = -1 must be an integer, at least 0"):
             AsyncEngine.from_pretrained(planted, max_queue=-1)
+        with pytest.raises(ValueError, match="shorten_switch_interval = 'no' must be True or False"):
+            AsyncEngine.from_pretrained(planted, shorten_switch_interval="no")
 
     run(work())
 

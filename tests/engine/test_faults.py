@@ -9,6 +9,7 @@ import gc
 import json
 import random
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -98,14 +99,42 @@ def test_the_error_says_where_it_came_from(planted: Path) -> None:
         gate.open.set()
         errors = await asyncio.gather(*outcomes)
         assert all(isinstance(error, InjectedError) for error in errors)
-        traceback, names = errors[1].__traceback__, []  # type: ignore[union-attr]
-        while traceback is not None:
-            names.append(traceback.tb_frame.f_code.co_name)
-            traceback = traceback.tb_next
+        assert isinstance(errors[1], InjectedError)
+        names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(errors[1].__traceback__)]
         assert names[-1] == "_strike"
         await engine.shutdown()
 
     asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+
+
+def test_an_error_keeps_nothing_of_its_step(planted: Path) -> None:
+    """Requests keep their errors, and an error its frames, in whose variables the step's tensors would stay."""
+    core = Engine.from_pretrained(planted).core
+    sequence = core.admission.sequence("abc", params(3))
+    core.add(sequence)
+    FaultPlan(core).plan(sequence.request_id, Fault.AFTER_FORWARD, 2)
+    while not core.scheduler.idle:
+        core.step()
+    assert isinstance(sequence.error, InjectedError)
+    frames = [frame for frame, _ in traceback.walk_tb(sequence.error.__traceback__)]
+    assert {"step", "verify"} < {frame.f_code.co_name for frame in frames}
+    assert {frame.f_code.co_name for frame in frames if frame.f_locals} <= {"_step"}, "which was running yet"
+    assert sequence.pending_hidden == []
+
+
+def test_a_request_ends_once(planted: Path) -> None:
+    core = Engine.from_pretrained(planted).core
+    sequence = core.admission.sequence("abc", params(3))
+    core.add(sequence)
+    core.step()
+    assert (core.stats().num_running, core.stats().num_used_pages) == (1, 1)
+    assert core.end(sequence, "deadline")
+    assert not core.end(sequence, "error", InjectedError("late"))
+    assert (sequence.finish_reason, sequence.error, sequence.pending_hidden) == ("deadline", None, [])
+    stats = core.stats()
+    assert (stats.num_running, stats.num_used_pages, sum(stats.finished.values())) == (0, 0, 1)
+    assert core.scheduler.idle
+    check(stats)
 
 
 def test_sync_requests_of_others_go_on_too(planted: Path, expected: list[list[int]]) -> None:
@@ -352,6 +381,7 @@ def test_rows_of_a_failed_step_that_decode_are_no_prompts(planted: Path, fault: 
     stats = engine.stats()
     assert stats.num_failed_steps == 1
     assert stats.step_tokens.sum == 4 * 5 + stats.num_output_tokens
+    assert stats.num_output_tokens == sum(s.stats.num_output_tokens for s in sequences), "what had committed counts"
 
 
 class CheckedLock:
@@ -385,7 +415,7 @@ def test_no_state_between_two_counts_is_seen(planted: Path) -> None:
         core.add(sequences[8])
     for number, fault in enumerate(Fault):
         faults.plan(sequences[number].request_id, fault, 2 + number)
-    core.abort(sequences[7])
+    core.end(sequences[7], "abort")
     while not core.scheduler.idle:
         core.step()
     assert core.stats().num_requests == 9

@@ -148,7 +148,7 @@ class Schedule:
             for sequence in self.arrivals.get(step, ()):
                 self.core.add(sequence)
             for sequence in self.aborts.get(step, ()):
-                self.core.abort(sequence)
+                self.core.end(sequence, "abort")
             if self.core.scheduler.idle and step > 30:
                 break
             self.core.step()

@@ -14,7 +14,6 @@ from specdec.cache import prefix as prefix_cache_module
 from specdec.cache.pages import PagePool
 from specdec.cache.prefix import PageKey, PrefixCache
 from specdec.request.sequence import Sequence
-from specdec.step.commit import abort
 from specdec.step.scheduler import ScheduledSequence, Scheduler
 from support.scheduling import (
     Memory,
@@ -84,7 +83,7 @@ class Run:
     def abort(self, step: int) -> None:
         for name, sequence in self.sequences.items():
             if self.requests[name].aborted == step and not sequence.finished:
-                abort(sequence)
+                sequence.end("abort")
                 self.scheduler.remove(sequence)
                 self.states[name].finish = "abort"
                 self.simulation.leave(self.states[name])

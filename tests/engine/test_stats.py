@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import time
@@ -11,13 +12,15 @@ from pathlib import Path
 import pytest
 
 from specdec import Engine, SamplingParams, SpeculationParams
+from specdec.eval.dev.faults import Fault, FaultPlan
 from specdec.metrics.engine import EngineStats
 from specdec.metrics.prometheus import render
 from specdec.request.sequence import Sequence
-from specdec.request.stats import Histogram
+from specdec.request.stats import CommitRecord, Histogram
 from specdec.request.text import OutputText
 from specdec.step.draft_length import FixedDraftLength
 from specdec.step.scheduler import ScheduledSequence
+from specdec.step.step import StepError, step
 from support.fakes import write_planted_checkpoint
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -161,34 +164,93 @@ class Costs(FixedDraftLength):
         return self.per_rows.get(rows)
 
 
-def committed(num_new: int, num_drafts: int, num_tokens: int) -> ScheduledSequence:
-    """Of a sequence that speculates, after a commit that was not its first; no tokens: a chunk of its prompt."""
+Committed = tuple[ScheduledSequence, CommitRecord | None]
+
+
+def committed(num_new: int, num_drafts: int, num_tokens: int) -> Committed:
+    """A sequence that speculates, after a commit that was not its first; no tokens: a chunk of its prompt."""
     params = SamplingParams()
     sequence = Sequence("r", [1] * 9, params, SpeculationParams(3), 0, 99, frozenset(), OutputText(None, params))
+    record = None
     if num_tokens:
         sequence.stats.record_commit(time.perf_counter(), 0, 0, 1)
-        sequence.stats.record_commit(time.perf_counter(), num_drafts, num_tokens - 1, num_tokens)
-    return ScheduledSequence(sequence, num_new, num_drafts)
+        record = sequence.stats.record_commit(time.perf_counter(), num_drafts, num_tokens - 1, num_tokens)
+    return ScheduledSequence(sequence, num_new, num_drafts), record
+
+
+def record_step(stats: EngineStats, step: list[Committed], start_s: float, end_s: float, costs: Costs) -> None:
+    scheduled, records = zip(*step)
+    before = copy.deepcopy([s.sequence.stats for s in scheduled])
+    stats.record_step(scheduled, records, start_s, end_s, costs)
+    assert [s.sequence.stats for s in scheduled] == before, "only commit changes a sequence"
 
 
 def test_speculation_is_compared_with_plain_decoding_of_the_same_tokens() -> None:
     stats = EngineStats(num_pages=1)
     costs = Costs({1: 1.0, 2: 1.5, 42: 4.0})
-    stats.record_step([committed(1, 3, 3)], 10.0, 11.2, costs)  # 3 plain steps of one row
+    record_step(stats, [committed(1, 3, 3)], 10.0, 11.2, costs)  # 3 plain steps of one row
     assert (stats.compared_s, stats.plain_s) == (pytest.approx(1.2), 3.0)
-    stats.record_step([committed(1, 3, 4), committed(1, 3, 1)], 0.0, 2.0, costs)  # 5 tokens at 2 per step of 1.5 s
+    record_step(stats, [committed(1, 3, 4), committed(1, 3, 1)], 0.0, 2.0, costs)  # 5 tokens at 2 per step of 1.5 s
     assert (stats.compared_s, stats.plain_s) == (pytest.approx(3.2), 3.0 + 2.5 * 1.5)
     # 40 rows of a prompt are computed either way, then one plain step more for the two decoding ones
-    stats.record_step([committed(1, 3, 2), committed(1, 3, 2), committed(40, 0, 0)], 0.0, 5.0, costs)
+    record_step(stats, [committed(1, 3, 2), committed(1, 3, 2), committed(40, 0, 0)], 0.0, 5.0, costs)
     assert (stats.compared_s, stats.plain_s) == (pytest.approx(8.2), 6.75 + 4.0 + 1.5)
-    stats.record_step([committed(7, 0, 0)], 0.0, 1.0, costs)  # nobody decodes
-    stats.record_step([committed(1, 0, 1)] * 3, 0.0, 1.0, costs)  # the costs are not known
+    record_step(stats, [committed(7, 0, 0)], 0.0, 1.0, costs)  # nobody decodes
+    record_step(stats, [committed(1, 0, 1)] * 3, 0.0, 1.0, costs)  # the costs are not known
     assert stats.compared_s == pytest.approx(8.2)
     assert stats.saved_s == pytest.approx(12.25 - 8.2)
     assert stats.speedup == pytest.approx(12.25 / 8.2)
     _, samples = parse(render(stats))
     assert value(samples, "specdec:speculation_saved_seconds") == pytest.approx(12.25 - 8.2)
     assert value(samples, "specdec:speculation_plain_seconds_total") == 12.25
+
+
+def started(engine: Engine, *prompts: list[int]) -> list[Sequence]:
+    core = engine.core
+    sequences = [core.admission.sequence(prompt, SamplingParams(max_tokens=8, ignore_eos=True)) for prompt in prompts]
+    for sequence in sequences:
+        core.add(sequence)
+    return sequences
+
+
+def test_a_step_says_what_it_added_to_each_sequence(tmp_path: Path) -> None:
+    """A prompt in two chunks, then verifications until the longest output ends."""
+    engine = Engine.from_pretrained(
+        write_planted_checkpoint(tmp_path), max_num_seqs=2, max_num_batched_tokens=20, kernels="reference"
+    )
+    core = engine.core
+    short, long = started(engine, [5, 6, 7], list(range(5, 30)))
+    records: dict[Sequence, list[CommitRecord | None]] = {short: [], long: []}
+    assert short.stats.scheduled_s is None
+    while not core.scheduler.idle:
+        done = step(core.scheduler, core.draft_length, core.drafter, core.verifier)
+        for s, record in zip(done.scheduled, done.records, strict=True):
+            records[s.sequence].append(record)
+        if len(records[long]) == 1:
+            stamped = short.stats.scheduled_s, long.stats.scheduled_s
+            assert short.stats.arrival_s < stamped[0] < stamped[1] < short.stats.first_token_s, "as they got a place"
+    assert records[short][0] == (0, 0, 1, None)
+    assert records[long][:2] == [None, (0, 0, 1, None)]
+    assert (short.stats.scheduled_s, long.stats.scheduled_s) == stamped
+    for sequence, found in records.items():
+        commits = [record for record in found if record is not None]
+        stats = sequence.stats
+        assert sum(commit.num_tokens for commit in commits) == stats.num_output_tokens == 8
+        assert sum(commit.num_draft_tokens for commit in commits) == stats.num_draft_tokens > 0
+        assert sum(commit.num_accepted_tokens for commit in commits) == stats.num_accepted_tokens
+        assert sum(commit.interval_s or 0.0 for commit in commits) == pytest.approx(stats.decode_s)
+
+
+def test_a_failed_step_says_what_it_had_added(tmp_path: Path) -> None:
+    engine = Engine.from_pretrained(write_planted_checkpoint(tmp_path), kernels="reference")
+    core = engine.core
+    first, broken, last = started(engine, [5], [6], [7])
+    FaultPlan(core).plan(broken.request_id, Fault.COMMIT, 1)
+    with pytest.raises(StepError) as caught:
+        step(core.scheduler, core.draft_length, core.drafter, core.verifier)
+    assert caught.value.failed == [broken]
+    assert caught.value.records == [(0, 0, 1, None), None, None]
+    assert [s.num_output_tokens for s in (first, last)] == [1, 0]
 
 
 def test_an_engine_uses_the_costs_it_is_given(engine: Engine) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, Glm4MoeForCausalLM
 
 from specdec import Engine, SamplingParams, SpeculationParams
+from specdec.errors import CheckpointError
 from specdec.eval.speed.planted import (
     SIZES,
     PlantedShape,
@@ -23,7 +24,6 @@ from specdec.eval.speed.planted import (
     write_planted_checkpoint,
 )
 from specdec.model.config import load_config
-from specdec.model.errors import CheckpointError
 
 SHAPE = PlantedShape(
     hidden_size=128,

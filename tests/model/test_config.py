@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from specdec.errors import CheckpointError
 from specdec.model.config import load_config, parse_config
-from specdec.model.errors import CheckpointError
 from support.fakes import tiny_config
 
 # What each published config.json says (GLM-4.5, GLM-4.5-Air, GLM-4.6), abridged to the keys in use.

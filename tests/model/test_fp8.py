@@ -16,13 +16,12 @@ from torch import Tensor
 from specdec import Engine, SamplingParams
 from specdec.cache.pages import allocate_kv_cache
 from specdec.config import EngineConfig
-from specdec.errors import SpecdecWarning
+from specdec.errors import CheckpointError, SpecdecWarning
 from specdec.kernels import AnyBackend, select
 from specdec.kernels.fp8 import E4M3, Fp8Kind, Fp8Matrix, fp8_linear
 from specdec.kernels.reference import ReferenceKernels
 from specdec.loading import load_runtime, open_checkpoint, weight_bytes
 from specdec.model.config import parse_config
-from specdec.model.errors import CheckpointError
 from specdec.model.layers import Matrices
 from specdec.model.weights import CheckpointIndex, LoadedModel, load_model
 from specdec.step.batch import Extend, build_batch

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from specdec.model.errors import CheckpointError
+from specdec.errors import CheckpointError
 from specdec.model.hub import BUNDLED_FOLDER, resolve_model
 
 

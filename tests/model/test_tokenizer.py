@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specdec.errors import CheckpointError
 from specdec.model.chat_template import ChatTemplate
-from specdec.model.errors import CheckpointError
 from specdec.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from support.fakes import CHAT_TEMPLATE, byte_tokenizer, tiny_config, write_files
 

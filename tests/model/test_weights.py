@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.errors import CheckpointError
 from specdec.kernels import select
-from specdec.model.errors import CheckpointError
 from specdec.model.weights import CheckpointIndex, LoadedModel, index_tensors, load_model
 from support import fp8_checkpoints
 from support.fakes import NEEDS_COMPILER, layer_shapes, random_tensors, tiny_config, write_checkpoint, write_files

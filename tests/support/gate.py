@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Sequence as Seq
 
 from specdec import AsyncEngine
+from specdec.step.draft import DraftResult
+from specdec.step.scheduler import ScheduledSequence
+from specdec.step.verify import TargetResult
 
 PATIENCE_S = 60.0
 
@@ -15,26 +18,26 @@ class Gate:
 
     def __init__(self, engine: AsyncEngine, num_steps: int = 0) -> None:
         self.open, self.reached = threading.Event(), threading.Event()
-        self._num_steps, self._verify = num_steps, engine._core.verifier.verify
-        engine._core.verifier.verify = self.verify  # type: ignore[method-assign]
+        self._num_steps, self._verifier = num_steps, engine._core.verifier
+        engine._core.verifier = self
 
-    def verify(self, *args: Any) -> Any:
+    def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
         if self._num_steps == 0:
             self.reached.set()
             assert self.open.wait(PATIENCE_S)
         else:
             self._num_steps -= 1
-        return self._verify(*args)
+        return self._verifier.verify(scheduled, drafts)
 
 
 class Turnstile:
     """Lets the engine's thread make one forward for each `let_through`."""
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._permits, self._verify = threading.Semaphore(0), engine._core.verifier.verify
+        self._permits, self._verifier = threading.Semaphore(0), engine._core.verifier
         self.let_through = self._permits.release
-        engine._core.verifier.verify = self.verify  # type: ignore[method-assign]
+        engine._core.verifier = self
 
-    def verify(self, *args: Any) -> Any:
+    def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
         assert self._permits.acquire(timeout=PATIENCE_S)
-        return self._verify(*args)
+        return self._verifier.verify(scheduled, drafts)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from specdec import Engine
+from specdec.errors import CheckpointError
 from specdec.eval.acceptance import run as run_module
 from specdec.eval.acceptance.generate import Request, Round, analysed, run_round, run_turn, ttfts
 from specdec.eval.acceptance.metrics import cell_metrics
@@ -29,7 +30,6 @@ from specdec.eval.acceptance.run import Progress, run_acceptance
 from specdec.eval.acceptance.store import Store, as_document, as_record
 from specdec.eval.prompts import Prompt
 from specdec.eval.speed import planted
-from specdec.model.errors import CheckpointError
 from support.fakes import NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

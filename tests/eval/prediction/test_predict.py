@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from specdec.errors import CheckpointError
 from specdec.eval.prediction import AcceptanceRates, PredictOptions, parse_acceptance, predict
 from specdec.eval.prediction.costs import CostModel, Machine
 from specdec.eval.prediction.hardware import GPUS, find_gpu
@@ -19,7 +20,6 @@ from specdec.eval.prediction.predict import DEFAULT_BATCH_SIZES, parse_draft_len
 from specdec.eval.prediction.published import MOST_ROWS
 from specdec.eval.prediction.shapes import NAMES, PRECISIONS, load_shape, shape_of
 from specdec.model.config import parse_config
-from specdec.model.errors import CheckpointError
 from support import acceptance_document
 from support.fakes import tiny_config
 
