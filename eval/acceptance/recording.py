@@ -32,6 +32,7 @@ from specdec.eval.acceptance.replay import LOGITS_ELEMENTS, Chains
 from specdec.eval.acceptance.tally import Proposal, Row, Tally
 from specdec.eval.files import replacing
 from specdec.kernels import select
+from specdec.kernels.operations import operations_of
 
 METADATA, VERSION = "specdec", 1
 MAX_BYTES = 2**30
@@ -100,7 +101,7 @@ def replay(
             found = [Proposal(p["draft_sampling"], tuple(p["temperatures"])) for p in described["proposals"]]
             num_drafts = file.get_slice(f"{found[0].name}.drafts").get_shape()[1]
             wanted = _lengths(lengths, num_drafts)
-            kernels = select(torch.device("cpu"), torch.float32, "reference")
+            kernels = operations_of(select(torch.device("cpu"), torch.float32, "reference"))
             tally = Tally(described["num_texts"], num_drafts)
             for proposal in found:
                 for chosen, chains in _chains(file, proposal):

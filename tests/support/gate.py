@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence as Seq
 
 from specdec import AsyncEngine
-from specdec.step.draft import DraftResult
+from specdec.kernels.data import Drafts
 from specdec.step.scheduler import ScheduledSequence
 from specdec.step.verify import TargetResult
 
@@ -21,7 +21,7 @@ class Gate:
         self._num_steps, self._verifier = num_steps, engine._core.verifier
         engine._core.verifier = self
 
-    def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
+    def verify(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> TargetResult:
         if self._num_steps == 0:
             self.reached.set()
             assert self.open.wait(PATIENCE_S)
@@ -38,6 +38,6 @@ class Turnstile:
         self.let_through = self._permits.release
         engine._core.verifier = self
 
-    def verify(self, scheduled: Seq[ScheduledSequence], drafts: DraftResult) -> TargetResult:
+    def verify(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> TargetResult:
         assert self._permits.acquire(timeout=PATIENCE_S)
         return self._verifier.verify(scheduled, drafts)
