@@ -6,6 +6,7 @@ import copy
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -90,7 +91,7 @@ class EngineCore:
             return self._step()
         except Exception as error:  # no stage's own, which are StepErrors
             ended = self._recover(error)
-            log.error("a step failed between its stages: requests %s", [s.request_id for s in ended], exc_info=error)
+            _log_failure("a step failed between its stages", ended, error)
             return ended
         except BaseException as interrupt:
             self._recover(interrupt)
@@ -108,7 +109,7 @@ class EngineCore:
             for sequence in error.failed:
                 self._end(sequence, "error", error.error)
             self.scheduler.remove_finished()  # those that had committed
-            log.error("a step failed for requests %s", [s.request_id for s in error.failed], exc_info=error.error)
+            _log_failure("a step failed", error.failed, error.error)
         sequences = [s.sequence for s in scheduled]
         with self._stats_lock:
             self._stats.record_step(scheduled, records, start_s, time.perf_counter(), self.draft_length)
@@ -193,6 +194,12 @@ class EngineCore:
 def _ending(cause: BaseException) -> tuple[FinishReason, Exception | None]:
     """How a request ends by an exception: an interrupt is no error of the request."""
     return ("error", cause) if isinstance(cause, Exception) else ("abort", None)
+
+
+def _log_failure(what: str, failed: Seq[Sequence], error: BaseException) -> None:
+    """The traceback as text: a record that kept the error itself would keep its frames, and all they refer to."""
+    text = "".join(traceback.format_exception(error)).rstrip()
+    log.error("%s for requests %s\n%s", what, [s.request_id for s in failed], text)
 
 
 def _make_draft_length(checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig) -> DraftLength:
