@@ -188,8 +188,8 @@ def test_steps_log_nothing_unless_they_fail(planted: Path, heard: pytest.LogCapt
     (record,) = heard.records
     assert record.levelname == "ERROR"
     assert record.getMessage().startswith("a step failed for requests ['")
-    assert record.exc_info is not None
-    assert isinstance(record.exc_info[1], ModelError)
+    assert record.exc_info is None, "it would keep the step's frames"
+    assert "ModelError" in record.getMessage()
 
 
 def test_a_failure_between_the_stages_names_the_requests(
@@ -207,7 +207,8 @@ def test_a_failure_between_the_stages_names_the_requests(
         with pytest.raises(ArithmeticError):
             next(stream)
     (record,) = heard.records
-    assert record.getMessage() == f"a step failed between its stages: requests ['{stream._sequence.request_id}']"
+    start = f"a step failed between its stages for requests ['{stream._sequence.request_id}']\n"
+    assert record.getMessage().startswith(start)
     assert record.levelname == "ERROR"
     assert "of the scheduler" in heard.text
 
