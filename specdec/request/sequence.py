@@ -110,9 +110,7 @@ class Sequence:
         then.
         """
         if error is not None:
-            traceback.clear_frames(
-                error.__traceback__
-            )  # the request keeps the error: it must not keep a step's tensors
+            traceback.clear_frames(error.__traceback__)  # which the request keeps, but not a step's tensors
         elif self.output.flush() and reason == "length":
             reason = "stop"
         self.finish_reason, self.error, self.pending_hidden = reason, error, []

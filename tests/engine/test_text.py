@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec import SamplingParams
+from specdec import SamplingParams, SpeculationParams
+from specdec.kernels.interface import HiddenRows
 from specdec.model.tokenizer import Tokenizer
+from specdec.request.sequence import FinishReason, Sequence
 from specdec.request.text import OutputText
+from specdec.step.commit import commit
+from specdec.step.scheduler import ScheduledSequence
+from specdec.step.verify import TargetResult
 from support.fakes import byte_tokenizer
 
 TOKENIZER = Tokenizer(byte_tokenizer(), None)
@@ -65,6 +72,38 @@ def test_an_unfinished_character_comes_out_at_the_end() -> None:
     assert output.text == "ok"
     assert output.flush()
     assert output.text == "ok"
+
+
+def unfinished(stop: str, max_tokens: int = 9) -> tuple[Sequence, list[int]]:
+    """A request, and tokens whose last character is not complete."""
+    params = SamplingParams(stop=stop)
+    sequence = Sequence(
+        "r", [5], params, SpeculationParams(0), 0, 1 + max_tokens, frozenset(), OutputText(TOKENIZER, params)
+    )
+    return sequence, TOKENIZER.encode("ok€")[:-1]
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop", "ends", "text"),
+    [("length", "x", "length", "ok\ufffd"), ("length", "\ufffd", "stop", "ok"),
+     ("abort", "x", "abort", "ok\ufffd"), ("deadline", "\ufffd", "deadline", "ok")],
+)  # fmt: skip
+def test_what_was_held_back_comes_out_however_a_request_ends(
+    reason: FinishReason, stop: str, ends: str, text: str
+) -> None:
+    sequence, token_ids = unfinished(stop)
+    for token_id in token_ids:
+        sequence.output.push(token_id)
+    sequence.end(reason)
+    assert (sequence.finish_reason, sequence.output.text) == (ends, text)
+
+
+@pytest.mark.parametrize(("stop", "ends", "text"), [("x", "length", "ok\ufffd"), ("\ufffd", "stop", "ok")])
+def test_what_was_held_back_comes_out_with_the_last_token(stop: str, ends: str, text: str) -> None:
+    sequence, token_ids = unfinished(stop, max_tokens=4)
+    hidden = HiddenRows(torch.zeros(4, 1), 0, 4)
+    commit([ScheduledSequence(sequence, 1, 3)], TargetResult([token_ids], [[]], [hidden]))
+    assert (sequence.finish_reason, sequence.output.text) == (ends, text)
 
 
 def test_stop_strings_that_end_before_min_tokens_are_not_sought() -> None:
