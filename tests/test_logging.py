@@ -18,6 +18,12 @@ from typer.testing import CliRunner
 
 from specdec import AsyncEngine, Engine, ModelError, SamplingParams, SpecdecWarning
 from specdec.cli import app, common
+from specdec.eval.acceptance.plan import AcceptanceOptions
+from specdec.eval.acceptance.run import run_acceptance
+from specdec.eval.acceptance.teacher import TeacherOptions, teacher_forced
+from specdec.eval.lossless import LosslessOptions
+from specdec.eval.lossless.plan import make_plan
+from specdec.eval.speed.measure import SpeedOptions, measure_speed
 from specdec.inspection.checkpoint import inspect_checkpoint
 from specdec.kernels import select
 from specdec.kernels.cpu.build import library_path
@@ -153,6 +159,21 @@ def test_loading_is_heard_from_beginning_to_end(planted: Path, kernels: str) -> 
         assert len(report.tasks["loading weights"]) == 1 + len(engine.checkpoint.index.tensors)
         stored = read_tensors(engine.checkpoint.index.tensors)
         assert report.totals["loading weights"] == sum(tensor.nbytes for _, tensor in stored)
+
+
+def test_measurements_are_heard_while_they_load(planted: Path, tmp_path: Path) -> None:
+    """And those that would go on for long cannot, once they have loaded."""
+    prompts, model = (str(tmp_path / "none.jsonl"),), {"model": str(planted), "kernels": "reference"}
+    reports = [Heard() for _ in range(4)]
+    make_plan(LosslessOptions(**model), reports[0])
+    with pytest.raises(ValueError, match="exceed the model's context"):
+        measure_speed(SpeedOptions(**model, prompt_tokens=9, max_tokens=260), loading=reports[1])
+    with pytest.raises(ValueError, match=r"none\.jsonl"):
+        run_acceptance(AcceptanceOptions(**model, prompts=prompts), tmp_path, loading=reports[2])
+    with pytest.raises(ValueError, match=r"none\.jsonl"):
+        teacher_forced(TeacherOptions(**model, prompts=prompts), progress=reports[3])
+    for report in reports:
+        report.check("loading weights", "packing weights")
 
 
 @pytest.mark.filterwarnings("ignore:using the slow reference kernels")

@@ -105,6 +105,8 @@ def test_on_a_terminal_there_are_a_table_and_a_bar() -> None:
     clock, out = Clock(), console(terminal=True)
     table = LiveTable(out, clock)
     assert "starting" in rendered(table)
+    table.loading("loading weights", 1, 4)
+    assert "loading weights: 25 %" in rendered(table)
     table(step(0))
     clock.now += 5
     table(step(3, finished=cell(0.6, "block", "sampled", 3, 8)))
