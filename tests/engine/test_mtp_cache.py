@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def commit_random(
         rows.append(torch.randn(s.num_new_tokens + s.num_draft_tokens, 32))
         hidden[b] += rows[b][: s.num_new_tokens + accepted[b]]
         output.append([*draft_ids[b][: accepted[b]], rng.randrange(259)])
-    commit(scheduled, TargetResult(output, [[] for _ in scheduled], [HiddenRows(h, 0, len(h)) for h in rows]))
+    nothing: list[list[Any]] = [[] for _ in scheduled]
+    commit(scheduled, TargetResult(output, draft_ids, [HiddenRows(h, 0, len(h)) for h in rows], nothing))
 
 
 def recompute(model: LoadedModel, token_ids: list[int], hidden: Tensor, drafts: list[int]) -> list[Tensor]:
@@ -103,7 +105,7 @@ def test_incremental_logits_equal_full_recomputation(model: LoadedModel, recorde
         ]
         hidden: dict[int, list[Tensor]] = {b: [] for b in range(BATCH_SIZE)}
         prefill = [ScheduledSequence(s, s.num_uncomputed_tokens, 0) for s in sequences]
-        commit_random(prefill, drafter.draft(prefill).draft_token_ids, [0] * BATCH_SIZE, hidden, rng)
+        commit_random(prefill, drafter.draft(prefill).token_ids, [0] * BATCH_SIZE, hidden, rng)
         for iteration in range(NUM_ITERATIONS):
             # some steps draft fewer tokens than asked for, or none
             counts = [rng.choice([0, s.speculation.num_speculative_tokens, rng.randint(1, 5)]) for s in sequences]
@@ -112,11 +114,11 @@ def test_incremental_logits_equal_full_recomputation(model: LoadedModel, recorde
             drafts = drafter.draft(scheduled)
             if iteration == NUM_ITERATIONS - 1:
                 for b, k in enumerate(counts):
-                    chain = drafts.draft_token_ids[b][: max(0, k - 1)]
+                    chain = drafts.token_ids[b][: max(0, k - 1)]
                     expected = recompute(model, sequences[b].token_ids, torch.stack(hidden[b]), chain)
                     for step in range(k):
                         row = sum(count > step for count in counts[:b])
                         difference = (recorded[step][row] - expected[step]).abs().max()
                         assert difference <= 1e-5, f"history {history}, sequence {b}, draft {step + 1}"
             accepted = [rng.randint(0, k) for k in counts]
-            commit_random(scheduled, drafts.draft_token_ids, accepted, hidden, rng)
+            commit_random(scheduled, drafts.token_ids, accepted, hidden, rng)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec import SamplingParams, SpeculationParams
-from specdec.kernels.interface import HiddenRows
+from specdec.kernels.data import HiddenRows
 from specdec.model.tokenizer import Tokenizer
 from specdec.request.sequence import FinishReason, Sequence
 from specdec.request.text import OutputText
@@ -102,7 +102,7 @@ def test_what_was_held_back_comes_out_however_a_request_ends(
 def test_what_was_held_back_comes_out_with_the_last_token(stop: str, ends: str, text: str) -> None:
     sequence, token_ids = unfinished(stop, max_tokens=4)
     hidden = HiddenRows(torch.zeros(4, 1), 0, 4)
-    commit([ScheduledSequence(sequence, 1, 3)], TargetResult([token_ids], [[]], [hidden]))
+    commit([ScheduledSequence(sequence, 1, 3)], TargetResult([token_ids], [[]], [hidden], [[]]))
     assert (sequence.finish_reason, sequence.output.text) == (ends, text)
 
 

@@ -158,7 +158,8 @@ class Memory:
             self._write(s, sequence.token_ids + drafts)
             output.append(emitted)
         rows = [HiddenRows(HIDDEN, 0, s.num_new_tokens + s.num_draft_tokens) for s in scheduled]
-        commit(scheduled, TargetResult(output, [[] for _ in scheduled], rows))
+        nothing: list[list[Any]] = [[] for _ in scheduled]
+        commit(scheduled, TargetResult(output, nothing, rows, nothing))
 
     def _write(self, s: ScheduledSequence, tokens: list[int]) -> None:
         sequence, computed = s.sequence, s.sequence.num_computed_tokens

@@ -18,6 +18,7 @@ from specdec.eval.acceptance.analyse import Completion, Drawing, analyse, laws_o
 from specdec.eval.acceptance.replay import Context, Reader
 from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.rules import Proposal, verify_by_rejection
+from specdec.kernels.speculation import verify as composed_verify
 from support.fakes import KERNELS, NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,7 +80,7 @@ def generate_and_watch(
         return verify_by_rejection(kernels, p, q, proposals)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CpuKernels, "verify", speculation.verify)
+        patch.setattr(CpuKernels, "verify", composed_verify)
         patch.setattr(specdec.kernels.rules, "verify_by_rejection", watching)
         return generate(engine, speculation, 0.8), seen
 
