@@ -11,7 +11,6 @@ from typing import Protocol
 from torch import Tensor
 
 from specdec.config import Recycling
-from specdec.errors import RowsError
 from specdec.kernels.data import GREEDY, ChainSampling, DraftChain, Drafts
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.mtp import MTPLayer
@@ -24,8 +23,8 @@ from specdec.step.scheduler import ScheduledSequence
 class Drafter(Protocol):
     """Proposes drafts; may write KV rows of uncommitted tokens, must not change a sequence.
 
-    One of your own goes to `Engine.from_pretrained(..., drafter=...)`. Its drafts are verified like any others, so the
-    output stays the target's whatever it proposes; only how many tokens a step yields depends on it.
+    `EngineCore.drafter` may be assigned another one. Whatever it proposes is verified, so the output stays the
+    target's; only how many tokens a step yields depends on it. Nothing checks its numbers of drafts or their ids.
     """
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
@@ -43,34 +42,6 @@ class NoDrafter:
     def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
         assert all(s.num_draft_tokens == 0 for s in scheduled), "drafts were scheduled without a drafter"
         return Drafts.of([[] for _ in scheduled])
-
-
-class CheckedDrafter:
-    """Somebody else's drafter, whose drafts are checked before the target sees them."""
-
-    def __init__(self, drafter: Drafter, vocab_size: int) -> None:
-        self._drafter, self._vocab_size = drafter, vocab_size
-
-    def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
-        """Raises TypeError or ValueError for a result of another form, RowsError of the sequences whose drafts cannot
-        be used."""
-        drafts, name = self._drafter.draft(scheduled), type(self._drafter).__name__
-        if not isinstance(drafts, Drafts):
-            raise TypeError(f"{name}.draft gave {type(drafts).__name__}: return Drafts.of(...)")
-        if len(drafts.token_ids) != len(scheduled):
-            raise ValueError(f"{name}.draft gave drafts of {len(drafts.token_ids)} sequences, not of {len(scheduled)}")
-        for b, (s, token_ids) in enumerate(zip(scheduled, drafts.token_ids)):
-            if why := self._fault(s, token_ids):
-                raise RowsError([b], ValueError(f"{name} drafted {why}"))
-        return drafts
-
-    def _fault(self, s: ScheduledSequence, token_ids: list[int]) -> str:
-        if len(token_ids) > s.num_draft_tokens:
-            return f"{len(token_ids)} tokens, {s.num_draft_tokens} were asked for at the most"
-        for token in token_ids:
-            if not 0 <= token < self._vocab_size:
-                return f"token {token}, which is no token id of this model: 0 <= id < {self._vocab_size}"
-        return ""
 
 
 class MTPDrafter:

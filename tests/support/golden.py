@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec import Engine, SamplingParams, SpeculationParams
+from specdec.config import NumSpeculativeTokens
 from specdec.cost import CostTable
 from support.fakes import tiny_config, write_checkpoint, write_planted_checkpoint
 
@@ -25,8 +26,11 @@ PROMPTS = [
     "import os\n", "class Stack:\n    def push(", "x = [", "for i in range(10):\n", "def f(a, b):\n    return", "#",
     "a" * 40, "if",
 ]  # fmt: skip
-LENGTHS: list[int | str] = [0, 1, 3, 8, "auto"]
-BACKENDS = {"reference": {"kernels": "reference", "dtype": "float64"}, "cpu": {"kernels": "cpu"}}
+LENGTHS: list[NumSpeculativeTokens] = [0, 1, 3, 8, "auto"]
+BACKENDS: dict[str, dict[str, Any]] = {
+    "reference": {"kernels": "reference", "dtype": "float64"},
+    "cpu": {"kernels": "cpu"},
+}
 NUM_TOKENS = 12
 # Given, so that what "auto" chooses depends on no clock; drafts pay at some batch sizes and not at others.
 COSTS = CostTable(
@@ -45,7 +49,13 @@ RULES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SLOW = "bundled", "reference"  # of which only some cases are recorded
-SLOW_CASES = [("greedy", 0), ("greedy", 3), ("coupled", 3), ("block", 3), ("token", "auto")]
+SLOW_CASES: list[tuple[str, NumSpeculativeTokens]] = [
+    ("greedy", 0),
+    ("greedy", 3),
+    ("coupled", 3),
+    ("block", 3),
+    ("token", "auto"),
+]
 OF_SPECULATION = ("verification", "draft_sampling", "min_draft_confidence")
 
 
@@ -60,15 +70,15 @@ def write_checkpoints(folder: Path) -> dict[str, str]:
     }
 
 
-def params_of(rule: str, length: int | str, number: int) -> SamplingParams:
+def params_of(rule: str, length: NumSpeculativeTokens, number: int) -> SamplingParams:
     """number: of the prompt; its seed is one of 64 bits."""
     fields = RULES[rule]
-    speculation = SpeculationParams(length, **{k: v for k, v in fields.items() if k in OF_SPECULATION})  # type: ignore[arg-type]
+    speculation = SpeculationParams(length, **{k: v for k, v in fields.items() if k in OF_SPECULATION})
     of_sampling = {k: v for k, v in fields.items() if k not in OF_SPECULATION}
     return SamplingParams(max_tokens=NUM_TOKENS, seed=2**63 + 1000 * number + 1, speculation=speculation, **of_sampling)
 
 
-def cases(name: str, backend: str) -> list[tuple[str, int | str]]:
+def cases(name: str, backend: str) -> list[tuple[str, NumSpeculativeTokens]]:
     return SLOW_CASES if (name, backend) == SLOW else [(rule, length) for rule in RULES for length in LENGTHS]
 
 
@@ -83,7 +93,7 @@ def outputs(folders: dict[str, str], name: str, backend: str) -> Iterator[tuple[
 
 
 def _engine(checkpoint: str, backend: str) -> Engine:
-    return Engine.from_pretrained(checkpoint, cost_table=COSTS, max_model_len=96, num_pages=64, **BACKENDS[backend])  # type: ignore[arg-type]
+    return Engine.from_pretrained(checkpoint, cost_table=COSTS, max_model_len=96, num_pages=64, **BACKENDS[backend])
 
 
 def record(folder: Path) -> dict[str, dict[str, list[list[int]]]]:
