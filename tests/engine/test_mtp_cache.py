@@ -103,7 +103,7 @@ def test_incremental_logits_equal_full_recomputation(model: LoadedModel, recorde
         ]
         hidden: dict[int, list[Tensor]] = {b: [] for b in range(BATCH_SIZE)}
         prefill = [ScheduledSequence(s, s.num_uncomputed_tokens, 0) for s in sequences]
-        commit_random(prefill, drafter.draft(prefill).draft_token_ids, [0] * BATCH_SIZE, hidden, rng)
+        commit_random(prefill, drafter.draft(prefill).token_ids, [0] * BATCH_SIZE, hidden, rng)
         for iteration in range(NUM_ITERATIONS):
             # some steps draft fewer tokens than asked for, or none
             counts = [rng.choice([0, s.speculation.num_speculative_tokens, rng.randint(1, 5)]) for s in sequences]
@@ -112,11 +112,11 @@ def test_incremental_logits_equal_full_recomputation(model: LoadedModel, recorde
             drafts = drafter.draft(scheduled)
             if iteration == NUM_ITERATIONS - 1:
                 for b, k in enumerate(counts):
-                    chain = drafts.draft_token_ids[b][: max(0, k - 1)]
+                    chain = drafts.token_ids[b][: max(0, k - 1)]
                     expected = recompute(model, sequences[b].token_ids, torch.stack(hidden[b]), chain)
                     for step in range(k):
                         row = sum(count > step for count in counts[:b])
                         difference = (recorded[step][row] - expected[step]).abs().max()
                         assert difference <= 1e-5, f"history {history}, sequence {b}, draft {step + 1}"
             accepted = [rng.randint(0, k) for k in counts]
-            commit_random(scheduled, drafts.draft_token_ids, accepted, hidden, rng)
+            commit_random(scheduled, drafts.token_ids, accepted, hidden, rng)
