@@ -18,7 +18,7 @@ from typing import Any
 
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.cost import CostTable
-from support.fakes import tiny_config, write_checkpoint, write_planted_checkpoint
+from support.fakes import EXACT_DTYPES, tiny_config, write_checkpoint, write_planted_checkpoint
 
 PATH = Path(__file__).parent / "golden.json"
 PROMPTS = [
@@ -26,7 +26,7 @@ PROMPTS = [
     "a" * 40, "if",
 ]  # fmt: skip
 LENGTHS: list[int | str] = [0, 1, 3, 8, "auto"]
-BACKENDS = {"reference": {"kernels": "reference", "dtype": "float64"}, "cpu": {"kernels": "cpu"}}
+BACKENDS = {name: {"kernels": name, "dtype": dtype} for name, dtype in EXACT_DTYPES.items()}
 NUM_TOKENS = 12
 # Given, so that what "auto" chooses depends on no clock; drafts pay at some batch sizes and not at others.
 COSTS = CostTable(

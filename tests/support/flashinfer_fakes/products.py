@@ -8,7 +8,6 @@ below what a rounding to bf16 or float32 can see.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
