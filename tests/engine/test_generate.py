@@ -31,6 +31,7 @@ from specdec.step.batch import Extend, build_batch
 from specdec.step.draft import MTPDrafter
 from specdec.step.scheduler import ScheduledSequence
 from support.fakes import (
+    EXACT_DTYPES,
     KERNELS,
     NEEDS_COMPILER,
     PROMPTS,
@@ -44,7 +45,7 @@ from support.fakes import (
 
 @pytest.fixture(scope="module", params=KERNELS)
 def engine(planted: Path, request: pytest.FixtureRequest) -> Engine:
-    return Engine.from_pretrained(planted, kernels=request.param)
+    return Engine.from_pretrained(planted, kernels=request.param, dtype=EXACT_DTYPES[request.param])
 
 
 def greedy(k: int, max_tokens: int = 48, **fields: object) -> SamplingParams:

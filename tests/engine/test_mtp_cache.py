@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def recorded(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> list[Tensor
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> LoadedModel:
-    return load_model(CheckpointIndex.open(tiny_checkpoint), select(CPU, torch.float32, "reference"))
+    return load_model(CheckpointIndex.open(tiny_checkpoint), select(CPU, torch.float64, "reference"))
 
 
 def make_sequence(rng: random.Random, num_prompt: int, num_draft: int, pages: list[int]) -> Sequence:
@@ -67,18 +66,18 @@ def commit_random(
     """Commits `accepted` drafts and a random token, with random target hidden states for all rows."""
     output, rows = [], []
     for b, s in enumerate(scheduled):
-        rows.append(torch.randn(s.num_new_tokens + s.num_draft_tokens, 32))
+        rows.append(torch.randn(s.num_new_tokens + s.num_draft_tokens, 32, dtype=torch.float64))
         hidden[b] += rows[b][: s.num_new_tokens + accepted[b]]
         output.append([*draft_ids[b][: accepted[b]], rng.randrange(259)])
-    nothing: list[list[Any]] = [[] for _ in scheduled]
-    commit(scheduled, TargetResult(output, draft_ids, [HiddenRows(h, 0, len(h)) for h in rows], nothing))
+    states = [HiddenRows(h, 0, len(h)) for h in rows]
+    commit(scheduled, TargetResult(output, draft_ids, states, [[] for _ in scheduled]))
 
 
 def recompute(model: LoadedModel, token_ids: list[int], hidden: Tensor, drafts: list[int]) -> list[Tensor]:
     """Logits of every draft step from scratch: all pairs anew for each step, in one page."""
     assert model.mtp is not None
     length = len(token_ids) - 1 + len(drafts)
-    cache = allocate_kv_cache(model.config, 1, 1, length, torch.float32, CPU)[0].fill_(float("nan"))
+    cache = allocate_kv_cache(model.config, 1, 1, length, torch.float64, CPU)[0].fill_(float("nan"))
     tokens, inputs, logits = token_ids[1:], hidden, []
     for draft in [*drafts, None]:
         batch = build_batch([Extend(tokens, 0, [0])], length)
@@ -97,7 +96,7 @@ def test_incremental_logits_equal_full_recomputation(model: LoadedModel, recorde
     for history in range(NUM_HISTORIES // BATCH_SIZE):
         page_size = rng.choice([1, 2, 3, 5, 16])
         pool = PagePool(BATCH_SIZE * -(-(MAX_TOKENS + 20) // page_size), page_size)
-        cache = allocate_kv_cache(model.config, 1, pool.num_pages, page_size, torch.float32, CPU)[0].fill_(float("nan"))
+        cache = allocate_kv_cache(model.config, 1, pool.num_pages, page_size, torch.float64, CPU)[0].fill_(float("nan"))
         drafter = MTPDrafter(model.target, model.mtp, cache, page_size, "post_norm")
         sequences = [
             make_sequence(rng, rng.randint(2, 20), rng.randint(1, 5), pool.allocate(pool.num_pages // BATCH_SIZE))
@@ -119,6 +118,6 @@ def test_incremental_logits_equal_full_recomputation(model: LoadedModel, recorde
                     for step in range(k):
                         row = sum(count > step for count in counts[:b])
                         difference = (recorded[step][row] - expected[step]).abs().max()
-                        assert difference <= 1e-5, f"history {history}, sequence {b}, draft {step + 1}"
+                        assert difference <= 1e-12, f"history {history}, sequence {b}, draft {step + 1}"
             accepted = [rng.randint(0, k) for k in counts]
             commit_random(scheduled, drafts.token_ids, accepted, hidden, rng)

@@ -1,4 +1,4 @@
-"""FlashInfer's kernels behind our interface, one operation at a time, against the reference in fp32."""
+"""FlashInfer's kernels behind our interface, one operation at a time, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support import flashinfer_fakes
 from support.flashinfer_fakes import FakeDevice
 
 CPU = torch.device("cpu")
-EXACT = select(CPU, torch.float32, "reference")
+EXACT = select(CPU, torch.float64, "reference")
 # Half a unit in the last of the seven places that bf16 has after the point: one rounding, relative to the result.
 ROUNDING = 2.0**-8
 
@@ -39,7 +39,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def assert_close(actual: Tensor, exact: Tensor, roundings: int, scale: Tensor | float = 0.0) -> None:
     """Off by so many roundings of a value of the result's size, or of `scale`."""
     size = torch.maximum(exact.abs(), torch.as_tensor(scale))
-    worst = ((actual.float() - exact).abs() / (size + 1e-6)).max().item()
+    worst = ((actual.double() - exact).abs() / (size + 1e-6)).max().item()
     assert worst <= roundings * ROUNDING * 1.01, f"{worst / ROUNDING:.2f} roundings"
 
 
@@ -69,7 +69,7 @@ def test_attention(kernels: FlashInferKernels, shape: str, num_heads: int, num_k
     cache = randn(num_pages, 2, page_size, num_kv_heads, 128, seed=1)
     q = randn(sum(query_lens), num_heads, 128, seed=2)
     # Sums are in fp32; one rounding, at the end.
-    assert_close(kernels.paged_attention(q, cache, meta), EXACT.paged_attention(q.float(), cache.float(), meta), 1)
+    assert_close(kernels.paged_attention(q, cache, meta), EXACT.paged_attention(q.double(), cache.double(), meta), 1)
 
 
 def test_keys_are_appended_into_slots_of_any_order(kernels: FlashInferKernels) -> None:
@@ -84,8 +84,8 @@ def test_keys_are_appended_into_slots_of_any_order(kernels: FlashInferKernels) -
 
 def test_norms(kernels: FlashInferKernels) -> None:
     x, residual, weight = randn(6, 96), randn(6, 96, seed=1), randn(96, seed=2)
-    assert_close(kernels.rms_norm(x, weight, 1e-5), EXACT.rms_norm(x.float(), weight.float(), 1e-5), 1)
-    normed, total = EXACT.add_rms_norm(x.float(), residual.float(), weight.float(), 1e-5)
+    assert_close(kernels.rms_norm(x, weight, 1e-5), EXACT.rms_norm(x.double(), weight.double(), 1e-5), 1)
+    normed, total = EXACT.add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5)
     ours = kernels.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5)
     assert_close(ours[0], normed, 1)
     assert_close(ours[1], total, 1)
@@ -94,13 +94,13 @@ def test_norms(kernels: FlashInferKernels) -> None:
 def test_norms_of_heads_that_lie_among_others(kernels: FlashInferKernels) -> None:
     heads, weight = randn(5, 6, 64), randn(64, seed=1)
     q = heads[:, 1:4]
-    assert_close(kernels.rms_norm(q, weight, 1e-5), EXACT.rms_norm(q.float(), weight.float(), 1e-5), 1)
+    assert_close(kernels.rms_norm(q, weight, 1e-5), EXACT.rms_norm(q.double(), weight.double(), 1e-5), 1)
 
 
 def test_rope_rotates_half_of_each_head_in_place(kernels: FlashInferKernels) -> None:
     heads = randn(5, 6, 64)
     q, k, _ = heads.split([3, 2, 1], 1)
-    exact_q, exact_k = q.float(), k.float()
+    exact_q, exact_k = q.double(), k.double()
     positions = torch.tensor([0, 9, 3, 3, 11])
     angles = torch.arange(12.0)[:, None] * 100.0 ** -(torch.arange(16) / 16)
     cos_sin = torch.cat([angles.cos(), angles.sin()], -1)
@@ -113,8 +113,8 @@ def test_rope_rotates_half_of_each_head_in_place(kernels: FlashInferKernels) -> 
 def test_activation_and_dense_mlp(kernels: FlashInferKernels) -> None:
     x, gate_up, down = randn(5, 32), randn(2 * 48, 32, seed=1) * 32**-0.5, randn(32, 48, seed=2) * 48**-0.5
     both = randn(5, 96)
-    assert_close(kernels.silu_and_mul(both), EXACT.silu_and_mul(both.float()), 1)
-    exact = EXACT.mlp(x.float(), gate_up.float(), down.float())
+    assert_close(kernels.silu_and_mul(both), EXACT.silu_and_mul(both.double()), 1)
+    exact = EXACT.mlp(x.double(), gate_up.double(), down.double())
     # Two roundings on the way, each at most that of a product of the row's size; one at the end.
     assert_close(kernels.mlp(x, kernels.pack_gate_up(gate_up), down), exact, 4, exact.abs().max())
 
@@ -128,7 +128,7 @@ def test_experts(fake: FakeDevice, experts: FusedExperts | GroupedExperts, num_e
     logits = randn(7, num_experts, seed=3).float()
     ids, weights = kernels.route(logits, torch.zeros(num_experts), RoutingConfig(k, 1, 1, True, 2.5))
     packed = kernels.pack_gate_up(gate_up), kernels.pack(down)
-    exact = EXACT.moe(x.float(), ids, weights, gate_up.float(), down.float())
+    exact = EXACT.moe(x.double(), ids, weights, gate_up.double(), down.double())
     # Roundings of the products and of each expert's output, all of at most the largest output's size, and the last one.
     assert_close(kernels.moe(x, ids, weights, *packed), exact, 4, exact.abs().max())
 
@@ -159,5 +159,5 @@ def test_nothing_in_the_operations_waits(fake: FakeDevice) -> None:
             kernels.head_argmax(x, on_device(randn(9, 64)))
         assert waits == []
     with fake.waiting() as waits:
-        EXACT.moe(x.float(), ids, weights, gate_up.float(), down.float())
+        EXACT.moe(x.double(), ids, weights, gate_up.double(), down.double())
     assert waits  # it can tell

@@ -26,9 +26,6 @@ from support.flashinfer_fakes.graphs import storage
 
 K, MAX_SEQS, PAGE_SIZE, NUM_PAGES = 3, 3, 4, 40
 SCRATCH_SLOTS = set(range(NUM_PAGES * PAGE_SIZE, (NUM_PAGES + 1) * PAGE_SIZE))
-# Two runs of a decoder of two layers in bf16 whose matrix products sum in other orders: a dozen roundings per layer,
-# each of 2^-8 at most and as often up as down, of which sqrt(24) add up; twice, for two runs. Relative, of a row.
-ROUNDINGS = 2 * 24**0.5 * 2.0**-8
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +91,7 @@ def test_replays_equal_eager_forwards_and_write_their_own_slots_alone(engine: En
             assert count_replays(decoder) == num_replays + 1
             eager = run(decoder, meta, elsewhere, seed)  # no graph is for that memory
             assert count_replays(decoder) == num_replays + 1
-            difference = (replayed.float() - eager.float()).norm(dim=-1) / eager.float().norm(dim=-1)
-            assert difference.max() <= ROUNDINGS
+            assert torch.equal(replayed, eager)  # the fakes round a row alike, whatever rows pad the batch
             assert written_slots(cache, before) - SCRATCH_SLOTS == written_slots(elsewhere, before) == set(meta.slots)
 
 

@@ -23,7 +23,9 @@ K = 3
 
 def test_counts_are_those_of_the_engines_own_verifications(tmp_path: Path) -> None:
     """The engine's forwards, traced one request at a time, are the same tokens at the same places."""
-    engine = Engine.from_pretrained(write_planted_checkpoint(tmp_path), kernels="reference", max_num_seqs=1)
+    engine = Engine.from_pretrained(
+        write_planted_checkpoint(tmp_path), kernels="reference", dtype="float64", max_num_seqs=1
+    )
     cell, done = Cell(0.0, 1, "greedy", "greedy", K), Round([], [])
     requests = [Request(i, "x", 0, [10 + 7 * i, 3]) for i in range(17)]
     with engine.runtime.model.target.decoder.traced() as runs:

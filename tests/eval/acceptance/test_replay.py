@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import specdec.kernels.rules
+import specdec.kernels.speculation
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.eval.acceptance import replay
 from specdec.eval.acceptance.analyse import Completion, Drawing, analyse, laws_of, softmax
 from specdec.eval.acceptance.replay import Context, Reader
 from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.rules import Proposal, verify_by_rejection
-from specdec.kernels.speculation import verify as composed_verify
-from support.fakes import KERNELS, NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
+from support.fakes import EXACT_DTYPES, KERNELS, NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 K = 4
@@ -80,7 +80,7 @@ def generate_and_watch(
         return verify_by_rejection(kernels, p, q, proposals)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CpuKernels, "verify", composed_verify)
+        patch.setattr(CpuKernels, "verify", specdec.kernels.speculation.verify)
         patch.setattr(specdec.kernels.rules, "verify_by_rejection", watching)
         return generate(engine, speculation, 0.8), seen
 
@@ -90,7 +90,7 @@ def generate_and_watch(
 @pytest.mark.parametrize(
     ("kernels", "dtype"),
     [
-        ("reference", "float32"),
+        ("reference", "float64"),
         pytest.param("cpu", "float32", marks=NEEDS_COMPILER),
         pytest.param("cpu", "bfloat16", marks=NEEDS_COMPILER),
     ],
@@ -115,7 +115,7 @@ def test_laws_and_drafts_are_the_engines_own(
             assert (q is None) == (theirs.q is None) == (drafts == "greedy")
             for ours, law in ((p, theirs.p), (q, theirs.q)):
                 if ours is not None and law is not None:
-                    limit = 0 if exact else 1e-6
+                    limit = 0 if exact else 1e-12
                     assert torch.allclose(ours[0], law.double(), rtol=0, atol=limit)
                     compared += 1
     assert compared > 40
@@ -142,7 +142,7 @@ def test_drafts_of_every_rule_are_the_engines_own(planted: Path, rule: Any, temp
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_contexts_together_are_contexts_alone(planted: Path, monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
-    engine = Engine.from_pretrained(planted, kernels=kernels)
+    engine = Engine.from_pretrained(planted, kernels=kernels, dtype=EXACT_DTYPES[kernels])
     speculation = SpeculationParams(K, "token")
     completions = generate(engine, speculation, 0.8)
     together = analyse(Reader(engine, K), completions, 0.8, speculation)
@@ -157,12 +157,12 @@ def test_contexts_together_are_contexts_alone(planted: Path, monkeypatch: pytest
     for a, b in zip(together, alone):
         for name in ("expected", "confidence", "entropy", "alpha"):
             ours, theirs = getattr(a, name), getattr(b, name)
-            assert np.allclose(ours, theirs, rtol=0, atol=0 if kernels == "cpu" else 1e-5, equal_nan=True)
+            assert np.allclose(ours, theirs, rtol=0, atol=0 if kernels == "cpu" else 1e-12, equal_nan=True)
 
 
 def test_given_drafts_condition_what_follows_and_choices_say_what_would_be_drafted(planted: Path) -> None:
     """A wrong first draft leads to other laws after it, those of the context that ends in it."""
-    engine = Engine.from_pretrained(planted, kernels="reference")
+    engine = Engine.from_pretrained(planted, kernels="reference", dtype="float64")
     reader, drawing = Reader(engine, 2), Drawing(1.0, SpeculationParams(2, "token"))
     tokens = engine.checkpoint.encode(PROMPTS[1])
     (text,) = reader.read([tokens])
@@ -182,7 +182,7 @@ def test_given_drafts_condition_what_follows_and_choices_say_what_would_be_draft
 
 def test_a_context_at_the_end_of_the_positions_can_be_looked_at(planted: Path) -> None:
     """max_total_tokens clips the engine's own drafts there; the rows lie within the model's positions."""
-    engine = Engine.from_pretrained(planted, kernels="reference", max_model_len=30)
+    engine = Engine.from_pretrained(planted, kernels="reference", dtype="float64", max_model_len=30)
     speculation = SpeculationParams(K, "token")
     prompts = [list(range(3, 3 + 20))]
     with engine.core.traced() as trace:
@@ -199,7 +199,7 @@ def test_a_context_at_the_end_of_the_positions_can_be_looked_at(planted: Path) -
 
 
 def test_greedy_laws_are_point_masses_and_confidence_is_of_the_softmax(planted: Path) -> None:
-    engine = Engine.from_pretrained(planted, kernels="reference")
+    engine = Engine.from_pretrained(planted, kernels="reference", dtype="float64")
     speculation = SpeculationParams(2)
     completions = generate(engine, speculation, 0.0)
     reader = Reader(engine, 2)

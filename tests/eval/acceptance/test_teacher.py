@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options_of(folder: Path, **fields: Any) -> TeacherOptions:
     small: dict[str, Any] = {
         "num_speculative_tokens": (1, 3), "temperatures": (0.0, 0.8), "stride": 3, "kernels": "reference",
+        "dtype": "float64",
     }  # fmt: skip
     return TeacherOptions(
         model=str(folder / "checkpoint"), prompts=(str(folder / "prompts.jsonl"),), **(small | fields)
@@ -97,7 +98,7 @@ def test_groups_and_chunks_change_nothing(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(replay.Reader, "__init__", small)
     apart = values(teacher_forced(options_of(folder)).rows)
     for setting, found in together.items():
-        assert apart[setting] == pytest.approx(found, abs=1e-5)
+        assert apart[setting] == pytest.approx(found, abs=1e-12)
 
 
 def test_acceptance_is_that_of_all_drafts(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from specdec.kernels import speculation
 from specdec.kernels.flashinfer.backend import FlashInferKernels
 from specdec.kernels.flashinfer.experts import Experts, FusedExperts
 from specdec.kernels.reference import ReferenceKernels
-from support.flashinfer_fakes import device, graphs, kernels, signatures, triton_kernels
+from support.flashinfer_fakes import device, graphs, kernels, products, signatures, triton_kernels
 from support.flashinfer_fakes.device import CPU, FakeDevice
 
 __all__ = ["FakeDevice", "break_norm", "decide_on_the_host", "engine", "install"]
@@ -35,6 +35,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     device.install(fake, monkeypatch)
     graphs.install(fake, monkeypatch)
     kernels.install(fake, monkeypatch)
+    products.install(fake, monkeypatch)
     signatures.install(monkeypatch)
     triton_kernels.install(fake, monkeypatch)
     return fake

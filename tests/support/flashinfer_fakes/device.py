@@ -6,6 +6,7 @@ waiting, and so is copying to it from memory that is not pinned. (FlashInfer say
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 CPU = torch.device("cpu")
 UPLOADING = (
@@ -68,6 +70,8 @@ _READING = {
     torch.repeat_interleave,
 }  # fmt: skip
 
+_INEXACT = {Tensor.sigmoid, Tensor.sum}  # Computed in float64, so that a CPU's own way to round is not seen.
+
 
 class OnDevice(Tensor):
     device_of_all: FakeDevice
@@ -81,6 +85,8 @@ class OnDevice(Tensor):
         if func is Tensor.tolist:  # its own recursion would count once more for each row
             with torch._C.DisableTorchFunctionSubclass():
                 return args[0].tolist()
+        if func in _INEXACT and args[0].dtype in (torch.float32, torch.bfloat16):
+            return func(args[0].double(), *args[1:], **(kwargs or {})).to(args[0].dtype)
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
@@ -94,6 +100,24 @@ def _indexes_from_host(func: Any, args: tuple[Any, ...]) -> bool:
 
 def on_device(x: Tensor) -> Tensor:
     return x.as_subclass(OnDevice)
+
+
+def launch(fake: FakeDevice, kernel: Callable[..., None]) -> Callable[..., None]:
+    """A kernel as the device runs it: reading its inputs makes nobody wait, and a capture records it as one call."""
+
+    @functools.wraps(kernel)
+    def launched(*args: Any) -> None:
+        def run() -> None:
+            with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes():
+                kernel(*args)
+
+        fake.launches.append(kernel.__name__)
+        if fake.capturing is not None:
+            fake.capturing.uses(args)
+            fake.capturing.calls.append(run)
+        run()
+
+    return launched
 
 
 def install(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:

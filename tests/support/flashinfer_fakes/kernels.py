@@ -1,14 +1,13 @@
 """What FlashInfer compiles, in torch: the maths of its CUDA kernels, and checks that these leave out.
 
-Intermediate results are rounded where the CUDA kernels round: norms, RoPE and activation once, at their end;
-attention's softmax and sums are in fp32.
+Intermediate results are rounded to bf16 where the CUDA kernels round: norms, RoPE and activation once, at their end.
+What those compute in fp32 is in float64 here, so that no result depends on how a CPU rounds (see `products`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from support.flashinfer_fakes.device import FakeDevice, OnDevice
+from support.flashinfer_fakes.device import FakeDevice, OnDevice, launch
+from support.flashinfer_fakes.products import product
 
 NON_CAUSAL, CAUSAL = 0, 1
 HEAD_DIMS = (64, 128, 256)
@@ -56,24 +55,6 @@ def install(fake: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         specdec.kernels.flashinfer.experts, "cutlass_fused_moe", functools.partial(fused_moe, launched, real)
     )
-
-
-def launch(fake: FakeDevice, kernel: Callable[..., None]) -> Callable[..., None]:
-    """A kernel as the device runs it: reading its inputs makes nobody wait, and a capture records it as one call."""
-
-    @functools.wraps(kernel)
-    def launched(*args: Any) -> None:
-        def run() -> None:
-            with torch._C.DisableTorchFunctionSubclass(), _disable_current_modes():
-                kernel(*args)
-
-        fake.launches.append(kernel.__name__)
-        if fake.capturing is not None:
-            fake.capturing.uses(args)
-            fake.capturing.calls.append(run)
-        run()
-
-    return launched
 
 
 @dataclass(frozen=True)
@@ -157,9 +138,9 @@ def attend(
         assert num_keys >= num_queries
         assert mask_mode == CAUSAL or num_queries == 1
         keys, values = (
-            x[table].flatten(0, 1)[:num_keys].float().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v)
+            x[table].flatten(0, 1)[:num_keys].double().repeat_interleave(group, 1).transpose(0, 1) for x in (k, v)
         )  # [Hq, S, D]
-        scores = q[first:end].float().transpose(0, 1) @ keys.transpose(1, 2) * sm_scale  # [Hq, Q, S]
+        scores = q[first:end].double().transpose(0, 1) @ keys.transpose(1, 2) * sm_scale  # [Hq, Q, S]
         hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
         probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         o[first:end] = (probs @ values).transpose(0, 1).to(o.dtype)
@@ -192,37 +173,37 @@ def rope(
     assert positions.dtype in (torch.int32, torch.int64)
     assert 0 <= int(positions.min()) <= int(positions.max()) < len(cos_sin), "a position past the table"
     half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, -1)
+    cos, sin = cos_sin[positions.long()].double().unsqueeze(1).chunk(2, -1)
     for x, out in ((q, q_out), (k, k_out)):
         assert x.data_ptr() == out.data_ptr()
-        x1, x2 = x[..., :half].float(), x[..., half : 2 * half].float()
+        x1, x2 = x[..., :half].double(), x[..., half : 2 * half].double()
         out[..., : 2 * half] = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(out.dtype)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     assert weight.dtype == torch.bfloat16, f"a weight of {weight.dtype}"
     assert x.shape[-1] == len(weight)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
 
 
 def rmsnorm(out: Tensor, x: Tensor, weight: Tensor, eps: float, enable_pdl: bool) -> None:
     assert x.dtype == out.dtype == torch.bfloat16
     assert x.dim() in (2, 3)
-    out.copy_(_normed(x.float(), weight, eps))
+    out.copy_(_normed(x.double(), weight, eps))
 
 
 def fused_add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, enable_pdl: bool) -> None:
     assert x.dtype == residual.dtype == torch.bfloat16
     assert x.dim() == 2
     assert x.data_ptr() != residual.data_ptr()
-    total = x.float() + residual.float()
+    total = x.double() + residual.double()
     residual.copy_(total)
     x.copy_(_normed(total, weight, eps))
 
 
 def silu_and_mul(out: Tensor, x: Tensor, enable_pdl: bool) -> None:
     assert x.is_contiguous()
-    gate, up = x.float().chunk(2, -1)
+    gate, up = x.double().chunk(2, -1)
     out.copy_(torch.nn.functional.silu(gate) * up)
 
 
@@ -244,11 +225,11 @@ def moe(x: Tensor, ids: Tensor, scales: Tensor, fc1: Tensor, fc2: Tensor, out: T
     assert x.dtype == fc1.dtype == fc2.dtype == out.dtype == torch.bfloat16
     assert (ids.dtype, scales.dtype) == (torch.int32, torch.float32)
     assert all(t.is_contiguous() for t in (x, ids, scales, fc1, fc2, out))
-    total = torch.zeros(x.shape)
+    total = torch.zeros(x.shape, dtype=torch.float64)
     for e in ids.unique().tolist():
         rows, choices = (ids == e).nonzero(as_tuple=True)
-        up, gate = (x[rows].float() @ fc1[e].float().T).chunk(2, -1)
+        up, gate = product(x[rows], fc1[e]).chunk(2, -1)
         hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype)
-        routed = (hidden.float() @ fc2[e].float().T).to(x.dtype)
-        total[rows] += routed.float() * scales[rows, choices].unsqueeze(-1)
+        routed = product(hidden, fc2[e]).to(x.dtype)
+        total[rows] += routed.double() * scales[rows, choices].unsqueeze(-1)
     out.copy_(total)
