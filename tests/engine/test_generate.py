@@ -311,7 +311,7 @@ def test_logprobs_are_the_models_and_the_laws_under_speculation_too(engine: Engi
             assert [x.token_id for x in output.logprobs] == output.token_ids
             logits = teacher_forced_logits(engine, output.prompt_token_ids + output.token_ids)
             for i, entry in enumerate(output.logprobs):
-                row = logits[len(output.prompt_token_ids) - 1 + i].double()
+                row = logits[len(output.prompt_token_ids) - 1 + i].double().clone()
                 raw = row.log_softmax(-1)
                 for token in set(output.token_ids[:i]):
                     row[token] -= 0.5 * output.token_ids[:i].count(token)
