@@ -24,8 +24,8 @@ from fakes import (
     write_files,
     write_planted_checkpoint,
 )
+from published_configs import GLM_4_5_AIR
 from specdec.cli import app
-from specdec.eval.prediction.shapes import CONFIGS
 from specdec.step import step
 
 RUNNER = CliRunner()
@@ -273,7 +273,7 @@ def test_inspect_needs_only_a_config(tmp_path: Path) -> None:
 
 def test_inspect_says_what_cuda_needs_and_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a config alone, which may be that of an FP8 checkpoint; nothing that is missing is an error."""
-    raw = CONFIGS["glm-4.5-air"]
+    raw = GLM_4_5_AIR
     quantization = fp8_checkpoints.quantization_config(raw)
     quantization["ignore"].append("re:.*self_attn")
     raw = raw | {"quantization_config": quantization}

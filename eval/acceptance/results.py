@@ -13,8 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from specdec import Engine
-from specdec import __version__
+from specdec import Engine, __version__
 from specdec.eval.acceptance.schema import SCALARS, SCHEMA, VERSION, faults
 from specdec.eval.files import finite, write_whole
 from specdec.eval.machine import describe_machine, git_revision

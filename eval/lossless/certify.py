@@ -8,8 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from specdec import Engine, SpeculationParams
-from specdec import __version__
+from specdec import Engine, SpeculationParams, __version__
 from specdec.config import DraftSampling
 from specdec.eval.lossless.certificate import (
     Certificate,

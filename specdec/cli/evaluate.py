@@ -24,10 +24,9 @@ from specdec.cli.common import (
     tables,
     user_errors,
 )
-from specdec.cli.predict import predict
 
 app = typer.Typer(help="Measure an engine.", no_args_is_help=True)
-for command in (acceptance, teacher_forced, replay, compare, predict):
+for command in (acceptance, teacher_forced, replay, compare):
     app.command()(command)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fakes import tensor_shapes
 from fp8_checkpoints import quantised_names
-from specdec.eval.prediction.shapes import CONFIGS
+from published_configs import GLM_4_5, GLM_4_5_AIR
 from specdec.kernels import select
 from specdec.kernels.flashinfer.requirements import fp8_kinds
 from specdec.memory import GPUS, RESERVE_BYTES, Fit, fits, known_capabilities, memory_table
@@ -21,6 +21,7 @@ from specdec.model.weights import build_model
 
 GIB = 2**30
 AIR, LARGE = "glm-4.5-air", "glm-4.5"
+CONFIGS = {AIR: GLM_4_5_AIR, LARGE: GLM_4_5}
 
 
 def config_of(name: str) -> Glm4MoeConfig:
