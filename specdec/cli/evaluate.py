@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from specdec.cli.acceptance import acceptance, compare, replay, teacher_forced
+from specdec.cli.acceptance import acceptance, compare, teacher_forced
 from specdec.cli.common import (
     DTYPE_HELP,
     JSON_HELP,
@@ -26,7 +26,7 @@ from specdec.cli.common import (
 )
 
 app = typer.Typer(help="Measure an engine.", no_args_is_help=True)
-for command in (acceptance, teacher_forced, replay, compare):
+for command in (acceptance, teacher_forced, compare):
     app.command()(command)
 
 
