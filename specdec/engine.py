@@ -25,7 +25,6 @@ from specdec.loading import (
 from specdec.model.hub import resolve_model
 from specdec.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
 from specdec.prompts import Prompt, as_batch, as_params, as_prompt, params_per_prompt
-from specdec.scheduler import Scheduler
 from specdec.sequence import Sequence
 
 
@@ -44,10 +43,6 @@ class Engine:
     def speculation(self) -> SpeculationParams:
         """Of requests that bring none of their own."""
         return self.core.admission.default
-
-    @property
-    def scheduler(self) -> Scheduler:
-        return self.core.scheduler
 
     @classmethod
     def from_pretrained(

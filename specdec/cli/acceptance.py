@@ -63,9 +63,7 @@ def acceptance(
     kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="Folder for results.json, results.csv, charts, report.html.")] = Path(
-        "acceptance"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for results.json, charts, report.html.")] = Path("acceptance"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the output folder holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
@@ -79,7 +77,7 @@ def acceptance(
         from specdec.eval.acceptance.live import LiveTable, print_results
         from specdec.eval.acceptance.plan import AcceptanceOptions
         from specdec.eval.acceptance.plots import write_plots
-        from specdec.eval.acceptance.results import write_csv, write_results
+        from specdec.eval.acceptance.results import write_results
         from specdec.eval.acceptance.run import run_acceptance
         from specdec.eval.acceptance.summary import failed_checks
 
@@ -105,7 +103,6 @@ def acceptance(
         with LiveTable(err) as progress:
             document = run_acceptance(options, output, resume=resume, command=_command(), progress=progress)
         write_results(document, output)
-        write_csv(document, output)
         write_plots(build_charts(document).charts, output)
         write_html(document, output)
         if as_json:

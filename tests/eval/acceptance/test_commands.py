@@ -59,8 +59,7 @@ def test_acceptance_writes_everything(results: Path) -> None:
     assert settings == [(*rule, k) for rule in rules for k in (1, 2)]
     assert document["prompts"]["categories"] == {"a": 3, "b": 3}
     assert document["provenance"]["command"].startswith("specdec")
-    for name in ("results.csv", "report.html"):
-        assert (results / name).stat().st_size > 1000
+    assert (results / "report.html").stat().st_size > 1000
     assert list(results.glob("*.png"))
 
 

@@ -9,8 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from specdec.eval.acceptance import intervals
-from specdec.eval.acceptance.coverage import (
+from interval_coverage import (
     SCENARIOS,
     Requests,
     calibration_coverage,
@@ -18,6 +17,7 @@ from specdec.eval.acceptance.coverage import (
     percentile,
     simulate,
 )
+from specdec.eval.acceptance import intervals
 from specdec.eval.acceptance.intervals import (
     FEW,
     NO_ESTIMATE,
