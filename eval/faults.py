@@ -34,8 +34,7 @@ class FaultPlan:
         self.failed: set[str] = set()
         self._planned: dict[str, tuple[Fault, int]] = {}
         self._due: dict[Fault, tuple[int, ScheduledSequence]] = {}  # this step's
-        self._drafter, self._verifier = core.drafter, core.verifier
-        self._verify = core.verifier.verify
+        self._drafter, self._verify = core.drafter, core.verifier.verify
         core.drafter = self
         core.verifier.verify = self.verify  # type: ignore[method-assign]
 
