@@ -83,16 +83,20 @@ def load_model(index: CheckpointIndex, kernels: Kernels, *, max_model_len: int |
     for part, _ in loaded.parts():
         part.to_empty(device=kernels.device)
     _fill(_Slots(loaded), index.tensors, ignored_names(index.config))
+    prepare(loaded, kernels, index.config.max_position_embeddings if max_model_len is None else max_model_len)
+    return loaded
+
+
+def prepare(loaded: LoadedModel, kernels: Kernels, max_positions: int) -> None:
+    """Hands filled weights to the kernels and makes the decoders that run them."""
     for part, _ in loaded.parts():
         for module in part.modules():
             if isinstance(module, Matrices):
                 module.pack()
-    max_positions = index.config.max_position_embeddings if max_model_len is None else max_model_len
-    rotary = RotaryEmbedding(index.config, max_positions, kernels.device)
+    rotary = RotaryEmbedding(loaded.config, max_positions, kernels.device)
     loaded.target.prepare(rotary)
     if loaded.mtp is not None:
         loaded.mtp.prepare(loaded.target, rotary)
-    return loaded
 
 
 def mtp_prefix(config: Glm4MoeConfig) -> str:

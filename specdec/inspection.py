@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from specdec.batch import Extend, build_batch
 from specdec.config import EngineConfig
 from specdec.errors import NotEnoughMemoryError
+from specdec.floors import Floor, floors
 from specdec.kernels.flashinfer.requirements import (
     LEAST_CAPABILITY,
     Paths,
@@ -93,13 +95,14 @@ class TensorCounts:
 @dataclass(frozen=True)
 class CudaReport:
     """missing: in one text, empty where everything is there. paths: by GPU, the visible one last. reserve_bytes: set
-    aside of each GPU in `fits`."""
+    aside of each GPU in `fits`. floors: the least times of decode steps."""
 
     requirements: list[Requirement]
     missing: str
     paths: dict[str, Paths]
     reserve_bytes: int
     fits: list[Fit]
+    floors: list[Floor]
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def inspect_checkpoint(folder: Path, *, with_cuda: bool = False) -> Inspection:
         has_mtp, tensors = config.num_nextn_predict_layers > 0, None
         check, skipped = None, "there are no weights in this folder"
     memory = memory_table(config, has_mtp, is_fp8)
-    cuda = report_cuda(fits(config, has_mtp, is_fp8)) if with_cuda else None
+    cuda = report_cuda(config, has_mtp, is_fp8) if with_cuda else None
     return Inspection(folder, config, memory, tensors, check, skipped, cuda)
 
 
@@ -170,12 +173,20 @@ def _try_mtp_check(checkpoint: Checkpoint) -> tuple[MTPCheck | None, str | None]
     return check_mtp(runtime, checkpoint), None
 
 
-def report_cuda(fits: list[Fit]) -> CudaReport:
+def report_cuda(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bool]) -> CudaReport:
     found, visible = requirements(), visible_capability()
     chosen = {name: paths(capability) for name, capability in known_capabilities().items()}
     if visible is not None and visible >= LEAST_CAPABILITY:
         chosen["visible GPU"] = paths(visible)
-    return CudaReport(found, missing(found), chosen, RESERVE_BYTES, fits)
+    fitting = fits(config, has_mtp, is_fp8)
+    return CudaReport(
+        requirements=found,
+        missing=missing(found),
+        paths=chosen,
+        reserve_bytes=RESERVE_BYTES,
+        fits=fitting,
+        floors=floors(config, has_mtp, is_fp8, fitting),
+    )
 
 
 @torch.inference_mode()
