@@ -92,15 +92,19 @@ def load_model(
     for part, _ in loaded.parts():
         part.to_empty(device=kernels.device)
     _fill(_Slots(loaded), index.tensors, ignored_names(index.config), progress)
+    prepare(loaded, kernels, index.config.max_position_embeddings if max_model_len is None else max_model_len, progress)
+    return loaded
+
+
+def prepare(loaded: LoadedModel, kernels: AnyBackend, max_positions: int, progress: Progress = silent) -> None:
+    """Hands filled weights to the kernels and makes the decoders that run them."""
     modules = [module for part, _ in loaded.parts() for module in part.modules() if isinstance(module, Matrices)]
     for module in tracked(modules, "packing weights", progress):
         module.pack()
-    max_positions = index.config.max_position_embeddings if max_model_len is None else max_model_len
-    rotary = RotaryEmbedding(index.config, max_positions, kernels.device)
+    rotary = RotaryEmbedding(loaded.config, max_positions, kernels.device)
     loaded.target.prepare(rotary)
     if loaded.mtp is not None:
         loaded.mtp.prepare(loaded.target, rotary)
-    return loaded
 
 
 def mtp_prefix(config: Glm4MoeConfig) -> str:

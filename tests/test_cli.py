@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.eval.prediction.shapes import CONFIGS
 from specdec.step.step import step
 from support import fp8_checkpoints
 from support.fakes import (
@@ -27,6 +26,7 @@ from support.fakes import (
     write_files,
     write_planted_checkpoint,
 )
+from support.published_configs import GLM_4_5_AIR
 
 RUNNER = CliRunner()
 
@@ -273,7 +273,7 @@ def test_inspect_needs_only_a_config(tmp_path: Path) -> None:
 
 def test_inspect_says_what_cuda_needs_and_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a config alone, which may be that of an FP8 checkpoint; nothing that is missing is an error."""
-    raw = CONFIGS["glm-4.5-air"]
+    raw = GLM_4_5_AIR
     quantization = fp8_checkpoints.quantization_config(raw)
     quantization["ignore"].append("re:.*self_attn")
     raw = raw | {"quantization_config": quantization}
@@ -286,10 +286,16 @@ def test_inspect_says_what_cuda_needs_and_what_fits(tmp_path: Path, monkeypatch:
     for part in ("FP8 but for", "flashinfer-python", "torch._scaled_grouped_mm", "not shard", "203.5 GiB", "107.9 GiB"):
         assert part in stdout
     document = json.loads(run("inspect", str(tmp_path), "--device", "cuda", "--json")[1])["cuda"]
-    assert list(document) == ["requirements", "missing", "paths", "reserve_bytes", "fits"]
+    assert list(document) == ["requirements", "missing", "paths", "reserve_bytes", "fits", "floors"]
     assert document["missing"].startswith("torch with CUDA: torch")
     assert document["paths"]["A100 80GB"]["experts"] == "grouped matrix product"
     assert len(document["fits"]) == 5 * 2 * 4
+    assert len(document["floors"]) == 5 * 2
+    on_h200 = document["floors"][7]
+    assert (on_h200["gpu"], on_h200["checkpoint"], on_h200["num_gpus"]) == ("H200", "fp8", 1)
+    assert len(on_h200["step_s"]) == 6
+    for part in ("GB: A100 80GB", "RTX 4090: does not fit", "H200 x 1", f"{1000 * on_h200['step_s'][3]:.2f}"):
+        assert part in stdout
     device = next(r for r in document["requirements"] if r["name"] == "CUDA device")
     assert {k: v for k, v in device.items() if k != "remedy"} == {
         "name": "CUDA device",

@@ -20,6 +20,7 @@ from specdec.eval.acceptance.analyse import Completion
 from specdec.eval.acceptance.intervals import Estimate, ratios
 from specdec.eval.acceptance.records import Floats
 from specdec.eval.acceptance.replay import Context, Reader
+from specdec.inspection.step_bytes import expected_distinct
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
 LEAST_GROUPS = 4  # of fewer an interval says nothing
@@ -143,5 +144,5 @@ def _points(num_tokens: int, of_clusters: Floats, num_experts: int, per_token: i
     ones = np.ones_like(of_clusters)
     # A token always chooses per_token: where there is only one, nothing is at a limit that it might not reach.
     most = None if num_tokens == 1 else ones * min(num_experts, num_tokens * per_token)
-    expected = num_experts * (1 - (1 - per_token / num_experts) ** num_tokens)
+    expected = expected_distinct(num_experts, per_token, num_tokens)
     return [Point(num_tokens, estimate, expected) for estimate in ratios(of_clusters, ones, most)]

@@ -8,7 +8,7 @@ with replacement `NUM_RESAMPLES` times; the quantiles of (resample - estimate) /
 many standard errors of the estimate its interval reaches. Standard errors are linearised: R = sum x / sum y has
 sqrt(n / (n - 1) sum e^2) / sum y, e = x - R y; those of products of ratios follow likewise. Limits are cut at what the
 quantity can be. Chosen by measurement over 4,000 runs of simulated requests in four scenarios, with
-`python -m specdec.eval.acceptance.coverage`; percentile and BCa intervals are quantiles of the resamples themselves:
+`python tests/interval_coverage.py`; percentile and BCa intervals are quantiles of the resamples themselves:
 
     requests (clusters)         8            16           32           96
     bootstrap-t             90 to 95.5   92 to 97     93 to 96.5   94 to 96    % of intervals hold the truth

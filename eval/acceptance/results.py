@@ -1,32 +1,23 @@
-"""results.json and results.csv: written whole, checked when read. docs/results.md describes every field."""
+"""results.json: written whole, checked when read. docs/results.md describes every field."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import platform
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from specdec import Engine, __version__
-from specdec.eval.acceptance.schema import SCALARS, SCHEMA, VERSION, faults
+from specdec.eval.acceptance.schema import SCHEMA, VERSION, faults
 from specdec.eval.files import finite, write_whole
 from specdec.eval.machine import describe_machine, git_revision
 from specdec.model.weights import CheckpointIndex
 
-RESULTS_NAME, CSV_NAME = "results.json", "results.csv"
-SETTINGS = ("temperature", "verification", "draft_sampling", "num_speculative_tokens", "batch_size")
-CSV_COLUMNS = (
-    *SETTINGS, "scope", "category", "metric", "position", "bin_low", "bin_high", "num", "value", "low", "high",
-)  # fmt: skip
-COUNTS = ("num_requests", "num_verifications")
+RESULTS_NAME = "results.json"
 REMEDY = "make it anew with `specdec eval acceptance`"
-Row = dict[str, Any]
 
 
 def write_results(document: dict[str, Any], folder: Path) -> Path:
@@ -120,50 +111,3 @@ def checkpoint_sha256(index: CheckpointIndex) -> str:
         with path.open("rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def write_csv(document: dict[str, Any], folder: Path) -> Path:
-    """Writes results.csv, long: one row per cell, category, metric and draft position (or bin)."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for cell in finite(document)["cells"]:
-        settings = {name: cell[name] for name in SETTINGS}
-        writer.writerows(settings | row for row in _cell_rows(cell))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / CSV_NAME, text.getvalue())
-    return folder / CSV_NAME
-
-
-def _cell_rows(cell: dict[str, Any]) -> Iterator[Row]:
-    everything = {"scope": "all", "category": ""}
-    yield from (everything | row for row in _group_rows(cell["all"]))
-    for name in ("num_output_tokens", "num_target_forwards"):
-        yield everything | {"metric": name, "value": cell[name]}
-    yield from (everything | row for row in _by_position("alpha", cell["alpha"]))
-    yield everything | {"metric": "ece"} | cell["calibration"]["ece"]
-    for name, bins in (
-        ("acceptance_by_output_position", cell["by_output_position"]),
-        ("acceptance_by_entropy", cell["by_entropy"]),
-        ("acceptance_by_confidence", cell["calibration"]["bins"]),
-    ):
-        for b in bins:
-            limits = {"bin_low": b["low"], "bin_high": b["high"], "num": b["num_drafts"]}
-            yield everything | {"metric": name} | limits | b["acceptance"]
-    for category, group in cell["categories"].items():
-        yield from ({"scope": "category", "category": category} | row for row in _group_rows(group))
-
-
-def _group_rows(group: dict[str, Any]) -> Iterator[Row]:
-    for name in COUNTS:
-        yield {"metric": name, "value": group[name]}
-    for name in ("conditional", "unconditional"):
-        yield from _by_position(name, group[name])
-    for name in (*SCALARS, "tokens_per_s"):
-        if group[name] is not None:
-            yield {"metric": name} | group[name]
-
-
-def _by_position(name: str, estimates: list[dict[str, Any]]) -> Iterator[Row]:
-    for position, estimate in enumerate(estimates, 1):
-        yield {"metric": name, "position": position} | estimate

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ import numpy as np
 from specdec import Engine
 from specdec.config import DraftSampling
 from specdec.eval.acceptance.plan import Settings, check_number, derived_seed
-from specdec.eval.acceptance.recording import Recording
 from specdec.eval.acceptance.replay import Chains, Context, Reader
 from specdec.eval.acceptance.results import provenance, utc_now
 from specdec.eval.acceptance.tally import Proposal, Row, Tally, proposals
@@ -64,37 +62,22 @@ class ForcedAcceptance:
         return {"schema": SCHEMA, "version": VERSION, **fields, "rows": [row.as_dict() for row in self.rows]}
 
 
-def teacher_forced(
-    options: TeacherOptions, *, recording: Path | None = None, command: str = "", progress: Progress = silent
-) -> ForcedAcceptance:
-    """Looks at all contexts. recording: also write all drafts and logits to this file, for `replay`.
+def teacher_forced(options: TeacherOptions, *, command: str = "", progress: Progress = silent) -> ForcedAcceptance:
+    """Looks at all contexts.
 
-    Raises ValueError for options that do not fit the checkpoint and for a recording that would be too large,
-    CheckpointError for a checkpoint at fault.
+    Raises ValueError for options that do not fit the checkpoint, CheckpointError for a checkpoint at fault.
     """
     started, teacher = utc_now(), Teacher(options, progress)
-    config = teacher.engine.checkpoint.config
-    recorded = None
-    if recording is not None:
-        recorded = Recording(len(teacher.places), options.num_drafts, config.vocab_size, teacher.proposals)
     tally, texts = Tally(len(teacher.texts), options.num_drafts), np.array([place.text for place in teacher.places])
     for proposal, chosen, chains in teacher.chains(progress):
         tally.add(proposal, chains, texts[chosen.start : chosen.stop], options.verification, teacher.reader.operations)
-        if recorded is not None:
-            recorded.add(proposal, chosen, chains)
-    result = ForcedAcceptance(
+    return ForcedAcceptance(
         provenance=provenance(teacher.engine, command, started),
         options=json.loads(json.dumps(asdict(options))),
         prompts=teacher.prompts.as_dict(),
         num_contexts=len(teacher.places),
         rows=tally.rows(options.num_speculative_tokens),
     )
-    if recorded is not None and recording is not None:
-        fields = result.as_dict()
-        recorded.save(
-            recording, texts, len(teacher.texts), {k: fields[k] for k in ("provenance", "options", "prompts")}
-        )
-    return result
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ class SoakReport:
     num_failed_steps: int = 0
     mean_acceptance_length: float | None = None
     num_preemptions: int = 0
-    prefix_hit_share: float = 0.0
     resident_mib: list[float] = field(default_factory=list)  # at the start of each tenth of the requests
     seconds: float = 0.0
     num_problems: int = 0
@@ -197,7 +196,6 @@ async def soak(model: str | Path, options: SoakOptions, cases: list[Case]) -> So
     report.num_failed_steps = stats.num_failed_steps
     report.mean_acceptance_length = stats.drafts.mean_acceptance_length
     report.num_preemptions = stats.num_preemptions
-    report.prefix_hit_share = round(stats.num_prefix_hits / stats.num_prefix_queries, 3)
     if stats.num_running or stats.num_waiting or stats.num_used_pages:
         report.blame(f"left over: {stats.num_running} run, {stats.num_waiting} wait, {stats.num_used_pages} pages")
     if not stats.num_requests == sum(stats.finished.values()) == options.num_requests:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from specdec.errors import CheckpointError
 from specdec.kernels import select
-from specdec.model.config import ARCHITECTURE, Glm4MoeConfig, parse_config, read_json
+from specdec.model.config import ARCHITECTURE, Glm4MoeConfig, parse_config
 from specdec.model.layers import iter_slots
 from specdec.model.weights import INDEX_NAME, build_model, mtp_prefix
 
@@ -126,27 +126,12 @@ def write_planted_checkpoint(
     return recipe
 
 
-def load_recipe(folder: Path) -> Recipe:
-    """The recipe of a planted checkpoint; CheckpointError where `folder` holds none."""
-    return Recipe(**read_json(folder / RECIPE_NAME))
-
-
 def successors(vocab_size: int, seed: int) -> Tensor:
     """pi [V]: the token that follows each token in the greedy text of a checkpoint made with `seed`."""
     order = torch.randperm(vocab_size, generator=_generator(seed, "cycle"))
     following = torch.empty_like(order)
     following[order] = order.roll(-1)
     return following
-
-
-def greedy_text(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
-    """The `num_tokens` tokens that any correct engine adds to `prompt` under greedy decoding, ignoring end tokens."""
-    vocab_size = read_json(folder / "config.json")["vocab_size"]
-    following = successors(vocab_size, load_recipe(folder).seed).tolist()
-    tokens = prompt[-1:]
-    for _ in range(num_tokens):
-        tokens.append(following[tokens[-1]])
-    return tokens[1:]
 
 
 def planted_prompts(vocab_size: int, num_prompts: int, length: int, seed: int = 0) -> list[list[int]]:

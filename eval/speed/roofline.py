@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from specdec import Engine
+from specdec.inspection.step_bytes import decoder_bytes
 from specdec.kernels import AnyBackend
-from specdec.kernels.data import LayerWeights, MLPWeights, MoEWeights
 from specdec.model.layers import Decoder, DecoderRun
 
 PROBE_BYTES = 2**30
@@ -77,42 +77,13 @@ def _count(engine: Engine, decoder: Decoder, runs: list[DecoderRun], counts: Ste
     kernels, kv_cache = decoder.kernels, engine.runtime.kv_cache
     head = kernels.num_bytes(engine.runtime.model.target.head)
     kv_row = kv_cache[0, 0].nbytes // kv_cache.shape[3]
+    sizes = decoder_bytes(decoder)
     for run in runs:
-        counts.weights += head + _fixed_bytes(decoder)
+        distinct = [len(ids.unique()) if size else 0 for size, ids in zip(sizes.expert, run.expert_ids)]
+        counts.weights += head + int(sizes.read(run.expert_ids.shape[1], distinct))
         counts.kv_cache += sum(run.kv_lens) * kv_row * len(decoder.weights.layers)
-        for layer, ids in zip(decoder.weights.layers, run.expert_ids):
-            if isinstance(layer.mlp, MoEWeights):
-                distinct = len(ids.unique())
-                counts.weights += distinct * _expert_bytes(kernels, layer.mlp)
-                counts.num_expert_reads += distinct
-                counts.num_layer_runs += 1
-
-
-def _fixed_bytes(decoder: Decoder) -> int:
-    """What every run reads: all weights but routed experts and embeddings."""
-    weights, kernels = decoder.weights, decoder.kernels
-    total = sum(_layer_bytes(kernels, layer) for layer in weights.layers) + weights.norm.nbytes
-    if weights.fusion is not None:
-        total += kernels.num_bytes(weights.fusion.eh_proj) + weights.fusion.enorm.nbytes + weights.fusion.hnorm.nbytes
-    return total
-
-
-def _layer_bytes(kernels: AnyBackend, layer: LayerWeights) -> int:
-    total = sum(kernels.num_bytes(w) for w in (layer.attention.qkv, layer.attention.o))
-    total += layer.input_norm.nbytes + layer.post_attention_norm.nbytes
-    mlp = layer.mlp
-    if isinstance(mlp, MoEWeights):
-        total += kernels.num_bytes(mlp.router) + mlp.correction_bias.nbytes
-        mlp = mlp.shared
-    return total + _mlp_bytes(kernels, mlp)
-
-
-def _mlp_bytes(kernels: AnyBackend, mlp: MLPWeights) -> int:
-    return kernels.num_bytes(mlp.gate_up) + kernels.num_bytes(mlp.down)
-
-
-def _expert_bytes(kernels: AnyBackend, moe: MoEWeights) -> int:
-    return _mlp_bytes(kernels, moe.experts) // len(moe.correction_bias)
+        counts.num_expert_reads += sum(distinct)
+        counts.num_layer_runs += sum(size > 0 for size in sizes.expert)
 
 
 def describe(samples: list[float]) -> tuple[float, float, float]:

@@ -149,10 +149,9 @@ def load_library(architecture: str, progress: Progress = silent) -> ctypes.CDLL:
 
 @dataclass
 class NativeTime:
-    """Seconds spent in the library, and calls."""
+    """Seconds spent in the library."""
 
     seconds: float = 0.0
-    num_calls: int = 0
 
 
 class TimedLibrary:
@@ -168,6 +167,5 @@ def _timed(function: Callable[..., None], time: NativeTime) -> Callable[..., Non
         start = perf_counter()
         function(*arguments)
         time.seconds += perf_counter() - start
-        time.num_calls += 1
 
     return call

@@ -1,4 +1,4 @@
-"""`specdec eval acceptance`, and what belongs to it: `teacher-forced`, `replay`, `compare`."""
+"""`specdec eval acceptance`, and what belongs to it: `teacher-forced`, `compare`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,6 @@ from specdec.cli.common import (
     JSON_HELP,
     KERNELS_HELP,
     MODEL_HELP,
-    InvalidOption,
     as_numbers,
     as_words,
     check_backend,
@@ -26,7 +25,6 @@ from specdec.cli.common import (
     tables,
     user_errors,
 )
-from specdec.config import Verification
 
 Prompts = Annotated[
     list[str] | None,
@@ -65,9 +63,7 @@ def acceptance(
     kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="Folder for results.json, results.csv, charts, report.html.")] = Path(
-        "acceptance"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder for results.json, charts, report.html.")] = Path("acceptance"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the output folder holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
@@ -81,7 +77,7 @@ def acceptance(
         from specdec.eval.acceptance.live import LiveTable, print_results
         from specdec.eval.acceptance.plan import AcceptanceOptions
         from specdec.eval.acceptance.plots import write_plots
-        from specdec.eval.acceptance.results import write_csv, write_results
+        from specdec.eval.acceptance.results import write_results
         from specdec.eval.acceptance.run import run_acceptance
         from specdec.eval.acceptance.summary import failed_checks
 
@@ -109,7 +105,6 @@ def acceptance(
                 options, output, resume=resume, command=_command(), progress=table, loading=table.loading
             )
         write_results(document, output)
-        write_csv(document, output)
         write_plots(build_charts(document).charts, output)
         write_html(document, output)
         if as_json:
@@ -140,23 +135,19 @@ def teacher_forced(
     kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     threads: Threads = None,
-    record: Annotated[
-        Path | None,
-        typer.Option(help="Also keep drafts and logits in this safetensors file, for replay.", show_default=False),
-    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON here.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Compute acceptance on given text, without generating: exactly, for every rule and every draft length."""
     with user_errors():
+        from specdec.eval.acceptance.tally import print_rows
         from specdec.eval.acceptance.teacher import TeacherOptions
         from specdec.eval.acceptance.teacher import teacher_forced as compute
         from specdec.eval.files import write_whole
 
         check_backend("auto", dtype, kernels, threads)
-        for name, path in (("--record", record), ("--output", output)):
-            if path is not None:
-                check_folder_of(name, path)
+        if output is not None:
+            check_folder_of("--output", output)
         with option_errors():
             options = TeacherOptions(
                 model=model,
@@ -173,34 +164,14 @@ def teacher_forced(
                 skip_bad=skip_bad,
             )
         with progress_bar() as progress:
-            found = compute(options, recording=record, command=_command(), progress=progress)
+            found = compute(options, command=_command(), progress=progress)
         document = found.as_dict()
         if output is not None:
             write_whole(output, json.dumps(document, indent=2) + "\n")
-        _print_rows(f"{found.num_contexts:,} contexts", document, found.rows, as_json=as_json)
-
-
-def replay(
-    recording: Annotated[Path, typer.Argument(help="A file that `teacher-forced --record` wrote.", show_default=False)],
-    verification: Rules = "coupled,block,token",
-    num_speculative_tokens: Annotated[
-        str | None,
-        typer.Option("--num-speculative-tokens", "-k", help="Draft tokens per step.", show_default="all recorded"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
-) -> None:
-    """Compare rules and draft lengths on recorded drafts and logits, without the model."""
-    with user_errors():
-        from specdec.eval.acceptance.recording import replay as compute
-
-        lengths = None if num_speculative_tokens is None else as_numbers("-k", num_speculative_tokens, int)
-        rules = as_words(verification)
-        for rule in rules:
-            if rule not in get_args(Verification):
-                raise InvalidOption(f"--verification {rule}: choose among {', '.join(get_args(Verification))}")
-        found = compute(recording, rules, lengths)
-        document = {"about": found.about, "num_contexts": found.num_contexts, "rows": [r.as_dict() for r in found.rows]}
-        _print_rows(f"{found.num_contexts:,} contexts", document, found.rows, as_json=as_json)
+        if as_json:
+            print(json.dumps(document, indent=2))
+        else:
+            print_rows(f"{found.num_contexts:,} contexts", found.rows, tables())
 
 
 def compare(
@@ -245,12 +216,3 @@ def _grid(
 
 def _command() -> str:
     return shlex.join(["specdec", *sys.argv[1:]])
-
-
-def _print_rows(title: str, document: Any, rows: Any, *, as_json: bool) -> None:
-    from specdec.eval.acceptance.tally import print_rows
-
-    if as_json:
-        print(json.dumps(document, indent=2))
-    else:
-        print_rows(title, rows, tables())

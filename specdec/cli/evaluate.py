@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from specdec.cli.acceptance import acceptance, compare, replay, teacher_forced
+from specdec.cli.acceptance import acceptance, compare, teacher_forced
 from specdec.cli.common import (
     DTYPE_HELP,
     JSON_HELP,
@@ -25,10 +25,9 @@ from specdec.cli.common import (
     tables,
     user_errors,
 )
-from specdec.cli.predict import predict
 
 app = typer.Typer(help="Measure an engine.", no_args_is_help=True)
-for command in (acceptance, teacher_forced, replay, compare, predict):
+for command in (acceptance, teacher_forced, compare):
     app.command()(command)
 
 

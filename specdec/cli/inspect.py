@@ -100,6 +100,16 @@ def _print_cuda(report: Any) -> None:
         "expectation, weights and cache split evenly.",
         soft_wrap=True,
     )
+    out.print(_floor_table(report.floors))
+    out.print(
+        "Top: the weights that a step for one sequence reads, in GB (10^9 bytes). Below: how long it takes to read "
+        "them once at the bandwidth on the data sheet; real steps take longer. K drafts come from K passes of the MTP "
+        "layer, the first over K + 1 pairs, and are verified by one pass of the target over K + 1 rows; every pass "
+        "reads the head. Keys and values are left out. Assumed: rows choose their experts evenly and independently; "
+        "those of consecutive tokens overlap more, which reads less. x N: the fewest GPUs that hold the weights, each "
+        "reading an equal share (an expectation, as above).",
+        soft_wrap=True,
+    )
 
 
 def _fit_table(fits: list[Any]) -> Table:
@@ -111,4 +121,21 @@ def _fit_table(fits: list[Any]) -> Table:
         tokens = ("-" if fit.kv_tokens is None else f"{fit.kv_tokens:,}" for fit in row)
         gpu = row[0].gpu, _size(row[0].gpu_memory_bytes)
         table.add_row(*gpu, row[0].checkpoint, _size(row[0].weight_bytes), *tokens)
+    return table
+
+
+def _floor_table(floors: list[Any]) -> Table:
+    lengths = range(len(floors[0].step_bytes))
+    columns = ("", "checkpoint", *(f"K = {k}" for k in lengths))
+    table = Table(*columns, title="Least time of a decode step at batch 1, ms", title_justify="left")
+    readers: dict[tuple[str, tuple[float, ...]], list[str]] = {}
+    for floor in floors:
+        readers.setdefault((floor.checkpoint, tuple(floor.step_bytes)), []).append(floor.gpu)
+    for (checkpoint, step_bytes), gpus in readers.items():
+        table.add_row(f"GB: {', '.join(gpus)}", checkpoint, *(f"{size / 1e9:.2f}" for size in step_bytes))
+    table.add_section()
+    for floor in floors:
+        name = f"{floor.gpu} x {floor.num_gpus}" if floor.num_gpus else f"{floor.gpu}: does not fit"
+        times = ["-" for _ in lengths] if floor.step_s is None else [f"{1000 * s:.2f}" for s in floor.step_s]
+        table.add_row(name, floor.checkpoint, *times)
     return table

@@ -26,7 +26,6 @@ from specdec.metrics.engine import EngineStats
 from specdec.model.hub import resolve_model
 from specdec.request.prompts import Prompt, as_batch, as_params, as_prompt, params_per_prompt
 from specdec.request.sequence import Sequence
-from specdec.step.scheduler import Scheduler
 
 
 class Engine:
@@ -44,10 +43,6 @@ class Engine:
     def speculation(self) -> SpeculationParams:
         """Of requests that bring none of their own."""
         return self.core.admission.default
-
-    @property
-    def scheduler(self) -> Scheduler:
-        return self.core.scheduler
 
     @classmethod
     def from_pretrained(

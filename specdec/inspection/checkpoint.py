@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from specdec.config import EngineConfig
 from specdec.errors import NotEnoughMemoryError
+from specdec.inspection.floors import Floor, floors
 from specdec.inspection.memory import RESERVE_BYTES, Fit, MemoryLine, fits, known_capabilities, memory_table
 from specdec.kernels.flashinfer.requirements import (
     LEAST_CAPABILITY,
@@ -94,13 +96,14 @@ class TensorCounts:
 @dataclass(frozen=True)
 class CudaReport:
     """missing: in one text, empty where everything is there. paths: by GPU, the visible one last. reserve_bytes: set
-    aside of each GPU in `fits`."""
+    aside of each GPU in `fits`. floors: the least times of decode steps."""
 
     requirements: list[Requirement]
     missing: str
     paths: dict[str, Paths]
     reserve_bytes: int
     fits: list[Fit]
+    floors: list[Floor]
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def inspect_checkpoint(folder: Path, *, with_cuda: bool = False, progress: Progr
         has_mtp, tensors = config.num_nextn_predict_layers > 0, None
         check, skipped = None, "there are no weights in this folder"
     memory = memory_table(config, has_mtp, is_fp8)
-    cuda = report_cuda(fits(config, has_mtp, is_fp8)) if with_cuda else None
+    cuda = report_cuda(config, has_mtp, is_fp8) if with_cuda else None
     return Inspection(folder, config, memory, tensors, check, skipped, cuda)
 
 
@@ -174,12 +177,20 @@ def _try_mtp_check(checkpoint: Checkpoint, progress: Progress) -> tuple[MTPCheck
     return found, None
 
 
-def report_cuda(fits: list[Fit]) -> CudaReport:
+def report_cuda(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bool]) -> CudaReport:
     found, visible = requirements(), visible_capability()
     chosen = {name: paths(capability) for name, capability in known_capabilities().items()}
     if visible is not None and visible >= LEAST_CAPABILITY:
         chosen["visible GPU"] = paths(visible)
-    return CudaReport(found, missing(found), chosen, RESERVE_BYTES, fits)
+    fitting = fits(config, has_mtp, is_fp8)
+    return CudaReport(
+        requirements=found,
+        missing=missing(found),
+        paths=chosen,
+        reserve_bytes=RESERVE_BYTES,
+        fits=fitting,
+        floors=floors(config, has_mtp, is_fp8, fitting),
+    )
 
 
 @torch.inference_mode()

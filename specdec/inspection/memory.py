@@ -31,20 +31,26 @@ class MemoryLine:
 
 @dataclass(frozen=True)
 class GPU:
+    """bytes_per_s: the bandwidth of its memory."""
+
     name: str
     capability: Capability
     memory_bytes: int
+    bytes_per_s: float
 
 
 # Total memory as nvidia-smi prints it, in MiB; what is sold as 80 or 141 GB differs from it either way. A100 and H100:
 # https://github.com/modal-labs/modal-client/pull/2797. B200, which can use 180 of its 192 GB:
 # https://github.com/NVIDIA/TensorRT-LLM/issues/10278. RTX 4090 and H200: logs in many public repositories.
+# Bandwidths as NVIDIA's data sheets print them, of the SXM modules where there are several: RTX 4090 1,008 GB/s (white
+# paper of the Ada architecture), A100 80GB 2,039 GB/s, H100 3.35 TB/s, H200 4.8 TB/s, DGX B200 64 TB/s for eight. By
+# bus width and clock a B200 has 7.67 TB/s (https://github.com/pytorch/ao/pull/4002).
 GPUS = (
-    GPU("RTX 4090", (8, 9), 24564 * MIB),
-    GPU("A100 80GB", (8, 0), 81920 * MIB),
-    GPU("H100", (9, 0), 81559 * MIB),
-    GPU("H200", (9, 0), 143771 * MIB),
-    GPU("B200", (10, 0), 183359 * MIB),
+    GPU("RTX 4090", (8, 9), 24564 * MIB, 1008e9),
+    GPU("A100 80GB", (8, 0), 81920 * MIB, 2039e9),
+    GPU("H100", (9, 0), 81559 * MIB, 3350e9),
+    GPU("H200", (9, 0), 143771 * MIB, 4800e9),
+    GPU("B200", (10, 0), 183359 * MIB, 8000e9),
 )
 NUM_GPUS = (1, 2, 4, 8)
 # Of each GPU, for what is neither weights nor cache. An estimate: CUDA's context 0.5 GiB, workspaces of attention and

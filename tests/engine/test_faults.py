@@ -152,8 +152,8 @@ def test_sync_requests_of_others_go_on_too(planted: Path, expected: list[list[in
     with pytest.raises(InjectedError):
         engine.generate(PROMPTS[:3], [params(i) for i in range(3)])
     assert [t for chunk in streams[1] for t in chunk.token_ids] == expected[1]
-    assert engine.scheduler.idle
-    engine.scheduler.pool.check_integrity([])
+    assert engine.core.scheduler.idle
+    engine.core.scheduler.pool.check_integrity([])
 
 
 @pytest.mark.parametrize("stage", ["draft", "verify"])

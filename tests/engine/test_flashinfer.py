@@ -91,8 +91,8 @@ def test_greedy_outputs_are_the_references_up_to_near_ties(
     agreeing = [a for a, b in pairs if a.token_ids == b.token_ids]
     assert acceptance(agreeing) > 0.5
     assert abs(acceptance(agreeing) - acceptance([b for a, b in pairs if a.token_ids == b.token_ids])) < 0.1
-    engine.scheduler.check_integrity()
-    assert engine.scheduler.pool.num_pages == 44  # the scratch page is nobody's
+    engine.core.scheduler.check_integrity()
+    assert engine.core.scheduler.pool.num_pages == 44  # the scratch page is nobody's
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])

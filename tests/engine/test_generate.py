@@ -66,7 +66,7 @@ def test_greedy_output_does_not_depend_on_k_batch_pages_or_chunks(planted: Path,
         )
         mixed = [greedy(k) for k in (5, 0, 3, 1, 8, 2, 4)]
         assert [o.token_ids for o in other.generate(PROMPTS, mixed)] == expected
-        other.scheduler.pool.check_integrity([])
+        other.core.scheduler.pool.check_integrity([])
 
 
 def test_accepted_drafts_save_target_forwards(engine: Engine) -> None:
@@ -263,7 +263,7 @@ def test_ending_inside_an_accepted_run_is_the_same_as_without_drafts(engine: Eng
             )
             assert short.token_ids == reference.token_ids[: end + 1]
             assert short.finish_reason == "length"
-    engine.scheduler.pool.check_integrity([])
+    engine.core.scheduler.pool.check_integrity([])
 
 
 def test_stop_strings_cut_text_and_tokens(engine: Engine) -> None:
@@ -457,16 +457,16 @@ def test_streams_give_what_generate_gives_and_free_their_pages(engine: Engine) -
         _ = left.output
     left.close()
     assert left.output.finish_reason == "abort"
-    assert engine.scheduler.idle
-    engine.scheduler.pool.check_integrity([])
+    assert engine.core.scheduler.idle
+    engine.core.scheduler.pool.check_integrity([])
     assert list(left) == []
     engine.stream("never started", greedy(3)).close()
-    assert engine.scheduler.idle
+    assert engine.core.scheduler.idle
     side_by_side = [engine.stream(p, greedy(2)) for p in PROMPTS[:3]]
     interleaved = [[t for c in s for t in c.token_ids] for s in reversed(side_by_side)]
     assert interleaved == [engine.generate(p, greedy(0))[0].token_ids for p in reversed(PROMPTS[:3])]
-    assert engine.scheduler.idle
-    engine.scheduler.pool.check_integrity([])
+    assert engine.core.scheduler.idle
+    engine.core.scheduler.pool.check_integrity([])
 
 
 def test_hundreds_of_prompts_share_few_slots_and_pages(planted: Path) -> None:
@@ -475,7 +475,7 @@ def test_hundreds_of_prompts_share_few_slots_and_pages(planted: Path) -> None:
     outputs = engine.generate(prompts, greedy(3, max_tokens=6))
     assert [o.prompt_token_ids for o in outputs] == prompts
     assert all(len(o.token_ids) == 6 for o in outputs)
-    engine.scheduler.pool.check_integrity([])
+    engine.core.scheduler.pool.check_integrity([])
 
 
 def test_requests_that_cannot_run_are_refused_before_anything_runs(planted: Path) -> None:
@@ -515,8 +515,8 @@ def test_requests_that_cannot_run_are_refused_before_anything_runs(planted: Path
         engine.generate("a\udcff", greedy(0))
     with pytest.raises(CacheFullError, match=r"up to 33 tokens needs 5 pages of 8, the KV cache has 4.*num_pages"):
         engine.generate(["a", [5] * 3], [greedy(0, max_tokens=4), greedy(0, max_tokens=30)])
-    assert engine.scheduler.idle
-    engine.scheduler.pool.check_integrity([])
+    assert engine.core.scheduler.idle
+    engine.core.scheduler.pool.check_integrity([])
     assert len(engine.generate([5] * 3, greedy(2, max_tokens=29))[0].token_ids) == 29
 
 
@@ -527,8 +527,8 @@ def test_a_failing_step_leaves_the_engine_usable(engine: Engine, monkeypatch: py
             engine.generate(PROMPTS, greedy(3))
         with pytest.raises(RuntimeError, match="broken"):
             list(engine.stream(PROMPTS[0], greedy(3)))
-    assert engine.scheduler.idle
-    engine.scheduler.pool.check_integrity([])
+    assert engine.core.scheduler.idle
+    engine.core.scheduler.pool.check_integrity([])
     assert len(engine.generate("abc", greedy(3, max_tokens=7))[0].token_ids) == 7
 
 
@@ -587,8 +587,8 @@ def test_a_stream_dropped_in_the_middle_of_a_step_ends_after_it(
 
     monkeypatch.setattr(MTPDrafter, "draft", dropping)
     assert len(engine.generate("abc", greedy(2, max_tokens=12))[0].token_ids) == 12
-    assert engine.scheduler.idle
-    engine.scheduler.pool.check_integrity([])
+    assert engine.core.scheduler.idle
+    engine.core.scheduler.pool.check_integrity([])
 
 
 def test_broken_weights_raise_instead_of_generating(tmp_path: Path) -> None:
@@ -601,7 +601,7 @@ def test_broken_weights_raise_instead_of_generating(tmp_path: Path) -> None:
     for temperature in (0, 1):
         with pytest.raises(ModelError, match="logits are not finite"):
             engine.generate("abc", SamplingParams(temperature=temperature))
-    engine.scheduler.pool.check_integrity([])
+    engine.core.scheduler.pool.check_integrity([])
 
 
 def test_chunked_prefill_keeps_every_mtp_pair(planted: Path, engine: Engine) -> None:

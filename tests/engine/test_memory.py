@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.eval.prediction.shapes import CONFIGS
 from specdec.inspection.memory import GPUS, RESERVE_BYTES, Fit, fits, known_capabilities, memory_table
 from specdec.kernels import select
 from specdec.kernels.flashinfer.requirements import fp8_kinds
@@ -18,9 +17,11 @@ from specdec.model.quantization import PUBLISHED, Fp8Scheme
 from specdec.model.weights import build_model
 from support.fakes import tensor_shapes
 from support.fp8_checkpoints import quantised_names
+from support.published_configs import GLM_4_5, GLM_4_5_AIR
 
 GIB = 2**30
 AIR, LARGE = "glm-4.5-air", "glm-4.5"
+CONFIGS = {AIR: GLM_4_5_AIR, LARGE: GLM_4_5}
 
 
 def config_of(name: str) -> Glm4MoeConfig:

@@ -342,7 +342,7 @@ def test_samples_are_those_of_their_seeds_alone(engine: Engine, caching: bool) -
                 assert one.stats.accepted_per_position == sample.stats.accepted_per_position
         cached = [s.stats.num_cached_tokens for s in (outputs[0], *outputs[0].outputs)]
         assert cached[1:] == [32 * caching] * 3
-        own.scheduler.check_integrity()
+        own.core.scheduler.check_integrity()
 
 
 def test_samples_of_one_token_share_their_prompt_without_the_mtp_layer(

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from specdec.eval.speed.peers import Peer, PeerError, PeerSpec, Settings, parse_peer
-from specdec.eval.speed.planted import PlantedShape, greedy_text, planted_prompts, write_planted_checkpoint
+from specdec.eval.speed.planted import PlantedShape, planted_prompts, write_planted_checkpoint
+from support.planted_text import greedy_text
 
 MakePeer = Callable[..., Peer]
 SHAPE = PlantedShape(128, 2, 2, 1, 32, 64, 32, 4, 2, vocab_size=512, max_position_embeddings=256)

@@ -126,4 +126,4 @@ def test_replays_survive_preemption_and_pages_that_move(
     ours = tight.generate(prompts[:12], PARAMS)
     assert sum(o.stats.num_preemptions for o in ours) > 0
     assert num_differing(exact, ours, on_cpu.generate(prompts[:12], PARAMS)) <= 4
-    tight.scheduler.check_integrity()
+    tight.core.scheduler.check_integrity()

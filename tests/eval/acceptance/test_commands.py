@@ -59,8 +59,7 @@ def test_acceptance_writes_everything(results: Path) -> None:
     assert settings == [(*rule, k) for rule in rules for k in (1, 2)]
     assert document["prompts"]["categories"] == {"a": 3, "b": 3}
     assert document["provenance"]["command"].startswith("specdec")
-    for name in ("results.csv", "report.html"):
-        assert (results / name).stat().st_size > 1000
+    assert (results / "report.html").stat().st_size > 1000
     assert list(results.glob("*.png"))
 
 
@@ -92,28 +91,17 @@ def test_compare_is_for_ci(results: Path, tmp_path: Path) -> None:
     assert run("compare", str(results), str(tmp_path / "none")).exit_code == 1
 
 
-def test_teacher_forced_and_its_replay_give_one_table(arguments: list[str], tmp_path: Path) -> None:
-    recording, output = tmp_path / "r.safetensors", tmp_path / "t.json"
-    words = [*arguments, "-k", "1,2", "--temperature", "0,1", "--record", str(recording), "--output", str(output)]
+def test_teacher_forced_writes_what_it_found(arguments: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "t.json"
+    words = [*arguments, "-k", "1,2", "--temperature", "0,1", "--output", str(output)]
     shown = run("teacher-forced", *words)
     assert shown.exit_code == 0, shown.stderr
     assert "contexts" in shown.stdout
-    replayed = run("replay", str(recording), "-k", "1,2", "--json")
-    rows = [json.loads(output.read_text())["rows"], json.loads(replayed.stdout)["rows"]]
-    for ours, theirs in zip(*rows, strict=True):
-        assert ours["verification"] == theirs["verification"]
-        for a, b in zip(ours["mean_acceptance_length"], theirs["mean_acceptance_length"], strict=True):
-            assert a["value"] == pytest.approx(b["value"], abs=1e-3)
-
-
-def test_predict_prints_assumptions_and_validation(results: Path) -> None:
-    shown = run("predict", "--config", "glm-4.5-air", "--gpu", "h100", "--num-gpus", "4", "--acceptance", "0.8,0.6")
-    assert shown.exit_code == 0, shown.stderr
-    assert "Median error" in shown.stdout
-    measured = ["--acceptance", str(results), "--temperature", "1", "--verification", "token"]
-    shown = run("predict", "--config", "glm-4.5", "--gpu", "h200", "--num-gpus", "8", *measured, "--json")
-    assert shown.exit_code == 0, shown.stderr
-    assert json.loads(shown.stdout)["cells"][-1]["num_speculative_tokens"] == 2
+    printed = run("teacher-forced", *words, "--json")
+    written, again = json.loads(output.read_text()), json.loads(printed.stdout)
+    assert written["rows"] == again["rows"]
+    assert {(row["temperature"], row["verification"]) for row in written["rows"]} >= {(0, "greedy"), (1, "token")}
+    assert all(1 < entry["value"] <= 3 for row in written["rows"] for entry in row["mean_acceptance_length"])
 
 
 @pytest.mark.parametrize(
@@ -131,11 +119,7 @@ def test_predict_prints_assumptions_and_validation(results: Path) -> None:
         (["acceptance", "--prompts", "none.jsonl"], 1, "none.jsonl"),
         (["acceptance", "--output", "/none/at/all"], 2, "there is no folder /none/at"),
         (["teacher-forced", "--stride", "0"], 2, "stride = 0"),
-        (["replay", "/none"], 1, "/none"),
-        (["replay", "/none", "--verification", "magic"], 2, "--verification magic: choose among"),
         (["compare", "/a", "/b", "--tolerance", "-1"], 2, "tolerance"),
-        (["predict", "--config", "glm-4.5", "--gpu", "abacus", "--acceptance", "0.8"], 2, "abacus"),
-        (["predict", "--config", "glm-4.5", "--gpu", "h100", "--acceptance", "2"], 2, "2"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], code: int, message: str, tmp_path: Path) -> None:

@@ -10,14 +10,6 @@ import numpy as np
 import pytest
 
 from specdec.eval.acceptance import intervals
-from specdec.eval.acceptance.coverage import (
-    SCENARIOS,
-    Requests,
-    calibration_coverage,
-    coverage,
-    percentile,
-    simulate,
-)
 from specdec.eval.acceptance.intervals import (
     FEW,
     NO_ESTIMATE,
@@ -28,6 +20,14 @@ from specdec.eval.acceptance.intervals import (
     ratios,
 )
 from specdec.eval.acceptance.records import Floats
+from support.interval_coverage import (
+    SCENARIOS,
+    Requests,
+    calibration_coverage,
+    coverage,
+    percentile,
+    simulate,
+)
 
 
 def draws(n: int, seed: int = 0) -> np.ndarray:

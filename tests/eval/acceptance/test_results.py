@@ -1,8 +1,7 @@
-"""results.json and results.csv: what is written is read again, and what is wrong is named."""
+"""results.json: what is written is read again, and what is wrong is named."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 
 from specdec import Engine
-from specdec.eval.acceptance import results
 from specdec.eval.acceptance.metrics import cell_metrics
 from specdec.eval.acceptance.plan import Cell
 from specdec.eval.acceptance.records import Analysis, RequestRecord
@@ -25,7 +23,6 @@ from specdec.eval.acceptance.results import (
     provenance,
     read_results,
     utc_now,
-    write_csv,
     write_results,
 )
 from specdec.eval.acceptance.schema import faults
@@ -166,7 +163,6 @@ def test_a_field_that_is_not_known_is_kept(tmp_path: Path) -> None:
     made = deepcopy(SMALL) | {"note": "mine"}
     made["cells"][0]["all"]["speedup"]["note"] = "mine"
     write_results(made, tmp_path)
-    write_csv(made, tmp_path)
     assert read_results(tmp_path) == made
 
 
@@ -180,65 +176,6 @@ def test_metrics_have_the_shape_of_a_cell(analysed: bool) -> None:
     ]
     metrics = cell_metrics(Cell(0.6, 1, "block", "sampled", 3), records, records, [2.0])
     assert list(faults(SMALL | {"cells": [json.loads(json.dumps(metrics.as_dict()))]})) == []
-
-
-def csv_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_csv_has_one_row_per_cell_category_metric_and_position(tmp_path: Path) -> None:
-    made = document()
-    rows = csv_rows(write_csv(made, tmp_path))
-    keys = [tuple(row[c] for c in results.CSV_COLUMNS if c not in ("num", "value", "low", "high")) for row in rows]
-    assert len(set(keys)) == len(keys)
-    one = made["cells"][-1]
-    of_cell = [r for r in rows if all(r[name] == str(one[name]) for name in results.SETTINGS)]
-    k, num_bins = one["num_speculative_tokens"], 6 + 8 + 10
-    assert len(of_cell) == (2 + 2 * k + 7) + 2 + k + 1 + num_bins + 3 * (2 + 2 * k + 6)
-    assert len({tuple(r[name] for name in results.SETTINGS) for r in rows}) == len(made["cells"])
-
-
-def test_csv_has_the_values_of_the_document(tmp_path: Path) -> None:
-    made = document((0.6,), ("block",), (2,), (1,), ("code", "text"))
-    plain, one = made["cells"]
-    rows = csv_rows(write_csv(made, tmp_path))
-
-    def found(k: int, scope: str, category: str, metric: str, position: str = "", bin_low: str = "") -> dict[str, str]:
-        wanted = {
-            "num_speculative_tokens": str(k), "scope": scope, "category": category, "metric": metric,
-            "position": position, "bin_low": bin_low,
-        }  # fmt: skip
-        (row,) = [r for r in rows if all(r[name] == value for name, value in wanted.items())]
-        return row
-
-    def assert_is(row: dict[str, str], expected: dict[str, Any]) -> None:
-        assert {n: row[n] for n in ("value", "low", "high")} == {
-            n: "" if v is None else str(v) for n, v in expected.items()
-        }
-
-    assert_is(found(2, "all", "", "speedup"), one["all"]["speedup"])
-    assert_is(found(2, "category", "text", "ttft_s"), one["categories"]["text"]["ttft_s"])
-    assert_is(found(2, "all", "", "conditional", "2"), one["all"]["conditional"][1])
-    assert_is(found(2, "all", "", "unconditional", "1"), one["all"]["unconditional"][0])
-    assert_is(found(2, "all", "", "alpha", "2"), one["alpha"][1])
-    assert_is(found(2, "all", "", "ece"), one["calibration"]["ece"])
-    assert_is(found(2, "all", "", "acceptance_by_output_position", "", "8"), one["by_output_position"][1]["acceptance"])
-    assert_is(found(2, "all", "", "acceptance_by_confidence", "", "0.9"), one["calibration"]["bins"][9]["acceptance"])
-    last = found(2, "all", "", "acceptance_by_entropy", "", "4")
-    assert_is(last, one["by_entropy"][-1]["acceptance"])
-    assert (last["bin_high"], last["num"]) == ("", str(one["by_entropy"][-1]["num_drafts"]))
-    assert_is(found(0, "all", "", "draft_efficiency"), plain["all"]["draft_efficiency"])
-    assert found(2, "category", "code", "num_requests")["value"] == "96"
-    assert found(2, "all", "", "num_target_forwards")["value"] == "4100"
-
-
-def test_csv_keeps_category_names(tmp_path: Path) -> None:
-    names = ("all", "", 'a "quoted", name', "two\nlines", "späte Wörter")
-    made = document((0.6,), ("block",), (1,), (1,), (*names, "half \ud800 pair"))
-    rows = csv_rows(write_csv(made, tmp_path))
-    assert {r["category"] for r in rows if r["scope"] == "category"} == {*names, "half ? pair"}
-    assert {r["category"] for r in rows if r["scope"] == "all"} == {""}
 
 
 def test_a_checkpoint_is_known_by_the_bytes_that_matter(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -25,12 +25,13 @@ from specdec.eval.acceptance.generate import Request, Round, analysed, run_round
 from specdec.eval.acceptance.metrics import cell_metrics
 from specdec.eval.acceptance.plan import AcceptanceOptions, Cell
 from specdec.eval.acceptance.replay import Reader
-from specdec.eval.acceptance.results import read_results, write_csv, write_results
+from specdec.eval.acceptance.results import read_results, write_results
 from specdec.eval.acceptance.run import Progress, run_acceptance
 from specdec.eval.acceptance.store import Store, as_document, as_record
 from specdec.eval.prompts import Prompt
 from specdec.eval.speed import planted
 from support.fakes import NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
+from support.planted_text import greedy_text, load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["def f(x):", "import os", "class A:\n    pass", "x = [1, 2]", "while True:\n", "return self._name"]
@@ -78,7 +79,6 @@ def without_times(value: Any) -> Any:
 
 def test_the_document_is_one_of_the_schema_and_whole(undisturbed: dict[str, Any], folder: Path) -> None:
     assert without_times(read_results(folder / "undisturbed")) == without_times(undisturbed)
-    write_csv(undisturbed, folder / "undisturbed")
     options = options_of(folder)
     assert undisturbed["options"] == json.loads(json.dumps(asdict(options)))
     assert undisturbed["prompts"]["categories"] == {"talk": 1, "code": 4}
@@ -308,7 +308,7 @@ def right_drafts(folder: Path, acceptance: float) -> tuple[Tensor, Tensor]:
     the last token alone."""
     config = planted.parse_config(planted._config(SHAPE, "float32"))
     tensors, recipe = planted._plant(config, acceptance, torch.float32, 0)
-    assert recipe == planted.load_recipe(folder)
+    assert recipe == load_recipe(folder)
     projection = next(t for name, t in tensors.items() if name.endswith("eh_proj.weight"))[:, : SHAPE.hidden_size]
     drafts = (planted._rms_normed(tensors["model.embed_tokens.weight"]) @ projection.T) @ tensors["lm_head.weight"].T
     following = planted.successors(SHAPE.vocab_size, 0)
@@ -336,7 +336,7 @@ def test_planted_acceptance_is_found(tmp_path: Path, acceptance: float) -> None:
             allowed, run, at = min(k, left - 1), 0, token
             while run < allowed and right[at]:
                 at, run = int(following[at]), run + 1
-            emitted = planted.greedy_text(tmp_path / "c", [token], run + 1)
+            emitted = greedy_text(tmp_path / "c", [token], run + 1)
             drafted, accepted, verifications = drafted + allowed, accepted + run, verifications + 1
             ended = planted.END_TOKEN_ID in emitted
             token, left = planted.END_TOKEN_ID if ended else emitted[-1], left - len(emitted)

@@ -1,4 +1,4 @@
-"""Teacher-forced acceptance against sums over all drafts, and recordings that give the same without the model."""
+"""Teacher-forced acceptance against sums over all drafts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from specdec import Engine
-from specdec.eval.acceptance import recording, replay, teacher
+from specdec.eval.acceptance import replay, teacher
 from specdec.eval.acceptance.laws import unconditional_acceptance
-from specdec.eval.acceptance.recording import Recording
-from specdec.eval.acceptance.recording import replay as replay_file
-from specdec.eval.acceptance.tally import Proposal, Row, Setting, proposals
+from specdec.eval.acceptance.tally import Row, Setting, proposals
 from specdec.eval.acceptance.teacher import Teacher, TeacherOptions, teacher_forced
 from support.enumeration import RandomModel, RandomPath, TableKernels
 from support.fakes import tiny_config, write_checkpoint, write_planted_checkpoint
@@ -157,77 +154,6 @@ class ChooseAtRandom:
 
     def __call__(self, logits: torch.Tensor, sampling: object) -> torch.Tensor:
         return torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
-
-
-def test_a_recording_gives_the_same_table(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "recorded.safetensors"
-    online = teacher_forced(options_of(folder), recording=path)
-    monkeypatch.setattr(recording, "LOGITS_ELEMENTS", 2 * 3 * 259 * 4)
-    offline = replay_file(path)
-    assert offline.num_contexts == online.num_contexts
-    assert offline.about["options"]["stride"] == 3
-    assert [row.setting for row in offline.rows] == [row.setting for row in online.rows]
-    for ours, theirs in zip(online.rows, offline.rows):
-        for name in ("unconditional", "conditional"):
-            for a, b in zip(getattr(ours, name), getattr(theirs, name)):
-                assert (b.value, b.low, b.high) == pytest.approx((a.value, a.low, a.high), abs=1e-3)
-        if ours.setting.temperature == 0:
-            assert ours.unconditional == theirs.unconditional, "argmaxes survive rounding"
-    chosen = replay_file(path, rules=("token",), lengths=(2,))
-    assert {row.setting.verification for row in chosen.rows} == {"greedy", "token"}
-    assert all(list(row.mean_acceptance_length) == [2] for row in chosen.rows)
-    assert values(chosen.rows) == {
-        setting: pytest.approx(found)
-        for setting, found in values(offline.rows).items()
-        if setting.verification in ("greedy", "token")
-    }
-
-
-def test_logits_keep_their_argmax_and_their_probabilities() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 6 * torch.randn(200, 3, 50, generator=generator)
-    logits[:100, :, 7] = logits[:100].amax(-1) * (1 + 1e-6)  # barely the largest
-    proposal = Proposal("greedy", (0.0,))
-    recorded = Recording(200, 3, 50, [proposal])
-    drafts = torch.zeros(200, 3, dtype=torch.int64)
-    recorded.add(proposal, range(200), replay.Chains(logits, logits, drafts, drafts))
-    kept = recorded._tensors["greedy.target"].float()
-    assert torch.equal(kept.argmax(-1), logits.argmax(-1))
-    p, again = logits.softmax(-1), kept.softmax(-1)
-    gap = logits.amax(-1, keepdim=True) - logits
-    assert ((again / p).log().abs() <= 2**-11 * (gap + 1.0)).all()
-
-
-def test_a_recording_that_would_be_too_large_says_how_many_contexts_fit(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recording, "MAX_BYTES", 40_000)
-    with pytest.raises(ValueError, match=r"more than .*: lower max_contexts to (\d+)") as raised:
-        teacher_forced(options_of(folder), recording=tmp_path / "large")
-    fits = int(str(raised.value).split("max_contexts to ")[1].split(",")[0])
-    assert not (tmp_path / "large").exists()
-    teacher_forced(options_of(folder, max_contexts=fits), recording=tmp_path / "large")
-    size = (tmp_path / "large").stat().st_size
-    assert 0.6 * 40_000 < size < 45_000
-    with pytest.raises(ValueError, match="lower max_contexts"):
-        teacher_forced(options_of(folder, max_contexts=fits + 1), recording=tmp_path / "larger")
-
-
-def test_files_that_are_no_recording_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no recording: "):
-        replay_file(tmp_path / "missing")
-    (tmp_path / "text").write_text("x" * 100)
-    with pytest.raises(ValueError, match="is no recording: "):
-        replay_file(tmp_path / "text")
-    with pytest.raises(ValueError, match="safetensors file, but no recording"):
-        replay_file(folder / "checkpoint" / "model.safetensors")
-    path = tmp_path / "recorded"
-    teacher_forced(options_of(folder, max_contexts=2), recording=path)
-    with pytest.raises(ValueError, match="4 must be from 1 to 3, the drafts recorded"):
-        replay_file(path, lengths=(4,))
-    save_file(load_file(path), path, {"specdec": json.dumps({"version": 2})})
-    with pytest.raises(ValueError, match="has version 2, this specdec reads 1"):
-        replay_file(path)
 
 
 def test_texts_without_a_context_are_refused(folder: Path, tmp_path: Path) -> None:

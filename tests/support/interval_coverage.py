@@ -1,6 +1,6 @@
 """How often 95 % intervals hold the truth, on simulated requests: what chose the method of `intervals`.
 
-    python -m specdec.eval.acceptance.coverage [--runs 4000] [--requests 4,8,16,32,96]
+    python tests/interval_coverage.py [--runs 4000] [--requests 4,8,16,32,96]
 
 Requests differ in how well they are drafted (acceptance ~ Beta), in length and in speed; acceptance falls with the
 draft position and drifts within a request; how many verifications a request has depends on what was accepted. Runs draw
