@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from specdec.request.logprobs import TokenLogprobs
 from specdec.request.sequence import FinishReason, Sequence
-from specdec.request.stats import SequenceStats
+from specdec.request.stats import RequestStats
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GenerationOutput:
     finish_reason: FinishReason
     seed: int
     logprobs: list[TokenLogprobs] | None
-    stats: SequenceStats
+    stats: RequestStats
     outputs: list[GenerationOutput] = field(default_factory=list)
 
     @classmethod
@@ -41,7 +41,7 @@ class GenerationOutput:
             finish_reason=sequence.finish_reason,
             seed=sequence.seed,
             logprobs=None if sequence.params.logprobs is None else sequence.logprobs,
-            stats=sequence.stats,
+            stats=RequestStats.of(sequence.stats),
             outputs=[cls.of(other) for other in others],
         )
 
