@@ -230,11 +230,5 @@ def _document(engine: Any, prompt: str, output: Any) -> dict[str, Any]:
         "model": str(engine.checkpoint.folder),
         "kernels": engine.runtime.model.target.kernels.name,
         "prompt": prompt,
-        "text": output.text,
-        "prompt_token_ids": output.prompt_token_ids,
-        "token_ids": output.token_ids,
-        "finish_reason": output.finish_reason,
-        "seed": output.seed,
-        "logprobs": None if output.logprobs is None else [token.as_dict() for token in output.logprobs],
-        "stats": output.stats.as_dict(),
+        **output.as_dict(),
     }

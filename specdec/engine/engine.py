@@ -89,8 +89,8 @@ class Engine:
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> list[GenerationOutput]:
-        """Completes every prompt (text, or token ids); -> one output per prompt, in order; with n > 1 it has the other
-        samples in its `outputs`.
+        """Completes every prompt (text, or token ids); -> one output per prompt, in order; with n > 1 its
+        `outputs` are all samples, itself the first.
 
         params: one for all, or one per prompt; None is `default_sampling_params()`. All requests are
         checked before the first one runs.

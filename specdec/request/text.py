@@ -13,7 +13,7 @@ class OutputText:
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self.stopped = False
+        self.tokenizer, self.stopped = tokenizer, False
         self._text = ""
         self._undecoded: list[int] = []
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
