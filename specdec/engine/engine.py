@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from specdec.checks import require_keywords
 from specdec.config import EngineConfig, SamplingParams, SpeculationParams
 from specdec.engine.core import EngineCore
 from specdec.engine.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
@@ -74,6 +77,8 @@ class Engine:
         `config`: the fields of EngineConfig.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
         """
+        own = inspect.getfullargspec(cls.from_pretrained).kwonlyargs
+        require_keywords("Engine.from_pretrained()", config, own + [field.name for field in fields(EngineConfig)])
         engine_config = EngineConfig(**config)
         if num_threads is not None:
             check_num_threads(num_threads)
