@@ -49,6 +49,12 @@ def test_static_tools_see_the_same_names_in_their_homes() -> None:
         assert getattr(value, "__module__", module) in (module, "typing", "types")
 
 
+def test_the_users_code_that_types_are_checked_on_has_every_name() -> None:
+    tree = ast.parse((Path(__file__).parent / "typing" / "user_code.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "specdec"]
+    assert [name.name for node in imports for name in node.names] == PUBLIC[:-1]
+
+
 def test_what_users_meet_in_fields_is_public() -> None:
     public = [getattr(specdec, name) for name in PUBLIC]
     for owner in filter(dataclasses.is_dataclass, public):
