@@ -11,11 +11,13 @@ from typing import Annotated, Any, get_args
 import typer
 
 from specdec.cli.common import (
-    DTYPE_HELP,
-    JSON_HELP,
-    KERNELS_HELP,
-    MODEL_HELP,
+    AsJson,
+    Dtype,
     InvalidOption,
+    Kernels,
+    Model,
+    OutputFile,
+    Threads,
     as_numbers,
     as_words,
     check_backend,
@@ -41,11 +43,10 @@ SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out bad lines and prompts that are too long, and count them.")
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask through the checkpoint's chat template.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")]
 
 
 def acceptance(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "bundled",
+    model: Model = "bundled",
     prompts: Prompts = None,
     num_prompts: Annotated[int, typer.Option(help="At most so many prompts, one of each category in turn.")] = 36,
     num_speculative_tokens: Lengths = "1,2,3,5",
@@ -62,14 +63,14 @@ def acceptance(
     mtp_recycling: Recycling = "post_norm",
     chat: Chat = False,
     skip_bad: SkipBad = False,
-    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    kernels: Kernels = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     output: Annotated[Path, typer.Option(help="Folder for results.json, results.csv, charts, report.html.")] = Path(
         "acceptance"
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the output folder holds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure acceptance and speed-up by rule, draft length, temperature and batch size, with intervals.
 
@@ -122,7 +123,7 @@ def acceptance(
 
 
 def teacher_forced(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "bundled",
+    model: Model = "bundled",
     prompts: Prompts = None,
     num_prompts: Annotated[int | None, typer.Option(help="At most so many prompts.", show_default="all")] = None,
     num_speculative_tokens: Lengths = "1,2,3,5",
@@ -137,15 +138,15 @@ def teacher_forced(
     mtp_recycling: Recycling = "post_norm",
     chat: Chat = False,
     skip_bad: SkipBad = False,
-    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    kernels: Kernels = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     record: Annotated[
         Path | None,
         typer.Option(help="Also keep drafts and logits in this safetensors file, for replay.", show_default=False),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON here.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    output: OutputFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compute acceptance on given text, without generating: exactly, for every rule and every draft length."""
     with user_errors():
@@ -187,7 +188,7 @@ def replay(
         str | None,
         typer.Option("--num-speculative-tokens", "-k", help="Draft tokens per step.", show_default="all recorded"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare rules and draft lengths on recorded drafts and logits, without the model."""
     with user_errors():
@@ -211,7 +212,7 @@ def compare(
         Path, typer.Argument(metavar="B.json", help="The results that must not be worse.", show_default=False)
     ],
     tolerance: Annotated[float, typer.Option(help="How much worse B may be, as a share of A's value.")] = 0.02,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two results of `specdec eval acceptance`: exit code 1 where B is worse beyond the tolerance."""
     with user_errors():

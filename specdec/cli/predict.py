@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from specdec.cli.common import JSON_HELP, as_numbers, option_errors, tables, user_errors
+from specdec.cli.common import AsJson, as_numbers, option_errors, tables, user_errors
 
 
 def predict(
@@ -44,7 +44,7 @@ def predict(
     ] = None,
     verification: Annotated[str | None, typer.Option(help="Which cells.", show_default=False)] = None,
     draft_sampling: Annotated[str | None, typer.Option(help="Which cells.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Predict tokens/s and the best draft length on hardware that is not at hand, with all assumptions."""
     with user_errors():
