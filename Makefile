@@ -25,10 +25,11 @@ test-gpu: .venv/test.stamp  ## the CUDA backend on a real GPU, with the gpu extr
 compile-gpu: .venv/run.stamp $(FLASHINFER)/stamp  ## whether FlashInfer's kernels that we use compile for an H100 and load
 	PYTHONPATH=$(FLASHINFER) $(BIN)/python -m specdec.kernels.flashinfer.compile_check build/flashinfer-cache
 
-lint: .venv/dev.stamp  ## format, lint, types, import layers
+lint: .venv/dev.stamp  ## format, lint, types (ours, and a user's by plain mypy), import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --cache-dir build/mypy -p specdec
+	cd tests/typing && ../../$(BIN)/mypy --config-file= --cache-dir ../../build/mypy-user user_code.py
 	$(BIN)/lint-imports --no-cache
 
 check: lint test  ## what CI runs

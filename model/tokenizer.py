@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -15,6 +15,15 @@ from specdec.model.config import read_json
 REPLACEMENT = "\ufffd"
 
 
+class TokenText(NamedTuple):
+    """What one token stands for, decoded alone."""
+
+    text: str
+    """Bytes that are no whole character are U+FFFD here; a special token's text is its name."""
+    bytes: list[int] | None
+    """The token's bytes in UTF-8; None where they are part of a character and the tokenizer does not tell which."""
+
+
 class Tokenizer:
     """Text <-> token ids, and chat messages -> text."""
 
@@ -22,6 +31,7 @@ class Tokenizer:
         backend.no_truncation()  # a tokenizer.json may store either; a prompt is taken as it is
         backend.no_padding()
         self.backend, self.chat_template = backend, chat_template
+        self._token_texts: dict[int, TokenText] = {}
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -48,6 +58,21 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def token_text(self, token_id: int) -> TokenText:
+        """The text and the bytes of one token; empty ones for an id beyond the tokenizer's vocabulary."""
+        found = self._token_texts.get(token_id)
+        if found is None:
+            found = self._token_texts[token_id] = self._decode_token(token_id)
+        return found
+
+    def _decode_token(self, token_id: int) -> TokenText:
+        text = self.decode([token_id], skip_special_tokens=False)
+        if REPLACEMENT not in text:
+            return TokenText(text, list(text.encode()))
+        # Only a byte-level tokenizer has tokens whose characters stand for bytes; then they decode to the text.
+        raw = bytes(BYTE_OF_CHARACTER.get(character, 0) for character in self.backend.id_to_token(token_id) or "")
+        return TokenText(text, list(raw) if raw.decode(errors="replace") == text else None)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -62,6 +87,17 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("the checkpoint has no chat template: pass the prompt as text, without --chat")
         return self.chat_template.render(messages, tools=tools, enable_thinking=enable_thinking)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The characters that stand for the 256 bytes in a byte-level vocabulary, GPT-2's: printable ones for themselves,
+    the others in ascending order for those from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 def _load_chat_template(folder: Path) -> ChatTemplate | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar, Self
 
 
 def require(condition: bool, message: str) -> None:
@@ -47,3 +50,22 @@ def require_bool(name: str, value: Any) -> None:
 
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     require(value in choices, f"{name} = {value!r} is unknown: choose one of {', '.join(choices)}")
+
+
+def require_keywords(owner: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises TypeError for a keyword that is not known, naming those near to it."""
+    for name in given:
+        if name not in known:
+            near = " or ".join(difflib.get_close_matches(name, known, n=2, cutoff=0.5))
+            hint = f": do you mean {near}?" if near else "."
+            raise TypeError(f"{owner} got an unexpected keyword argument {name!r}{hint} It takes {', '.join(known)}")
+
+
+class ChecksKeywords:
+    """A base of dataclasses: their constructors name the fields that are near to an unknown one."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        require_keywords(f"{cls.__name__}()", given, [field.name for field in fields(cls)])
+        return super().__new__(cls)

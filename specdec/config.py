@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
-from specdec.checks import require, require_bool, require_choice, require_int, require_number
+from specdec.checks import ChecksKeywords, require, require_bool, require_choice, require_int, require_number
 from specdec.cost import CostTable
 
 Verification = Literal["coupled", "block", "token"]
@@ -70,7 +70,7 @@ def _require_speculation(value: Any) -> None:
 
 
 @dataclass(frozen=True)
-class SpeculationParams:
+class SpeculationParams(ChecksKeywords):
     """How the MTP head drafts and how drafts are verified; the engine's default, or one request's own.
 
     num_speculative_tokens: K, draft tokens per step; 0 switches speculation off (no MTP work at all). "auto" chooses
@@ -115,59 +115,61 @@ class SpeculationParams:
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(ChecksKeywords):
     """How one request is sampled and when it ends.
 
     Logits pass through logit_bias, bad_words and min_tokens, repetition_penalty, presence_penalty and
     frequency_penalty, temperature, top_k, top_p, min_p, in this order (that of transformers), in drafting and in
     verification alike; penalties and bad words count the drafts before each position.
 
-    n: samples of the prompt, which share the pages of its tokens. The first is what n = 1 gives; the seeds of the
-    others are derived from its seed (`specdec.request.seeds.sample_seed`).
-    max_tokens: generate at most so many. min_tokens: until so many are generated, the tokens that would end the request
-    are impossible and stop strings are not sought.
-    temperature: 0 is greedy. top_k: 0 is off. top_p, min_p: as in transformers.
-    repetition_penalty: divides the positive logits of tokens in prompt and output, multiplies the negative ones; 1 is
-    off. presence_penalty, frequency_penalty: subtracted from the logits of the output's tokens, once and once per
-    occurrence; 0 is off.
-    logit_bias: token id -> what is added to its logit, -100 to 100, or -inf, which makes it impossible.
-    bad_words: texts, or sequences of token ids, that must not come about in prompt and output. A text stands for its
-    tokens at the start of a line and after a space; the same text made of other tokens is not seen.
-    stop: the output's text ends before the first of these strings (after it with
-    include_stop_str_in_output); they are sought in the output's text, which has no special tokens under
-    skip_special_tokens. stop_token_ids: end after one of these, beside the checkpoint's own
-    end-of-text ids, which ignore_eos switches off. seed: 0 <= seed < 2**64; None draws one and reports it.
-    logprobs: report every output token's log-probabilities, and those of so many most probable tokens.
-    speculation: overrides the engine's for this request.
+    Strings and lists are taken in the forms that users have them in, and kept as tuples.
     """
 
     n: int = 1
+    """Samples of the prompt, which share the pages of its tokens. The first is what n = 1 gives; the seeds of the
+    others are derived from its seed (`specdec.request.seeds.sample_seed`)."""
     max_tokens: int = 16
+    """Generate at most so many."""
     min_tokens: int = 0
+    """Until so many are generated, the tokens that would end the request are impossible and stop strings are not
+    sought."""
     temperature: float = 1.0
+    """0 is greedy."""
     top_k: int = 0
+    """Sample among so many most probable tokens; 0 is off, and so is -1, which becomes 0."""
     top_p: float = 1.0
+    """Sample among the most probable tokens that reach this sum, as in transformers; 1 is off."""
     min_p: float = 0.0
+    """Drop tokens below this fraction of the most probable one, as in transformers; 0 is off."""
     repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens in prompt and output, multiplies the negative ones; 1 is off."""
     presence_penalty: float = 0.0
+    """Subtracted from the logits of the output's tokens; 0 is off."""
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
-    bad_words: tuple[str | tuple[int, ...], ...] = ()
-    stop: tuple[str, ...] = ()
+    """Subtracted from the logits of the output's tokens, once per occurrence; 0 is off."""
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+    """Token id -> what is added to its logit, -100 to 100, or -inf, which makes it impossible."""
+    bad_words: str | Sequence[str | Sequence[int]] = ()
+    """Texts, or sequences of token ids, that must not come about in prompt and output. A text stands for its tokens at
+    the start of a line and after a space; the same text made of other tokens is not seen."""
+    stop: str | Sequence[str] = ()
+    """The output's text ends before the first of these strings (after it with include_stop_str_in_output). They are
+    sought in the output's text, which has no special tokens under skip_special_tokens."""
     include_stop_str_in_output: bool = False
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Sequence[int] = ()
+    """End after one of these, beside the checkpoint's own end-of-text ids."""
     ignore_eos: bool = False
+    """The checkpoint's own end-of-text ids do not end the request."""
     skip_special_tokens: bool = True
     seed: int | None = None
+    """0 <= seed < 2**64; None draws one and reports it."""
     logprobs: int | None = None
+    """Report every output token's log-probabilities, and those of so many most probable tokens."""
     speculation: SpeculationParams | None = None
+    """Overrides the engine's for this request."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", _as_tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
-        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
-        words = (self.bad_words,) if isinstance(self.bad_words, str) else _as_tuple("bad_words", self.bad_words)
-        object.__setattr__(self, "bad_words", tuple(_as_bad_word(word) for word in words))
-        object.__setattr__(self, "logit_bias", _as_pairs("logit_bias", self.logit_bias or ()))
+        self._normalise()
         _require_int_field(self, "n", 1, MAX_SAMPLES, ": samples of one prompt")
         _require_int_field(self, "max_tokens", 1)
         _require_int_field(self, "min_tokens", 0, self.max_tokens, ": it is at most max_tokens")
@@ -176,7 +178,6 @@ class SamplingParams:
             self.temperature == 0 or self.temperature >= MIN_TEMPERATURE,
             f"temperature = {self.temperature!r} must be 0 (greedy) or at least {MIN_TEMPERATURE:g}",
         )
-        _require_int_field(self, "top_k", 0, remedy="; 0 switches it off")
         require_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         require_number("min_p", self.min_p, 0.0, 1.0)
         require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
@@ -187,7 +188,7 @@ class SamplingParams:
                 require_number(f"logit_bias of token {token}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             require_bool(name, getattr(self, name))
-        for text in self.stop:
+        for text in self.stop_strings:
             require(isinstance(text, str) and text != "", f"stop = {text!r} must be a non-empty string")
         for token in self.stop_token_ids:
             require_int("stop_token_ids", token, 0)
@@ -196,6 +197,16 @@ class SamplingParams:
         if self.logprobs is not None:
             _require_int_field(self, "logprobs", 0, MAX_LOGPROBS, "; 0 reports the output's tokens alone")
         _require_speculation(self.speculation)
+
+    def _normalise(self) -> None:
+        """Fields that are taken in several forms get one: tuples, pairs in ascending order of ids, 0 for off."""
+        words = (self.bad_words,) if isinstance(self.bad_words, str) else _as_tuple("bad_words", self.bad_words)
+        object.__setattr__(self, "bad_words", tuple(_as_bad_word(word) for word in words))
+        object.__setattr__(self, "stop", _as_tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _as_pairs("logit_bias", self.logit_bias or ()))
+        _require_int_field(self, "top_k", -1, remedy="; 0 or -1 switches it off")
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
 
     @property
     def greedy(self) -> bool:
@@ -208,8 +219,18 @@ class SamplingParams:
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
-        """logit_bias as pairs, by ascending token id."""
+        """The pairs of logit_bias, by ascending token id."""
         return cast(tuple[tuple[int, float], ...], self.logit_bias)
+
+    @property
+    def banned_words(self) -> tuple[str | tuple[int, ...], ...]:
+        """The texts and token sequences of bad_words."""
+        return cast(tuple[str | tuple[int, ...], ...], self.bad_words)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings of stop."""
+        return cast(tuple[str, ...], self.stop)
 
     @property
     def penalises(self) -> bool:
@@ -217,7 +238,7 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(ChecksKeywords):
     """Sizes and defaults of an engine.
 
     speculation: for requests that bring none of their own; None means SpeculationParams() where the

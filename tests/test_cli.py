@@ -128,6 +128,8 @@ def test_logprobs_are_in_the_document(planted: str) -> None:
     assert code == 0
     assert [entry["token_id"] for entry in document["logprobs"]] == document["token_ids"]
     assert all(len(entry["top"]) == len(entry["processed_top"]) == 2 for entry in document["logprobs"])
+    assert all(len(entry["top_tokens"]) == 2 for entry in document["logprobs"])
+    assert "".join(entry["token"] for entry in document["logprobs"]) == document["text"]
     code, _, stderr = run("generate", "hello", "--model", planted, "--logprobs", "2")
     assert code == 2
     assert "add --json" in stderr

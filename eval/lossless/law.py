@@ -25,7 +25,7 @@ def edited_logits(logits: Tensor, prompt: Seq[int], output: Tensor, params: Samp
     for token, bias in params.biases:
         z[:, token] += bias
     context = torch.cat([torch.tensor(prompt).expand(rows, -1), output], 1)
-    for *start, last in cast(tuple[tuple[int, ...], ...], params.bad_words):
+    for *start, last in cast(tuple[tuple[int, ...], ...], params.banned_words):
         if len(start) <= context.shape[1]:
             before = context[:, context.shape[1] - len(start) :]
             z[(before == torch.tensor(start, dtype=torch.int64)).all(1), last] = -math.inf

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from specdec.cli.common import (
-    DTYPE_HELP,
-    JSON_HELP,
-    KERNELS_HELP,
-    MODEL_HELP,
+    AsJson,
+    Dtype,
+    Kernels,
+    Model,
+    OutputFile,
+    Threads,
     as_numbers,
     as_words,
     check_backend,
@@ -39,11 +41,10 @@ SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out bad lines and prompts that are too long, and count them.")
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask through the checkpoint's chat template.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")]
 
 
 def acceptance(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "bundled",
+    model: Model = "bundled",
     prompts: Prompts = None,
     num_prompts: Annotated[int, typer.Option(help="At most so many prompts, one of each category in turn.")] = 36,
     num_speculative_tokens: Lengths = "1,2,3,5",
@@ -60,12 +61,12 @@ def acceptance(
     mtp_recycling: Recycling = "post_norm",
     chat: Chat = False,
     skip_bad: SkipBad = False,
-    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    kernels: Kernels = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     output: Annotated[Path, typer.Option(help="Folder for results.json, charts, report.html.")] = Path("acceptance"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the output folder holds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure acceptance and speed-up by rule, draft length, temperature and batch size, with intervals.
 
@@ -117,7 +118,7 @@ def acceptance(
 
 
 def teacher_forced(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "bundled",
+    model: Model = "bundled",
     prompts: Prompts = None,
     num_prompts: Annotated[int | None, typer.Option(help="At most so many prompts.", show_default="all")] = None,
     num_speculative_tokens: Lengths = "1,2,3,5",
@@ -132,11 +133,11 @@ def teacher_forced(
     mtp_recycling: Recycling = "post_norm",
     chat: Chat = False,
     skip_bad: SkipBad = False,
-    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    kernels: Kernels = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON here.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    output: OutputFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compute acceptance on given text, without generating: exactly, for every rule and every draft length."""
     with user_errors():
@@ -182,7 +183,7 @@ def compare(
         Path, typer.Argument(metavar="B.json", help="The results that must not be worse.", show_default=False)
     ],
     tolerance: Annotated[float, typer.Option(help="How much worse B may be, as a share of A's value.")] = 0.02,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two results of `specdec eval acceptance`: exit code 1 where B is worse beyond the tolerance."""
     with user_errors():

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -28,10 +28,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from specdec.errors import SpecdecError, SpecdecWarning
+
 if TYPE_CHECKING:
     from specdec.kernels.progress import Progress as Report
-
-from specdec.errors import SpecdecError, SpecdecWarning
 
 Number = TypeVar("Number", int, float)
 
@@ -42,10 +42,16 @@ err = Console(stderr=True, highlight=False)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
-MODEL_HELP = "'bundled', a checkpoint folder, or a Hub id."
-KERNELS_HELP = "auto, reference, cpu (C++) or flashinfer (CUDA)."
-DTYPE_HELP = "auto, bfloat16, float16, float32, float64, or int8 (quantised as it is loaded)."
-JSON_HELP = "Print one JSON document instead of tables."
+# The options that several commands have; a command's own stand above it.
+Model = Annotated[str, typer.Option(help="'bundled', a checkpoint folder, or a Hub id.")]
+Kernels = Annotated[str, typer.Option(help="auto, reference, cpu (C++) or flashinfer (CUDA).")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, bfloat16, float16, float32, float64, or int8 (quantised as it is loaded).")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a Hub id.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+OutputFile = Annotated[Path | None, typer.Option(help="Also write the JSON here.", show_default=False)]
 
 
 class InvalidOption(SpecdecError):

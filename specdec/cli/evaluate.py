@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,10 +10,12 @@ from rich.markup import escape
 
 from specdec.cli.acceptance import acceptance, compare, teacher_forced
 from specdec.cli.common import (
-    DTYPE_HELP,
-    JSON_HELP,
-    KERNELS_HELP,
-    MODEL_HELP,
+    AsJson,
+    Dtype,
+    Kernels,
+    Model,
+    OutputFile,
+    Threads,
     as_numbers,
     as_words,
     check_backend,
@@ -33,10 +34,10 @@ for command in (acceptance, teacher_forced, compare):
 
 @app.command()
 def speed(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "bundled",
-    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
+    model: Model = "bundled",
+    kernels: Kernels = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     batch_sizes: Annotated[str, typer.Option(help="Requests at once.")] = "1,2,4,8,16",
     draft_lengths: Annotated[str, typer.Option(help="K, with 0 for plain decoding.")] = "0,1,2,3,4,5",
     prefill_lengths: Annotated[
@@ -52,7 +53,7 @@ def speed(
         typer.Option(help="NAME=PYTHON: transformers, llamacpp or vllm in that interpreter.", show_default=False),
     ] = None,
     peer_draft_lengths: Annotated[str, typer.Option(help="K of the peers, clipped to what they can.")] = "0,1,3",
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure decoding with and without speculation, what it reads, and other engines beside it."""
     with user_errors():
@@ -93,10 +94,10 @@ def speed(
 
 @app.command()
 def lossless(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "bundled",
-    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
+    model: Model = "bundled",
+    kernels: Kernels = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     samples: Annotated[int, typer.Option(help="Sampled outputs per rule, over all parameter combinations.")] = 5000,
     alpha: Annotated[float, typer.Option(help="The probability that a lossless engine fails.")] = 1e-6,
     rules: Annotated[str, typer.Option(help="Verification rules to sample with.")] = "coupled,block,token",
@@ -109,7 +110,7 @@ def lossless(
         int, typer.Option(help="Seeds per parameter combination that are compared with plain decoding.")
     ] = 8,
     comparison_tokens: Annotated[int, typer.Option(help="Length of the outputs that are.")] = 32,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON here.", show_default=False)] = None,
+    output: OutputFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a summary.")] = False,
 ) -> None:
     """Certify that speculation changes nothing: exact laws, and equality with plain decoding (exit code 1 if not)."""

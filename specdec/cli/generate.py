@@ -7,15 +7,17 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specdec.cli.common import (
-    DTYPE_HELP,
-    KERNELS_HELP,
-    MODEL_HELP,
+    Dtype,
     InvalidOption,
+    Kernels,
+    Model,
+    Revision,
+    Threads,
     check_backend,
     option_errors,
     progress_bar,
@@ -24,67 +26,86 @@ from specdec.cli.common import (
 )
 from specdec.config import AUTO, MAX_SPECULATIVE_TOKENS, NumSpeculativeTokens, SamplingParams, SpeculationParams
 
+if TYPE_CHECKING:
+    from specdec.engine.engine import Engine
+    from specdec.engine.outputs import GenerationOutput
+
+PromptText = Annotated[str | None, typer.Argument(help="The prompt's text.", show_default=False)]
+PromptFile = Annotated[
+    str | None, typer.Option(help="Read the prompt from this file; - is standard input.", show_default=False)
+]
+MaxTokens = Annotated[int, typer.Option(help="Generate at most so many tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Sample among the k most probable tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="Sample among the most probable tokens that reach this sum.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this fraction of the most probable one.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Of tokens in prompt and output; 1 is off.")]
+PresencePenalty = Annotated[float, typer.Option(help="Of tokens in the output; 0 is off.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="The same for each occurrence; 0 is off.")]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="ID=BIAS, added to the logit of a token id, -100 to 100 or -inf; may be repeated.", show_default=False
+    ),
+]
+BadWord = Annotated[
+    list[str] | None, typer.Option(help="Never generate this text; may be repeated.", show_default=False)
+]
+MinTokens = Annotated[int, typer.Option(help="Do not end before so many tokens.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Reproduces a run; drawn if absent.", show_default=False)]
+DraftTokens = Annotated[
+    str | None,
+    typer.Option(
+        "--num-speculative-tokens",
+        "-k",
+        help=f"Draft tokens per step, 0 to {MAX_SPECULATIVE_TOKENS}, or auto.",
+        show_default=f"{SpeculationParams.num_speculative_tokens}; 0 without an MTP layer",
+    ),
+]
+Rule = Annotated[str, typer.Option(help="Rule at temperature > 0: coupled, block or token.")]
+DraftSampling = Annotated[str, typer.Option(help="Drafts at temperature > 0: sampled or greedy.")]
+MinDraftConfidence = Annotated[float, typer.Option(help="Draft no further once no token has this probability.")]
+NoSpeculation = Annotated[bool, typer.Option("--no-speculation", help="Decode plainly; the same as -k 0.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(help="With --json: log-probabilities of the tokens, and so many alternatives.", show_default=False),
+]
+JsonDocument = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt's text.", show_default=False)] = None,
-    prompt_file: Annotated[
-        str | None, typer.Option(help="Read the prompt from this file; - is standard input.", show_default=False)
-    ] = None,
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "bundled",
-    revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.", show_default=False)] = None,
-    max_tokens: Annotated[int, typer.Option(help="Generate at most so many tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k most probable tokens; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the most probable tokens that reach this sum.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this fraction of the most probable one.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Of tokens in prompt and output; 1 is off.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Of tokens in the output; 0 is off.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same for each occurrence; 0 is off.")] = 0.0,
-    logit_bias: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="ID=BIAS, added to the logit of a token id, -100 to 100 or -inf; may be repeated.", show_default=False
-        ),
-    ] = None,
-    bad_word: Annotated[
-        list[str] | None, typer.Option(help="Never generate this text; may be repeated.", show_default=False)
-    ] = None,
-    min_tokens: Annotated[int, typer.Option(help="Do not end before so many tokens.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this string; may be repeated.", show_default=False)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Reproduces a run; drawn if absent.", show_default=False)] = None,
-    num_speculative_tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--num-speculative-tokens",
-            "-k",
-            help=f"Draft tokens per step, 0 to {MAX_SPECULATIVE_TOKENS}, or auto.",
-            show_default=f"{SpeculationParams.num_speculative_tokens}; 0 without an MTP layer",
-        ),
-    ] = None,
-    verification: Annotated[
-        str, typer.Option(help="Rule at temperature > 0: coupled, block or token.")
-    ] = SpeculationParams.verification,
-    draft_sampling: Annotated[
-        str, typer.Option(help="Drafts at temperature > 0: sampled or greedy.")
-    ] = SpeculationParams.draft_sampling,
-    min_draft_confidence: Annotated[
-        float, typer.Option(help="Draft no further once no token has this probability.")
-    ] = SpeculationParams.min_draft_confidence,
-    no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode plainly; the same as -k 0.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the checkpoint's chat template.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
-    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(
-            help="With --json: log-probabilities of the tokens, and so many alternatives.", show_default=False
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    prompt: PromptText = None,
+    prompt_file: PromptFile = None,
+    model: Model = "bundled",
+    revision: Revision = None,
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    bad_word: BadWord = None,
+    min_tokens: MinTokens = 0,
+    stop: Stop = None,
+    seed: Seed = None,
+    num_speculative_tokens: DraftTokens = None,
+    verification: Rule = SpeculationParams.verification,
+    draft_sampling: DraftSampling = SpeculationParams.draft_sampling,
+    min_draft_confidence: MinDraftConfidence = SpeculationParams.min_draft_confidence,
+    no_speculation: NoSpeculation = False,
+    chat: Chat = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    kernels: Kernels = "auto",
+    threads: Threads = None,
+    logprobs: Logprobs = None,
+    as_json: JsonDocument = False,
 ) -> None:
     """Generate text from a prompt, drafting with the MTP head."""
     with user_errors():
@@ -106,8 +127,8 @@ def generate(
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             logit_bias=_biases(logit_bias or []),
-            bad_words=tuple(bad_word or ()),
-            stop=tuple(stop or ()),
+            bad_words=bad_word or [],
+            stop=stop or [],
             seed=seed,
             logprobs=logprobs,
         )
@@ -190,7 +211,7 @@ def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
         raise ValueError(f"{prompt_file} is not UTF-8 text: {error}") from error
 
 
-def _run(engine: Any, text: str, params: SamplingParams, as_json: bool) -> None:
+def _run(engine: Engine, text: str, params: SamplingParams, as_json: bool) -> None:
     """Streams one completion; on Ctrl-C what was generated so far stays, in the JSON document too."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a mark instead
@@ -210,7 +231,7 @@ def _run(engine: Any, text: str, params: SamplingParams, as_json: bool) -> None:
             say(summary_line(output), "dim")
 
 
-def summary_line(output: Any) -> str:
+def summary_line(output: GenerationOutput) -> str:
     """Speed and acceptance of one output, in one line."""
     stats = output.stats
     parts = [f"{len(output.token_ids)} tokens ({output.finish_reason})"]
@@ -225,16 +246,10 @@ def summary_line(output: Any) -> str:
     return " | ".join(parts)
 
 
-def _document(engine: Any, prompt: str, output: Any) -> dict[str, Any]:
+def _document(engine: Engine, prompt: str, output: GenerationOutput) -> dict[str, object]:
     return {
         "model": str(engine.checkpoint.folder),
         "kernels": engine.runtime.model.target.kernels.name,
         "prompt": prompt,
-        "text": output.text,
-        "prompt_token_ids": output.prompt_token_ids,
-        "token_ids": output.token_ids,
-        "finish_reason": output.finish_reason,
-        "seed": output.seed,
-        "logprobs": None if output.logprobs is None else [token.as_dict() for token in output.logprobs],
-        "stats": output.stats.as_dict(),
+        **output.as_dict(),
     }

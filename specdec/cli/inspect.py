@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from specdec.cli.common import JSON_HELP, InvalidOption, progress_bar, say, tables, user_errors
+from specdec.cli.common import AsJson, InvalidOption, Revision, progress_bar, say, tables, user_errors
 from specdec.units import size_text as _size
+
+if TYPE_CHECKING:
+    from specdec.inspection.checkpoint import CudaReport, Inspection
+    from specdec.inspection.floors import Floor
+    from specdec.inspection.memory import Fit
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -20,12 +25,12 @@ def inspect(
     model: Annotated[
         str, typer.Argument(help="'bundled', a checkpoint folder, a folder with only a config.json, or a Hub id.")
     ],
-    revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.", show_default=False)] = None,
+    revision: Revision = None,
     device: Annotated[
         str,
         typer.Option(help="'cuda': also what the CUDA backend needs, what of it is here, what fits on which GPUs."),
     ] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show a checkpoint's configuration and memory, and check that its MTP layer works (exit code 1 if not)."""
     with user_errors():
@@ -53,10 +58,12 @@ def inspect(
             raise typer.Exit(1)
 
 
-def _print_inspection(result: Any) -> None:
+def _print_inspection(result: Inspection) -> None:
     out = tables()
     table = Table(title=escape(str(result.folder)), show_header=False, title_justify="left")
-    for key, value in result.as_dict()["config"].items():
+    config = result.as_dict()["config"]
+    assert isinstance(config, dict)
+    for key, value in config.items():
         shown = f"FP8 but for {len(value['ignore'])} modules" if key == "quantization" and value else value
         table.add_row(key, escape(str(shown)))
     out.print(table)
@@ -82,13 +89,13 @@ def _print_inspection(result: Any) -> None:
         )
 
 
-def _print_cuda(report: Any) -> None:
+def _print_cuda(report: CudaReport) -> None:
     out = tables()
     needs = Table("CUDA backend", "here", "", title="Requirements", title_justify="left")
     for r in report.requirements:
         needs.add_row(r.name, escape(r.found), "ok" if r.ok else f"missing: {escape(r.remedy)}")
     out.print(needs)
-    kernels = Table("", *report.paths, title="Kernels (none of them has run on a GPU yet)", title_justify="left")
+    kernels = Table("", *report.paths, title="Kernels", title_justify="left")
     for operation in asdict(next(iter(report.paths.values()))):
         kernels.add_row(operation, *(getattr(chosen, operation) for chosen in report.paths.values()))
     out.print(kernels)
@@ -112,7 +119,7 @@ def _print_cuda(report: Any) -> None:
     )
 
 
-def _fit_table(fits: list[Any]) -> Table:
+def _fit_table(fits: list[Fit]) -> Table:
     counts = sorted({fit.num_gpus for fit in fits})
     columns = ("GPU", "memory", "checkpoint", "weights", *(f"x {n}" for n in counts))
     table = Table(*columns, title="What fits", title_justify="left")
@@ -124,7 +131,7 @@ def _fit_table(fits: list[Any]) -> Table:
     return table
 
 
-def _floor_table(floors: list[Any]) -> Table:
+def _floor_table(floors: list[Floor]) -> Table:
     lengths = range(len(floors[0].step_bytes))
     columns = ("", "checkpoint", *(f"K = {k}" for k in lengths))
     table = Table(*columns, title="Least time of a decode step at batch 1, ms", title_justify="left")

@@ -69,7 +69,7 @@ class Admission:
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """A text's tokens at the start of a word and after a space."""
         words: list[tuple[int, ...]] = []
-        for word in params.bad_words:
+        for word in params.banned_words:
             if isinstance(word, str):
                 words += [tuple(self.checkpoint.encode(text)) for text in (word, " " + word)]
             else:

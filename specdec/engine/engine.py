@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from specdec.checks import require_keywords
 from specdec.config import EngineConfig, SamplingParams, SpeculationParams
 from specdec.engine.core import EngineCore
 from specdec.engine.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
@@ -69,6 +72,8 @@ class Engine:
         `config`: the fields of EngineConfig.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
         """
+        own = inspect.getfullargspec(cls.from_pretrained).kwonlyargs
+        require_keywords("Engine.from_pretrained()", config, own + [field.name for field in fields(EngineConfig)])
         engine_config = EngineConfig(**config)
         if num_threads is not None:
             check_num_threads(num_threads)
@@ -84,8 +89,8 @@ class Engine:
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> list[GenerationOutput]:
-        """Completes every prompt (text, or token ids); -> one output per prompt, in order; with n > 1 it has the other
-        samples in its `outputs`.
+        """Completes every prompt (text, or token ids); -> one output per prompt, in order; with n > 1 its
+        `outputs` are all samples, itself the first.
 
         params: one for all, or one per prompt; None is `default_sampling_params()`. All requests are
         checked before the first one runs.

@@ -8,30 +8,57 @@ from dataclasses import dataclass, field
 
 from specdec.request.logprobs import TokenLogprobs
 from specdec.request.sequence import FinishReason, Sequence
-from specdec.request.stats import SequenceStats
+from specdec.request.stats import RequestStats
 
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """One finished request. finish_reason: "stop" (an end token or a stop string), "length", "abort", "deadline", or
-    "error" where an exception ended it, which its consumer gets. `token_ids` is the output alone, the ending token
-    included; `text` is cut at stop strings and, unless include_stop_str_in_output, has no ending token. `seed`
-    reproduces the request. `logprobs`: one per token, where SamplingParams.logprobs asks for them. `outputs`: with
-    SamplingParams.n > 1, the other n - 1 samples of the prompt."""
+    """One finished request."""
 
     request_id: str
     prompt_token_ids: list[int]
     token_ids: list[int]
+    """The output's tokens alone, the ending token included."""
     text: str
+    """The output's text, cut at stop strings and, unless include_stop_str_in_output, without the ending token."""
     finish_reason: FinishReason
+    """What ended it: "stop" (an end token or a stop string), "length", "abort", "deadline", or "error" where an
+    exception did, which its consumer gets."""
     seed: int
+    """Reproduces the request."""
     logprobs: list[TokenLogprobs] | None
-    stats: SequenceStats
-    outputs: list[GenerationOutput] = field(default_factory=list)
+    """One per output token, where SamplingParams.logprobs asks for them."""
+    stats: RequestStats
+    other_samples: list[GenerationOutput] = field(default_factory=list)
+    """The other n - 1 samples of the prompt, with SamplingParams.n > 1; those have no others."""
+
+    @property
+    def outputs(self) -> list[GenerationOutput]:
+        """All samples of the prompt, this one first."""
+        return [self, *self.other_samples]
+
+    def as_dict(self) -> dict[str, object]:
+        """A document for JSON, see docs/json.md. With n > 1 its "outputs" are the documents of all samples."""
+        document = self._own_dict()
+        if self.other_samples:
+            document["outputs"] = [sample._own_dict() for sample in self.outputs]
+        return document
+
+    def _own_dict(self) -> dict[str, object]:
+        return {
+            "request_id": self.request_id,
+            "text": self.text,
+            "prompt_token_ids": self.prompt_token_ids,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "seed": self.seed,
+            "logprobs": _as_dicts(self.logprobs),
+            "stats": self.stats.as_dict(),
+        }
 
     @classmethod
     def of(cls, sequence: Sequence, others: Seq[Sequence] = ()) -> GenerationOutput:
-        """others: the other samples of its prompt."""
+        """The output of a sequence that has finished, and of the other samples of its prompt."""
         assert sequence.finish_reason is not None, "the sequence is still running"
         return cls(
             request_id=sequence.request_id,
@@ -40,23 +67,35 @@ class GenerationOutput:
             text=sequence.output.text,
             finish_reason=sequence.finish_reason,
             seed=sequence.seed,
-            logprobs=None if sequence.params.logprobs is None else sequence.logprobs,
-            stats=sequence.stats,
-            outputs=[cls.of(other) for other in others],
+            logprobs=_logprobs(sequence),
+            stats=RequestStats.of(sequence.stats),
+            other_samples=[cls.of(other) for other in others],
         )
 
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """What is new since the last chunk. Text may lag behind the tokens: it is held back while it may be part
-    of a character or a stop string. The last chunk of a stream read to its end, and only that, has a
-    finish_reason; it may have no tokens where the request was ended from outside. logprobs: one per token, where they
-    are asked for."""
+    """What is new since the last chunk.
+
+    The last chunk of a stream read to its end, and only that, has a finish_reason; it may have no tokens where the
+    request was ended from outside.
+    """
 
     text: str
+    """Text may lag behind the tokens: it is held back while it may be part of a character or a stop string."""
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
+    """One per token, where SamplingParams.logprobs asks for them."""
+
+    def as_dict(self) -> dict[str, object]:
+        """A document for JSON, see docs/json.md."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "logprobs": _as_dicts(self.logprobs),
+        }
 
     def followed_by(self, later: StreamChunk) -> StreamChunk:
         """Both as one."""
@@ -84,8 +123,19 @@ class ChunkCutter:
             text=sequence.output.take(finished=sequence.finished),
             token_ids=token_ids,
             finish_reason=sequence.finish_reason,
-            logprobs=None if sequence.params.logprobs is None else sequence.logprobs[first : self._num_taken],
+            logprobs=_logprobs(sequence, first, self._num_taken),
         )
+
+
+def _logprobs(sequence: Sequence, first: int = 0, end: int | None = None) -> list[TokenLogprobs] | None:
+    """Those of output tokens [first, end), with texts; None where the request does not ask for them."""
+    if sequence.params.logprobs is None:
+        return None
+    return [entry.with_texts(sequence.output.tokenizer) for entry in sequence.logprobs[first:end]]
+
+
+def _as_dicts(logprobs: list[TokenLogprobs] | None) -> list[dict[str, object]] | None:
+    return None if logprobs is None else [entry.as_dict() for entry in logprobs]
 
 
 class TokenStream(Iterator[StreamChunk]):

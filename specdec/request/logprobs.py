@@ -5,37 +5,66 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from specdec.model.tokenizer import Tokenizer
+
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """One output token's natural log-probabilities.
+    """One output token's natural log-probabilities, and those of the most probable tokens in its place.
 
-    logprob: of the model's own softmax, before anything of the request's. processed_logprob: of the law the token
-    was drawn from, after bias, bans, penalties, temperature and truncation; at temperature 0 of the softmax of the
-    logits whose argmax it is. top, processed_top: (token id, log-probability) of the most probable tokens of either,
-    as many as SamplingParams.logprobs, in descending order.
+    Texts are those of single tokens: U+FFFD where a token's bytes are no whole character.
     """
 
     token_id: int
     logprob: float
+    """The token's, by the model's own softmax, before anything of the request's."""
     processed_logprob: float
+    """The token's, by the distribution it was drawn from, after bias, bans, penalties, temperature and truncation; at
+    temperature 0 by the softmax of the logits whose argmax it is."""
     top: list[tuple[int, float]]
+    """Token ids and log-probabilities of the most probable tokens by the model's own softmax, in descending order, as
+    many as SamplingParams.logprobs."""
     processed_top: list[tuple[int, float]]
+    """The same by the distribution that the token was drawn from; impossible tokens are left out."""
+    token: str = ""
+    """The token's text."""
+    bytes: list[int] | None = None
+    """The token's bytes in UTF-8; None where they are part of a character and the tokenizer does not tell which."""
+    top_tokens: list[str] = field(default_factory=list)
+    """The texts of the tokens in `top`."""
+    processed_top_tokens: list[str] = field(default_factory=list)
+    """The texts of the tokens in `processed_top`."""
+
+    def with_texts(self, tokenizer: Tokenizer) -> TokenLogprobs:
+        """The same with the texts of its tokens."""
+        token, token_bytes = tokenizer.token_text(self.token_id)
+        return replace(
+            self,
+            token=token,
+            bytes=token_bytes,
+            top_tokens=[tokenizer.token_text(token_id).text for token_id, _ in self.top],
+            processed_top_tokens=[tokenizer.token_text(token_id).text for token_id, _ in self.processed_top],
+        )
 
     def as_dict(self) -> dict[str, object]:
+        """A document for JSON, see docs/json.md."""
         return {
             "token_id": self.token_id,
+            "token": self.token,
+            "bytes": self.bytes,
             "logprob": self.logprob,
             "processed_logprob": self.processed_logprob,
-            "top": self.top,
-            "processed_top": self.processed_top,
+            "top": [list(pair) for pair in self.top],
+            "top_tokens": self.top_tokens,
+            "processed_top": [list(pair) for pair in self.processed_top],
+            "processed_top_tokens": self.processed_top_tokens,
         }
 
 

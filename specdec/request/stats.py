@@ -6,22 +6,28 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 
-@dataclass
-class DraftStats:
-    """Counts of verifications.
+class DraftFigures:
+    """What follows from counts of verifications by outcome, of one request, an engine, or both added up."""
 
-    outcomes[k, a]: verifications of k draft tokens of which a were accepted, before any stop condition cut the output.
-    """
+    outcomes: dict[tuple[int, int], int]
 
-    outcomes: dict[tuple[int, int], int] = field(default_factory=dict)
+    def __add__(self, other: DraftFigures) -> DraftStats:
+        """The counts of both."""
+        if not isinstance(other, DraftFigures):
+            return NotImplemented
+        total = DraftStats(dict(self.outcomes))
+        for outcome, n in other.outcomes.items():
+            total.outcomes[outcome] = total.outcomes.get(outcome, 0) + n
+        return total
 
-    def record_verification(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
-        key = num_draft_tokens, num_accepted_tokens
-        self.outcomes[key] = self.outcomes.get(key, 0) + 1
+    def __radd__(self, start: int) -> DraftStats:
+        """What `sum` begins with: 0 and these counts."""
+        return DraftStats() + self if start == 0 else NotImplemented
 
     @property
     def num_target_forwards(self) -> int:
@@ -82,6 +88,19 @@ class DraftStats:
         }
 
 
+@dataclass
+class DraftStats(DraftFigures):
+    """Counts of verifications; those of several add up: `sum((output.stats for output in outputs), DraftStats())`."""
+
+    outcomes: dict[tuple[int, int], int] = field(default_factory=dict)
+    """How many verifications of k draft tokens accepted a of them, by (k, a), before any stop condition cut the
+    output."""
+
+    def record_verification(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        key = num_draft_tokens, num_accepted_tokens
+        self.outcomes[key] = self.outcomes.get(key, 0) + 1
+
+
 class CommitRecord(NamedTuple):
     """What one commit added to a request. interval_s: since the commit before; None for the first one."""
 
@@ -91,35 +110,17 @@ class CommitRecord(NamedTuple):
     interval_s: float | None
 
 
-@dataclass
-class SequenceStats(DraftStats):
-    """Counts and times of one request.
+class RequestFigures(DraftFigures):
+    """What follows from the counts and times of one request."""
 
-    num_first_tokens: output tokens of the first commit. *_s: seconds of time.perf_counter. scheduled_s: when the
-    scheduler first gave it a place in a step. num_cached_tokens: prompt tokens whose rows the prefix cache had when the
-    request was first admitted. num_preemptions: how often it lost its pages and computed its rows anew.
-    """
-
-    num_output_tokens: int = 0
-    num_first_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
-    arrival_s: float = field(default_factory=time.perf_counter)
-    scheduled_s: float | None = None
-    first_token_s: float | None = None
-    last_token_s: float | None = None
-
-    def record_commit(
-        self, now: float, num_draft_tokens: int, num_accepted_tokens: int, num_tokens: int
-    ) -> CommitRecord:
-        """A verification, and how many tokens of its outcome the output kept. now: time.perf_counter."""
-        interval_s = None if self.last_token_s is None else now - self.last_token_s
-        if self.first_token_s is None:
-            self.first_token_s, self.num_first_tokens = now, num_tokens
-        self.last_token_s = now
-        self.num_output_tokens += num_tokens
-        self.record_verification(num_draft_tokens, num_accepted_tokens)
-        return CommitRecord(num_draft_tokens, num_accepted_tokens, num_tokens, interval_s)
+    num_output_tokens: int
+    num_first_tokens: int
+    num_cached_tokens: int
+    num_preemptions: int
+    arrival_s: float
+    scheduled_s: float | None
+    first_token_s: float | None
+    last_token_s: float | None
 
     @property
     def queue_s(self) -> float | None:
@@ -162,6 +163,63 @@ class SequenceStats(DraftStats):
             "decode_s": self.decode_s,
             "tokens_per_s": self.tokens_per_s,
         }
+
+
+@dataclass
+class SequenceStats(RequestFigures, DraftStats):
+    """Counts and times of one request.
+
+    num_first_tokens: output tokens of the first commit. *_s: seconds of time.perf_counter. scheduled_s: when the
+    scheduler first gave it a place in a step. num_cached_tokens: prompt tokens whose rows the prefix cache had when the
+    request was first admitted. num_preemptions: how often it lost its pages and computed its rows anew.
+    """
+
+    num_output_tokens: int = 0
+    num_first_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    arrival_s: float = field(default_factory=time.perf_counter)
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    def record_commit(
+        self, now: float, num_draft_tokens: int, num_accepted_tokens: int, num_tokens: int
+    ) -> CommitRecord:
+        """A verification, and how many tokens of its outcome the output kept. now: time.perf_counter."""
+        interval_s = None if self.last_token_s is None else now - self.last_token_s
+        if self.first_token_s is None:
+            self.first_token_s, self.num_first_tokens = now, num_tokens
+        self.last_token_s = now
+        self.num_output_tokens += num_tokens
+        self.record_verification(num_draft_tokens, num_accepted_tokens)
+        return CommitRecord(num_draft_tokens, num_accepted_tokens, num_tokens, interval_s)
+
+
+@dataclass(frozen=True)
+class RequestStats(RequestFigures):
+    """Counts and times of one request, as they were when its output was made. Points in time are seconds of
+    time.perf_counter. Added up, several give the `DraftStats` of all."""
+
+    outcomes: dict[tuple[int, int], int]
+    """How many verifications of k draft tokens accepted a of them, by (k, a)."""
+    num_output_tokens: int
+    num_first_tokens: int
+    """Output tokens of the first commit."""
+    num_cached_tokens: int
+    """Prompt tokens that the prefix cache had when the request was first admitted."""
+    num_preemptions: int
+    """How often the request lost its pages and computed its rows anew."""
+    arrival_s: float
+    scheduled_s: float | None
+    """When the scheduler first gave it a place in a step."""
+    first_token_s: float | None
+    last_token_s: float | None
+
+    @classmethod
+    def of(cls, stats: SequenceStats) -> RequestStats:
+        """A copy of what the engine has recorded until now."""
+        return cls(**{f.name: copy(getattr(stats, f.name)) for f in fields(cls)})
 
 
 class Histogram:

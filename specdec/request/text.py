@@ -13,12 +13,12 @@ class OutputText:
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self.stopped = False
+        self.tokenizer, self.stopped = tokenizer, False
         self._text = ""
         self._undecoded: list[int] = []
         self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
-        self._stop, self._include_stop = params.stop, params.include_stop_str_in_output
-        self._longest_stop = max(map(len, params.stop), default=0)
+        self._stop, self._include_stop = params.stop_strings, params.include_stop_str_in_output
+        self._longest_stop = max(map(len, params.stop_strings), default=0)
         self._min_tokens, self._num_tokens = params.min_tokens, 0
         self._taken = 0
 

@@ -514,7 +514,7 @@ def test_samples_are_streams_of_their_own_and_share_the_prompt(planted: Path, en
     params = SamplingParams(n=3, max_tokens=20, temperature=0.9, seed=7, ignore_eos=True)
     prompt = list(range(3, 60))
     alone = engine.generate([prompt], params)[0]
-    expected = [alone.token_ids, *(o.token_ids for o in alone.outputs)]
+    expected = [o.token_ids for o in alone.outputs]
 
     async def work() -> None:
         async with serving(planted, max_num_seqs=2, max_queue=2) as served:

@@ -670,7 +670,7 @@ def test_numpys_numbers_are_as_good_as_pythons(planted: Path) -> None:
             logprobs=integer(1), speculation=SpeculationParams(integer(2), min_draft_confidence=number(0.25)),
         )  # fmt: skip
         first = engine.generate(np.array([5, 6]), params)[0]
-        outputs.append(json.dumps([[o.token_ids, o.seed] for o in (first, *first.outputs)]))
+        outputs.append(json.dumps([[o.token_ids, o.seed] for o in first.outputs]))
     assert outputs[0] == outputs[1] == outputs[2]
 
 

@@ -331,16 +331,17 @@ def test_samples_are_those_of_their_seeds_alone(engine: Engine, caching: bool) -
         params = SamplingParams(n=4, max_tokens=12, seed=11, ignore_eos=True, speculation=SpeculationParams(k, rule))
         outputs = own.generate([STEM, [5]], params)
         for prompt, first in zip((STEM, [5]), outputs):
-            samples = [first, *first.outputs]
+            samples = first.outputs
+            assert samples[0] is first
             assert [s.seed for s in samples] == [sample_seed(11, i) for i in range(4)]
             assert [s.request_id for s in samples[1:]] == [f"{first.request_id}.{i}" for i in (1, 2, 3)]
-            assert all(s.outputs == [] for s in samples[1:])
+            assert all(s.outputs == [s] for s in samples[1:])
             assert len({tuple(s.token_ids) for s in samples}) == 4
             for sample in samples:
                 one = engine.generate(prompt, replace(params, n=1, seed=sample.seed))[0]
                 assert one.token_ids == sample.token_ids
                 assert one.stats.accepted_per_position == sample.stats.accepted_per_position
-        cached = [s.stats.num_cached_tokens for s in (outputs[0], *outputs[0].outputs)]
+        cached = [s.stats.num_cached_tokens for s in outputs[0].outputs]
         assert cached[1:] == [32 * caching] * 3
         own.core.scheduler.check_integrity()
 
@@ -351,7 +352,7 @@ def test_samples_of_one_token_share_their_prompt_without_the_mtp_layer(
     own = Engine.from_pretrained(engine.checkpoint.folder, page_size=4, num_pages=40)
     monkeypatch.setattr(Decoder, "draft_chain", lambda *_: pytest.fail("the MTP layer ran"))
     first = own.generate(STEM, SamplingParams(n=3, max_tokens=1, seed=1, speculation=SpeculationParams(3)))[0]
-    assert [o.stats.num_cached_tokens for o in (first, *first.outputs)] == [0, 32, 32]
+    assert [o.stats.num_cached_tokens for o in first.outputs] == [0, 32, 32]
 
 
 def test_the_seeds_of_samples_are_distinct_and_the_first_is_the_requests_own() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from specdec import SamplingParams, SpeculationParams
+from specdec import Engine, EngineConfig, SamplingParams, SpeculationParams
 from specdec.kernels.reference import ReferenceKernels, banned_tokens, lowest_argmax
 from specdec.request.logit_edits import RequestEdits
 from specdec.request.seeds import Stream
@@ -158,7 +163,7 @@ def test_the_lowest_index_among_equals() -> None:
         ({"temperature": -0.1}, "temperature = -0.1 must be a finite number, at least 0"),
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"temperature": float("inf")}, "temperature = inf"),
-        ({"top_k": -1}, "top_k = -1 must be an integer, at least 0; 0 switches it off"),
+        ({"top_k": -2}, "top_k = -2 must be an integer, at least -1; 0 or -1 switches it off"),
         ({"top_p": 0.0}, r"top_p = 0.0 must be in \(0, 1\]"),
         ({"top_p": 1.01}, r"top_p = 1.01 must be in \(0, 1\]"),
         ({"min_p": 1.5}, r"min_p = 1.5 must be in \[0, 1\]"),
@@ -211,9 +216,21 @@ def test_impossible_speculation_params_raise(fields: dict[str, object], message:
         SpeculationParams(**fields)
 
 
-def test_unknown_parameters_raise() -> None:
-    with pytest.raises(TypeError, match="best_of"):
-        SamplingParams(best_of=2)
+def test_unknown_parameters_raise_and_those_near_to_them_are_named() -> None:
+    for make, name, near in (
+        (SamplingParams, "max_new_tokens", "do you mean max_tokens or min_tokens? It takes n, max_tokens, min_tokens"),
+        (SamplingParams, "use_beams", "'use_beams'. It takes n, max_tokens"),
+        (SpeculationParams, "speculative_tokens", "do you mean num_speculative_tokens?"),
+        (EngineConfig, "block_size", "EngineConfig() got an unexpected keyword argument 'block_size': do you mean"),
+        (EngineConfig, "enable_prefix_caching", "do you mean prefix_caching"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(near)):
+            make(**{name: 1})
+    with pytest.raises(TypeError, match=r"Engine.from_pretrained\(\) got .* 'block_size': do you mean page_size"):
+        Engine.from_pretrained("bundled", block_size=16)
+    with pytest.raises(TypeError, match=r"do you mean num_threads.*It takes device, dtype, .*, cuda_graphs$"):
+        Engine.from_pretrained("bundled", threads=2)
+    assert str(inspect.signature(SpeculationParams)).startswith("(num_speculative_tokens: 'NumSpeculativeTokens' = 3,")
 
 
 def test_parameters_are_taken_in_their_usual_forms() -> None:
@@ -223,3 +240,11 @@ def test_parameters_are_taken_in_their_usual_forms() -> None:
     assert SamplingParams(bad_words=["a", [1, 2]]).bad_words == ("a", (1, 2))
     assert hash(params) == hash(SamplingParams(logit_bias=((7, 1), (3, -2.5)), bad_words=["word"], stop=["x"]))
     assert SamplingParams().logit_bias == ()
+    assert params.stop_strings == ("x",)
+    assert SamplingParams(stop_token_ids=[3, 4], stop=["a"], top_k=-1) == SamplingParams(
+        stop_token_ids=(3, 4), stop="a", top_k=0
+    )
+    assert SamplingParams(top_k=-1).top_k == 0
+    assert replace(params, top_k=5).banned_words == ("word",)
+    for copied in (copy.deepcopy(params), pickle.loads(pickle.dumps(params))):
+        assert copied == params

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import time
+from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from specdec import Engine, SamplingParams, SpeculationParams
+from specdec import DraftStats, Engine, RequestStats, SamplingParams, SpeculationParams
 from specdec.eval.dev.faults import Fault, FaultPlan
 from specdec.metrics.engine import EngineStats
 from specdec.metrics.prometheus import render
 from specdec.request.sequence import Sequence
-from specdec.request.stats import CommitRecord, Histogram
+from specdec.request.stats import CommitRecord, Histogram, SequenceStats
 from specdec.request.text import OutputText
 from specdec.step.draft_length import FixedDraftLength
 from specdec.step.scheduler import ScheduledSequence
@@ -266,6 +268,38 @@ def test_an_engine_uses_the_costs_it_is_given(engine: Engine) -> None:
     assert stats.plain_s == pytest.approx(20 * 0.25), "of the 20 tokens after the prompt's step"
     assert 0 < stats.compared_s < 20
     assert stats.drafts.num_target_forwards > before
+
+
+def test_parts_of_a_run_add_up(tmp_path: Path) -> None:
+    engine = Engine.from_pretrained(write_planted_checkpoint(tmp_path))
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, seed=n) for n in (12, 20, 31)]
+    parts = [engine.generate(["hello", "world", "again"], params[:3]), engine.generate("hello", params[2])]
+    totals = [sum((output.stats for output in part), DraftStats()) for part in parts]
+    whole = engine.stats().drafts
+    assert totals[0] + totals[1] == sum(totals) == sum(o.stats for part in parts for o in part) == whole
+    assert whole.num_accepted_tokens > 0
+    assert whole.mean_acceptance_length == 1 + whole.num_accepted_tokens / whole.num_drafts
+    assert sum([DraftStats(), totals[1]]) == totals[1], "the parts are as they were"
+    assert DraftStats({(2, 1): 3}) + DraftStats({(2, 1): 1, (2, 2): 4}) == DraftStats({(2, 1): 4, (2, 2): 4})
+    with pytest.raises(TypeError):
+        totals[0] + 1
+    with pytest.raises(TypeError):
+        sum(totals, 1)
+
+
+def test_a_requests_statistics_are_a_value(engine: Engine) -> None:
+    """Frozen, and none of the engine's own objects: what the engine records later does not change them."""
+    stats = engine.generate("hello", SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))[0].stats
+    assert isinstance(stats, RequestStats)
+    assert stats.num_output_tokens == 20
+    assert json.loads(json.dumps(stats.as_dict()))["ttft_s"] == pytest.approx(stats.queue_s + stats.prefill_s)
+    with pytest.raises(FrozenInstanceError):
+        stats.num_output_tokens = 3
+    recorder = SequenceStats()
+    recorder.record_verification(2, 1)
+    stats = RequestStats.of(recorder)
+    recorder.record_verification(2, 1)
+    assert (stats.num_drafts, recorder.num_drafts) == (1, 2)
 
 
 @pytest.mark.parametrize(("caching", "queries", "hits"), [(True, 100, 48), (False, 0, 0)])

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders
+from tokenizers.models import BPE
 
 from specdec.errors import CheckpointError
 from specdec.model.chat_template import ChatTemplate
@@ -47,6 +50,19 @@ def test_any_byte_sequence_gives_what_decode_gives() -> None:
                 count = rng.randint(1, most)
                 text, rest = text + detokenizer.push(rest[:count]), rest[count:]
             assert text + detokenizer.flush() == whole
+
+
+def test_a_token_alone_has_a_text_and_bytes() -> None:
+    assert [TOKENIZER.token_text(token) for token in TOKENIZER.encode("a é<|user|>")] == [
+        ("a", [97]), (" ", [32]), ("\ufffd", [0xC3]), ("\ufffd", [0xA9]), ("<|user|>", list(b"<|user|>")),
+    ]  # fmt: skip
+    assert sorted(TOKENIZER.token_text(token).bytes for token in range(3, 259)) == [[byte] for byte in range(256)]
+    assert TOKENIZER.token_text(5000) == ("", []), "a vocabulary that is padded"
+    fallback = HFTokenizer(BPE(vocab={"<0xC3>": 0, "\ufffd": 1, "é": 2}, merges=[]))
+    fallback.decoder = decoders.ByteFallback()
+    assert [Tokenizer(fallback, None).token_text(token) for token in range(3)] == [
+        ("\ufffd", None), ("\ufffd", None), ("é", list("é".encode())),
+    ]  # fmt: skip
 
 
 def test_special_tokens_in_a_prompt_are_recognised_and_none_are_added() -> None:
