@@ -62,16 +62,6 @@ class AttentionMetadata:
         size, spans = self.page_size, zip(self.query_lens, self.kv_lens, self.page_tables)
         return [pages[at // size] * size + at % size for n, end, pages in spans for at in range(end - n, end)]
 
-    def packed(self) -> array[int]:
-        """The lists as int64 in one row: query_starts [B + 1], kv_lens [B], page_starts [B + 1], then all page
-        tables."""
-        packed = array("q", accumulate(self.query_lens, initial=0))
-        packed.extend(self.kv_lens)
-        packed.extend(accumulate(map(len, self.page_tables), initial=0))
-        for table in self.page_tables:
-            packed.extend(table)
-        return packed
-
 
 @dataclass(frozen=True)
 class RoutingConfig:

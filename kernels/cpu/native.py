@@ -1,4 +1,7 @@
-"""The C interface of src/api.cpp in ctypes: structures field by field, functions argument by argument."""
+"""The C interface of src/api.cpp in ctypes: structures field by field, functions argument by argument.
+
+The structures have the names, fields and order of those in src/, which `load_library` checks.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ from time import perf_counter
 from typing import ClassVar
 
 from specdec.kernels.cpu.build import library_path
+from specdec.kernels.cpu.layout import check_layout, library_layout
 from specdec.kernels.progress import Progress, silent
 
 
 class Matrix(ctypes.Structure):
     _fields_: ClassVar = [
-        ("data", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("out", c_int64), ("size_in", c_int64),
+        ("data", c_void_p), ("scales", c_void_p), ("bias", c_void_p), ("out", c_int64), ("in", c_int64),
         ("dtype", c_int32),
     ]  # fmt: skip
 
@@ -138,9 +142,14 @@ _SIGNATURES: dict[str, list[type]] = {
 }
 
 
+def _structures() -> list[type[ctypes.Structure]]:
+    return [value for value in globals().values() if isinstance(value, type) and issubclass(value, ctypes.Structure)]
+
+
 def load_library(architecture: str, progress: Progress = silent) -> ctypes.CDLL:
     """Compiles if need be, and declares every function. Raises KernelsUnavailableError."""
     library = ctypes.CDLL(str(library_path(architecture, progress)))
+    check_layout(library_layout(library), _structures())
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = None, arguments

@@ -11,6 +11,15 @@ using namespace specdec;
 
 extern "C" {
 
+// A table per struct that callers fill in, see layout.h; null ends them.
+const LayoutEntry* const* sd_layout() {
+  static const LayoutEntry* const tables[] = {
+      Layout<Matrix>::table, Layout<MLP>::table, Layout<Routing>::table, Layout<Cache>::table, Layout<Batch>::table,
+      Layout<Layer>::table, Layout<Decoder>::table, Layout<Forward>::table, Layout<Sampling>::table, Layout<Edits>::table,
+      Layout<DraftSampling>::table, Layout<Chain>::table, Layout<Verification>::table, Layout<Residuals>::table, nullptr};
+  return tables;
+}
+
 // weight [out, in] -> packed, zeroed by the caller, of the same dtype
 void sd_pack(const void* weight, int32_t dtype, int64_t out, int64_t in, void* packed) {
   switch (dtype) {

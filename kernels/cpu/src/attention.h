@@ -13,7 +13,7 @@ namespace specdec {
 constexpr int64_t KEY_TILE = 64;
 constexpr int64_t QUERY_ROWS = 16;  // query rows of one task; a task covers all heads of one KV head
 
-// One layer's cache. Mirrored by specdec.kernels.cpu.native.Cache.
+// One layer's cache.
 struct Cache {
   void* data;  // [pages, 2, page_size, kv_heads, head_dim]
   int32_t dtype;
@@ -23,8 +23,9 @@ struct Cache {
     return (((page * 2 + kind) * page_size + slot) * kv_heads + head) * head_dim;
   }
 };
+SHARED_STRUCT(Cache, FIELD(data) FIELD(dtype) FIELD(page_size) FIELD(kv_heads) FIELD(head_dim))
 
-// The sequences of a forward. Mirrored by specdec.kernels.cpu.native.Batch.
+// The sequences of a forward.
 struct Batch {
   int64_t num_sequences;
   const int64_t* query_starts;  // [B + 1]
@@ -32,6 +33,7 @@ struct Batch {
   const int64_t* page_starts;   // [B] into pages
   const int64_t* pages;
 };
+SHARED_STRUCT(Batch, FIELD(num_sequences) FIELD(query_starts) FIELD(kv_lens) FIELD(page_starts) FIELD(pages))
 
 template <class C>
 inline void append_row(const Cache& cache, int64_t slot, int64_t head, const float* k, const float* v) {

@@ -9,7 +9,6 @@
 
 namespace specdec {
 
-// Mirrored by specdec.kernels.cpu.native.Layer.
 struct Layer {
   const float *input_norm, *post_attention_norm;
   const float *q_norm, *k_norm;  // or null
@@ -19,8 +18,9 @@ struct Layer {
   Matrix router;
   const float* correction_bias;
 };
+SHARED_STRUCT(Layer, FIELD(input_norm) FIELD(post_attention_norm) FIELD(q_norm) FIELD(k_norm) FIELD(qkv) FIELD(o)
+              FIELD(mlp) FIELD(experts) FIELD(router) FIELD(correction_bias))
 
-// Mirrored by specdec.kernels.cpu.native.Decoder.
 struct Decoder {
   const void* embedding;  // [vocab, hidden]
   int32_t embedding_dtype;
@@ -34,8 +34,10 @@ struct Decoder {
   Routing routing;
   const float* norm;
 };
+SHARED_STRUCT(Decoder, FIELD(embedding) FIELD(embedding_dtype) FIELD(hidden) FIELD(heads) FIELD(kv_heads)
+              FIELD(head_dim) FIELD(rotary_dim) FIELD(eps) FIELD(cos_sin) FIELD(enorm) FIELD(hnorm) FIELD(eh_proj)
+              FIELD(layers) FIELD(num_layers) FIELD(routing) FIELD(norm))
 
-// Mirrored by specdec.kernels.cpu.native.Forward.
 struct Forward {
   int64_t rows;
   const int64_t* input_ids;  // [rows]
@@ -46,6 +48,8 @@ struct Forward {
   float *normed, *unnormed;  // [rows, hidden]; unnormed may be null
   int64_t* expert_ids;       // [layers, rows, top_k], or null; rows of dense layers are left alone
 };
+SHARED_STRUCT(Forward, FIELD(rows) FIELD(input_ids) FIELD(previous) FIELD(batch) FIELD(cache) FIELD(layer_stride)
+              FIELD(normed) FIELD(unnormed) FIELD(expert_ids))
 
 // Uninitialised memory that stays between calls.
 class Buffer {

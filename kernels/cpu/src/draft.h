@@ -10,7 +10,6 @@ namespace specdec {
 
 constexpr int64_t NOT_DRAFTED = -1, NOT_FINITE = -2;  // as in specdec.kernels.data
 
-// Mirrored by specdec.kernels.cpu.native.DraftSampling.
 struct DraftSampling {
   Sampling rows;                 // of the first step
   const double* min_confidence;  // [B]
@@ -19,8 +18,9 @@ struct DraftSampling {
   int64_t prob_steps;
   const Edits* edits;            // [B], or null
 };
+SHARED_STRUCT(DraftSampling, FIELD(rows) FIELD(min_confidence) FIELD(prob_rows) FIELD(probs) FIELD(prob_steps)
+              FIELD(edits))
 
-// Mirrored by specdec.kernels.cpu.native.Chain.
 struct Chain {
   Forward pairs;  // normed and unnormed are left out
   int64_t steps;
@@ -29,6 +29,7 @@ struct Chain {
   const DraftSampling* sampling;  // null: every draft is an argmax
   int64_t* drafts;                // [B, steps]
 };
+SHARED_STRUCT(Chain, FIELD(pairs) FIELD(steps) FIELD(counts) FIELD(recycle_unnormed) FIELD(sampling) FIELD(drafts))
 
 class ChainRun {
  public:

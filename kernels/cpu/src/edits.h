@@ -5,9 +5,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "layout.h"
+
 namespace specdec {
 
-// Mirrored by specdec.kernels.cpu.native.Edits. All zero: nothing.
+// All zero: nothing.
 struct Edits {
   int64_t num_biases;
   const int64_t* bias_ids;
@@ -60,5 +62,8 @@ struct Edits {
 
   static constexpr int64_t MAX_DRAFTS = 64;
 };
+SHARED_STRUCT(Edits, FIELD(num_biases) FIELD(bias_ids) FIELD(biases) FIELD(num_ends) FIELD(ends_banned) FIELD(ends)
+              FIELD(num_words) FIELD(word_starts) FIELD(word_tokens) FIELD(num_recent) FIELD(recent)
+              FIELD(num_counted) FIELD(counted_ids) FIELD(counts) FIELD(repetition) FIELD(presence) FIELD(frequency))
 
 }  // namespace specdec

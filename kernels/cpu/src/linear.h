@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "layout.h"
 #include "team.h"
 
 namespace specdec {
@@ -17,7 +18,7 @@ inline int64_t num_blocks(int64_t out) { return (out + LANES - 1) / LANES; }
 inline int64_t padded(int64_t size) { return num_blocks(size) * LANES; }
 
 
-// A packed weight. Mirrored by specdec.kernels.cpu.native.Matrix.
+// A packed weight.
 struct Matrix {
   const void* data;
   const float* scales;  // int8 only: one per output, padded like them; the product is scale * (q . x)
@@ -34,6 +35,7 @@ struct Matrix {
             dtype};
   }
 };
+SHARED_STRUCT(Matrix, FIELD(data) FIELD(scales) FIELD(bias) FIELD(out) FIELD(in) FIELD(dtype))
 
 // Rows of x: the index-th ones, or 0, 1, ... where there is no index.
 struct Rows {

@@ -11,13 +11,14 @@
 
 namespace specdec {
 
-// Mirrored by specdec.kernels.cpu.native.MLP. One MLP, or a stack of `Routing::num_experts`.
+// One MLP, or a stack of `Routing::num_experts`.
 struct MLP {
   Matrix gate_up;  // out: twice the width, each half padded to whole blocks
   Matrix down;
 
   int64_t width() const { return gate_up.out / 2; }  // padded
 };
+SHARED_STRUCT(MLP, FIELD(gate_up) FIELD(down))
 
 // Experts in ascending order with the rows that chose them.
 struct Assignments {

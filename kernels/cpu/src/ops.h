@@ -42,12 +42,13 @@ inline void silu_and_mul(const float* gate, const float* up, int64_t size, float
   for_vectors(size, [&](int64_t i, int n) { store_n(y + i, mul(silu(load_n(gate + i, n)), load_n(up + i, n)), n); });
 }
 
-// Mirrored by specdec.kernels.cpu.native.Routing.
 struct Routing {
   int64_t num_experts, top_k, n_group, topk_group;
   int32_t norm_topk_prob;
   float scaling;
 };
+SHARED_STRUCT(Routing, FIELD(num_experts) FIELD(top_k) FIELD(n_group) FIELD(topk_group) FIELD(norm_topk_prob)
+              FIELD(scaling))
 
 // The k best of `scores` in descending order, the lowest id first among equals.
 inline void top_ids(const float* scores, int64_t size, int64_t k, int64_t* ids) {

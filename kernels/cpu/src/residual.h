@@ -70,7 +70,6 @@ class ResidualLaw {
   int64_t excluded_, size_;
 };
 
-// Mirrored by specdec.kernels.cpu.native.Residuals.
 struct Residuals {
   int64_t num, size;
   const float *p, *q;    // [rows, size]; q may be null
@@ -83,6 +82,7 @@ struct Residuals {
     return {p_row(i), scales[i], q && q_row >= 0 ? q + q_row * size : nullptr, ints[2 * num + i], size};
   }
 };
+SHARED_STRUCT(Residuals, FIELD(num) FIELD(size) FIELD(p) FIELD(q) FIELD(scales) FIELD(ints))
 
 // A token of the law, or of p [size] where it has no mass; -1 where the sum is not finite.
 inline int64_t sample(ResidualLaw law, const float* p, int64_t size, double uniform, std::vector<double>& sums) {

@@ -86,7 +86,7 @@ inline float softmax(const float* x, float scale, int64_t size, float* y) {
   return 1.0f / total;
 }
 
-// How rows of logits become tokens. Mirrored by specdec.kernels.cpu.native.Sampling.
+// How rows of logits become tokens.
 struct Sampling {
   int64_t rows;
   const double* reals;    // scales, top_p, min_p: [rows] each
@@ -103,6 +103,7 @@ struct Sampling {
     return {seeds[r], uint32_t(ints[2 * rows + r] + advance), uint32_t(ints[3 * rows + r]), uint32_t(ints[rows + r])};
   }
 };
+SHARED_STRUCT(Sampling, FIELD(rows) FIELD(reals) FIELD(ints) FIELD(seeds))
 
 // The largest logit of each block; returns the largest of all, NaN where one is NaN or infinite, or none is finite.
 inline float survey(const float* x, int64_t size, std::vector<float>& tops) {

@@ -10,7 +10,6 @@ namespace specdec {
 enum Rule : int64_t { EXACT_MATCH = 0, TOKEN_REJECTION = 1, BLOCK_VERIFICATION = 2 };  // as in specdec.kernels.data
 enum Stream : uint32_t { ACCEPT = 2, RESIDUAL = 3 };  // as in specdec.kernels.philox
 
-// Mirrored by specdec.kernels.cpu.native.Verification.
 struct Verification {
   Sampling rows;              // of each sequence's first row
   const int64_t* rules;       // [B]
@@ -34,6 +33,9 @@ struct Verification {
     return !edits && !raw;
   }
 };
+SHARED_STRUCT(Verification, FIELD(rows) FIELD(rules) FIELD(first_rows) FIELD(starts) FIELD(prob_rows) FIELD(drafts)
+              FIELD(draft_probs) FIELD(prob_steps) FIELD(edits) FIELD(raw) FIELD(processed) FIELD(tokens)
+              FIELD(num_tokens))
 
 // One sequence's rows before its rule; logits [k + 1, V], each `stride` apart, are changed.
 class Decision {
