@@ -12,13 +12,16 @@ from statistics import fmean
 
 import pytest
 
-from specdec import Engine, ModelError, SamplingParams, SpeculationParams, batch, draft_length, measure
+from specdec import Engine, ModelError, SamplingParams, SpeculationParams
+from specdec.auto_length import controller as draft_length
+from specdec.auto_length import measure
 from specdec.auto_length.controller import AutoDraftLength
 from specdec.auto_length.measure import cost_table, measure_costs, trials
 from specdec.auto_length.plan import best_lengths
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.cost import CostTable, StepTimes
 from specdec.request.sequence import Sequence
+from specdec.step import batch
 from specdec.step.draft import DraftResult
 from specdec.step.draft_length import FixedDraftLength
 from specdec.step.scheduler import MAX_PENDING_PAIRS, ScheduledSequence
