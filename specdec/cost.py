@@ -10,6 +10,7 @@ import statistics
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +37,12 @@ class Curve:
 
     def __call__(self, rows: int) -> float:
         return self._dense[rows] if rows < NUM_DENSE else self.interpolate(rows)
+
+    def increment(self, rows: int) -> float:
+        """Seconds that one more row adds."""
+        if rows + 1 < NUM_DENSE:
+            return self._dense[rows + 1] - self._dense[rows]
+        return self(rows + 1) - self(rows)
 
     def interpolate(self, rows: float) -> float:
         known, seconds = self._rows, self._seconds
@@ -100,13 +107,26 @@ class CostTable:
         return self.sequence_s * num_sequences + self.target_s(num_sequences)
 
     def seconds(
-        self, num_sequences: int, num_rows: int, num_pairs: int, drafting: list[int], num_sampled: int = 0
+        self, num_sequences: int, num_rows: int, num_pairs: int, drafting: Seq[int], num_sampled: int = 0
     ) -> float:
-        """Of a step. num_rows: of the target. num_pairs: that the MTP layer extends its cache by. drafting[d]: the
-        sequences with more than d drafts. num_sampled: rows of logits, the MTP layer's included, that are sampled."""
-        chain = sum(self.step_s(count) for count in drafting[1:])
-        small = self.sequence_s * num_sequences + self.sampled_s * num_sampled
-        return small + self.target_s(num_rows) + self.extend_s(num_pairs) + chain
+        """Predicted seconds of one step.
+
+        num_sequences: that take part.
+        num_rows: rows of the target's forward.
+        num_pairs: pairs that the MTP layer extends its cache by.
+        drafting: drafting[d] sequences have more than d drafts.
+        num_sampled: rows of logits, the MTP layer's included, that are sampled.
+        """
+        small = self.small_s(num_sequences, num_sampled)
+        return small + self.target_s(num_rows) + self.extend_s(num_pairs) + self.chain_s(drafting)
+
+    def small_s(self, num_sequences: int, num_sampled: int) -> float:
+        """Predicted seconds that the number of sequences and that of sampled rows add to a step."""
+        return self.sequence_s * num_sequences + self.sampled_s * num_sampled
+
+    def chain_s(self, drafting: Seq[int]) -> float:
+        """Predicted seconds of the drafts after each sequence's first, where drafting[d] have more than d of them."""
+        return sum(self.step_s(count) for count in drafting[1:])
 
     def predict(self, batch_size: int, num_draft_tokens: int, mean_acceptance_length: float) -> float:
         """Tokens per second of `batch_size` sequences that each draft `num_draft_tokens`."""
@@ -128,13 +148,17 @@ class StepTimes:
         self._errors: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
 
     def forget(self) -> None:
-        """For another table."""
+        """Resets both factors, because there is another table."""
         self.plain, self.drafting = Correction(), Correction()
+        self._snapshot: StepTimes | None = None
 
-    def copy(self) -> StepTimes:
-        other = copy(self)
-        other.plain, other.drafting, other._errors = copy(self.plain), copy(self.drafting), self._errors.copy()
-        return other
+    def snapshot(self) -> StepTimes:
+        """Returns a copy that does not change; the same one until a step is recorded, since few steps are."""
+        if self._snapshot is None:
+            other = copy(self)
+            other.plain, other.drafting, other._errors = copy(self.plain), copy(self.drafting), self._errors.copy()
+            self._snapshot = other
+        return self._snapshot
 
     @property
     def drafting_factor(self) -> float:
@@ -148,7 +172,13 @@ class StepTimes:
         return self.plain.num_steps + self.drafting.num_steps
 
     def record(self, table_s: float, measured_s: float, *, drafts: bool) -> None:
-        """One step: by the table, and by the clock."""
+        """Counts one step.
+
+        table_s: its seconds by the table.
+        measured_s: its seconds by the clock.
+        drafts: whether the MTP layer ran in it.
+        """
+        self._snapshot = None
         correction = self.drafting if drafts else self.plain
         predicted = correction.factor * table_s
         if correction.num_steps > 0 and measured_s > 0:  # the first one only sets the level

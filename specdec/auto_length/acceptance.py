@@ -74,17 +74,24 @@ class RequestAcceptance:
         self._faded_at = step
 
     def survivals(self, engine_rates: list[float], prior_weight: float, step: int) -> list[float]:
-        """By position: the probability that this draft and all before it are accepted, as high as is still plausible.
-        step: the number of this step, counted by the engine."""
+        """Returns by position: the probability that this draft and all before it are accepted, as high as is still
+        plausible. `engine_rates` decide for how many positions.
+
+        engine_rates: `EngineAcceptance.rates`.
+        prior_weight: `EngineAcceptance.prior_weight`.
+        step: the number of this step, counted by the engine.
+        """
         if step > self._faded_at:
             self.counts.fade((1 - 1 / REQUEST_MEMORY_STEPS) ** (step - self._faded_at))
             self._faded_at = step
         survival, difference, survivals = 1.0, 0.0, []
         for engine_rate, reached, accepted in zip(engine_rates, self.counts.reached, self.counts.accepted):
-            prior = min(1.0, max(0.0, engine_rate + OWN_SHARE * difference))
+            prior = engine_rate + OWN_SHARE * difference
+            prior = 0.0 if prior < 0 else 1.0 if prior > 1 else prior  # min and max would take a third of the time
             weight = prior_weight + reached
             rate = (prior_weight * prior + accepted) / weight
             difference = rate - engine_rate
-            survivals.append(survival * min(1.0, rate + OPTIMISM * (rate * (1 - rate) / weight) ** 0.5))
+            plausible = rate + OPTIMISM * (rate * (1 - rate) / weight) ** 0.5
+            survivals.append(survival * plausible if plausible < 1 else survival)
             survival *= rate
         return survivals

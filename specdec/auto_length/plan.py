@@ -1,4 +1,4 @@
-"""What a step is expected to cost, and the draft lengths with which it is the fastest. No torch here."""
+"""A step before it runs: who drafts how much, and what that costs by the table. No torch here."""
 
 from __future__ import annotations
 
@@ -8,100 +8,114 @@ from dataclasses import dataclass, field
 from specdec.auto_length.acceptance import RequestAcceptance
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.cost import CostTable
-
-NO_DRAFTS = [0] * MAX_SPECULATIVE_TOKENS
-MIN_SURVIVAL = 0.02  # drafts less likely to be accepted are not considered
+from specdec.step.scheduler import ScheduledSequence
 
 
 @dataclass(slots=True)
-class Request:
-    """What a controller knows of one sequence. length: the draft length chosen last. probed_at: the step of its last
-    probe; hot: that one was accepted. probe_length: drafts of the next one beyond those that pay."""
+class RequestState:
+    """What the controller knows of one request."""
 
     acceptance: RequestAcceptance
-    probed_at: int
+    """How often its drafts were accepted."""
+    probed_at: int | None = None
+    """The step of its last probe; None before the first."""
     length: int | None = None
+    """The draft length chosen last; None before it had a choice."""
     hot: bool = False
+    """Its last probe was accepted whole, so another may follow at once."""
     probe_length: int = 1
+    """Drafts of its next probe, beyond those that pay."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """The rows of one step by kind: what a cost table needs to predict its seconds."""
+
+    num_sequences: int
+    num_rows: int
+    """Rows of the target's forward."""
+    num_sampled: int
+    """Rows of logits at a temperature above 0, the MTP layer's included."""
+    num_pairs: int = 0
+    """Pairs that the MTP layer extends its cache by."""
+    drafting: tuple[int, ...] = (0,) * MAX_SPECULATIVE_TOKENS
+    """[MAX_SPECULATIVE_TOKENS]: drafting[d] sequences draft more than d tokens."""
+
+    @classmethod
+    def plain(cls, scheduled: Seq[ScheduledSequence]) -> StepLoad:
+        """Returns the load of a step without drafts, in which no pairs of the MTP layer run either."""
+        num_sampled = sum(s.samples and not s.sequence.params.greedy for s in scheduled)
+        return cls(len(scheduled), sum(s.num_new_tokens for s in scheduled), num_sampled)
+
+    def with_drafts(self, scheduled: Seq[ScheduledSequence], lengths: Seq[int]) -> StepLoad:
+        """Returns the load with lengths[b] drafts of sequence b, and with the pairs that run then."""
+        num_rows, num_sampled, num_pairs = self.num_rows, self.num_sampled, self.num_pairs
+        drafting = list(self.drafting)
+        for s, k in zip(scheduled, lengths):
+            if s.extends_mtp_with(k):
+                num_rows += k
+                num_pairs += s.sequence.num_pending_pairs
+                num_sampled += 0 if s.sequence.params.greedy else 2 * k
+                for depth in range(k):
+                    drafting[depth] += 1
+        return StepLoad(self.num_sequences, num_rows, num_sampled, num_pairs, tuple(drafting))
+
+    def with_probe(self, scheduled: ScheduledSequence, first: int, extra: int) -> StepLoad:
+        """Returns the load with `extra` more drafts of a sequence that has `first` of them."""
+        sequence = scheduled.sequence
+        return StepLoad(
+            self.num_sequences,
+            self.num_rows + extra,
+            self.num_sampled + (0 if sequence.params.greedy else 2 * extra),
+            self.num_pairs + (0 if first else sequence.num_pending_pairs),
+            tuple(n + (first <= depth < first + extra) for depth, n in enumerate(self.drafting)),
+        )
+
+    def seconds(self, table: CostTable) -> float:
+        """Returns what the step is expected to take by the table."""
+        return table.seconds(self.num_sequences, self.num_rows, self.num_pairs, self.drafting, self.num_sampled)
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """A step before it runs, for its cost by the table. members: the "auto" sequences that sample, as numbers b of
-    scheduled ones; requests[i], lengths[i]: of the i-th of them. extra[b]: how many tokens more one of them drafts.
-    flushed: those whose pairs need not wait longer. plain_s: seconds of the same step without drafts."""
+    """What is decided about one step. b is a place among its scheduled sequences."""
 
     members: list[int]
-    requests: list[Request]
+    """The places b of the "auto" sequences that sample."""
+    requests: list[RequestState]
+    """State of members[i]."""
     lengths: list[int]
-    num_sequences: int
-    num_rows: int
-    num_pairs: int
-    num_sampled: int
-    drafting: list[int]  # [MAX_SPECULATIVE_TOKENS]: sequences with more than d drafts
-    plain_s: float = 0.0
+    """Draft length of members[i], probes aside."""
+    load: StepLoad
+    """Rows of the whole step, probes and flushed pairs included."""
+    plain_s: float
+    """Seconds of the same step without drafts, by the table."""
     extra: dict[int, int] = field(default_factory=dict)
+    """How many more tokens sequence b drafts as a probe."""
     flushed: list[int] = field(default_factory=list)
-
-    def add(self, num_drafts: int, num_pairs: int, sampled: bool, first: int = 0) -> None:
-        """A sequence's drafts from `first` on, and the pairs before them."""
-        self.num_rows += num_drafts
-        self.num_pairs += num_pairs
-        self.num_sampled += 2 * num_drafts * sampled
-        for depth in range(first, first + num_drafts):
-            self.drafting[depth] += 1
-
-    def seconds(self, table: CostTable) -> float:
-        return table.seconds(self.num_sequences, self.num_rows, self.num_pairs, self.drafting, self.num_sampled)
+    """The places b of sequences whose waiting pairs run though they draft nothing."""
 
 
-def best_lengths(
+def members_of(scheduled: Seq[ScheduledSequence]) -> list[int]:
+    """Returns the places b of the sequences that sample in this step and leave their draft length to the controller."""
+    return [b for b, s in enumerate(scheduled) if s.sequence.speculation.automatic and s.samples]
+
+
+def plan_step(
     table: CostTable,
-    survivals: Seq[Seq[float]],
-    num_sequences: int,
-    num_rows: int,
-    others: Seq[int] = (),
-    catch_up_s: Seq[float] = (),
-    sampled: Seq[bool] = (),
-    drafting_factor: float = 1.0,
-    between_s: float = 0.0,
-) -> list[int]:
-    """The draft lengths with the most tokens per second; survivals[i] has as many entries as sequence i may draft.
+    scheduled: Seq[ScheduledSequence],
+    members: list[int],
+    requests: list[RequestState],
+    lengths: list[int],
+) -> StepPlan:
+    """Returns the plan with lengths[i] drafts of members[i]; sequences that are no members draft what they may.
 
-    (i, j) are admitted in descending order of survival, and of all prefixes of that order the best one is taken: the
-    first draft of a step costs an extend and later ones do not, so the rate has more than one maximum.
-    num_sequences, num_rows: of the step without these drafts. others: draft lengths of the step's other sequences.
-    The extend is taken at its mean: each drafting sequence has as many new pairs as it emits tokens. catch_up_s: what
-    drafting costs sequence i beyond that. sampled: sequences at a temperature above 0. drafting_factor: how
-    much longer steps with drafts take than the table says, relative to plain ones. between_s: from a step to the next.
+    table: the costs to predict by.
+    scheduled: all sequences of the step.
+    members, requests, lengths: as the fields of `StepPlan`.
     """
-    order = sorted(
-        (-a, depth, i) for i, law in enumerate(survivals) for depth, a in enumerate(law) if a >= MIN_SURVIVAL
-    )
-    drafting = [sum(k > depth for k in others) for depth in range(MAX_SPECULATIVE_TOKENS)]
-    pairs = float(sum(k > 0 for k in others))
-    fixed_s = table.sequence_s * num_sequences + sum(table.step_s(n) for n in drafting[1:])
-    fixed_s += table.sampled_s * sum(sampled) + between_s
-    tokens = float(len(survivals) + len(others))
-    plain_s = fixed_s + table.target_s(num_rows) + table.extend_s(int(pairs + 0.5))
-    best_rate, best_count = tokens / plain_s * (1.0 if others else drafting_factor), 0
-    sampled_draft_s = 2 * table.sampled_s  # its own row, and that of the target after it
-    target_s, extend_s, step_s = table.target_s, table.extend_s, table.step_s
-    for count, (a, depth, i) in enumerate(order, 1):
-        if depth == 0:
-            pairs += 1
-            fixed_s += catch_up_s[i] if catch_up_s else 0.0
-        if sampled and sampled[i]:
-            fixed_s += sampled_draft_s
-        if depth:
-            fixed_s += step_s(drafting[depth] + 1) - step_s(drafting[depth])
-        drafting[depth] += 1
-        pairs -= a
-        tokens -= a
-        rate = tokens / (fixed_s + target_s(num_rows + count) + extend_s(int(pairs + 0.5)))
-        if rate > best_rate:
-            best_rate, best_count = rate, count
-    lengths = [0] * len(survivals)
-    for _, _, i in order[:best_count]:
-        lengths[i] += 1
-    return lengths
+    drafts = [s.num_draft_tokens for s in scheduled]
+    for b, k in zip(members, lengths):
+        drafts[b] = k
+    plain = StepLoad.plain(scheduled)
+    return StepPlan(members, requests, lengths, plain.with_drafts(scheduled, drafts), plain.seconds(table))

@@ -13,11 +13,10 @@ from statistics import fmean
 import pytest
 
 from specdec import Engine, ModelError, SamplingParams, SpeculationParams
-from specdec.auto_length import controller as draft_length
 from specdec.auto_length import measure
 from specdec.auto_length.controller import AutoDraftLength
+from specdec.auto_length.lengths import Candidate, StepBase, best_lengths
 from specdec.auto_length.measure import cost_table, measure_costs, trials
-from specdec.auto_length.plan import best_lengths
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.cost import CostTable, StepTimes
 from specdec.kernels.data import Drafts
@@ -81,9 +80,10 @@ def test_acceptance_that_falls_with_the_position_is_learnt() -> None:
 def test_the_best_prefix_is_found_beyond_a_step_that_does_not_pay() -> None:
     """The extend alone costs more than one draft gains; three drafts pay for it and for a fourth."""
     table = CostTable({1: 1.0, 9: 1.0}, {1: 1.0, 9: 1.0}, {1: 0.01})
-    assert best_lengths(table, [[0.95, 0.9, 0.85, 0.1]], 1, 1) == [4]
-    assert best_lengths(table, [[0.95]], 1, 1) == [0]
-    assert best_lengths(table, [[]], 1, 1) == [0]
+    base = StepBase(num_sequences=1, num_rows=1)
+    assert best_lengths(table, base, [Candidate([0.95, 0.9, 0.85, 0.1])]) == [4]
+    assert best_lengths(table, base, [Candidate([0.95])]) == [0]
+    assert best_lengths(table, base, [Candidate([])]) == [0]
 
 
 def test_hardly_any_other_lengths_are_faster() -> None:
@@ -104,7 +104,7 @@ def test_hardly_any_other_lengths_are_faster() -> None:
             return tokens / table.seconds(3, 3 + sum(lengths), 5 * any(lengths), drafting)
 
         best = max(map(rate, itertools.product(range(4), repeat=3)))
-        assert rate(best_lengths(table, laws, 3, 3)) >= 0.98 * best
+        assert rate(best_lengths(table, StepBase(3, 3), [Candidate(law) for law in laws])) >= 0.98 * best
 
 
 def test_choices_do_not_depend_on_the_clock_where_the_table_is_given() -> None:
@@ -196,9 +196,9 @@ def test_the_law_is_exact_with_the_controller_itself(
     tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every path alone, with a controller that knows nothing at first and decides anew in every step."""
-    monkeypatch.setattr(draft_length, "KEPT_STEPS", 1)
-    monkeypatch.setattr(draft_length, "KEPT_PLAIN_STEPS", 1)
-    monkeypatch.setattr(draft_length, "PROBE_INTERVAL", 1)
+    monkeypatch.setattr("specdec.auto_length.controller.KEPT_STEPS", 1)
+    monkeypatch.setattr("specdec.auto_length.controller.KEPT_PLAIN_STEPS", 1)
+    monkeypatch.setattr("specdec.auto_length.probing.PROBE_INTERVAL", 1)
     tables = enumerator(tmp_path, 2)
     table = CostTable({1: 1.0, 2: 1.35, 3: 1.8, 4: 2.2}, {1: 0.1}, {1: 0.05})
     law: Law = defaultdict(float)
@@ -340,7 +340,7 @@ def test_measuring_stays_inside_the_context(
 
 def test_without_auto_nothing_is_measured(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.from_pretrained(tiny_checkpoint, kernels="reference")
-    monkeypatch.setattr(engine.core.draft_length, "_measure", None)
+    monkeypatch.setattr(engine.core.draft_length._table, "_measure", None)
     engine.generate([[5]], SamplingParams(max_tokens=4, temperature=0))
     assert engine.stats().draft_length is not None
     assert sum(engine.stats().draft_length.chosen) == 0

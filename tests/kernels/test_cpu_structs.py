@@ -50,11 +50,9 @@ def test_a_batch_points_to_its_lists_as_long_as_it_lives() -> None:
 
 @pytest.mark.parametrize("keep_logits", [False, True])
 def test_a_verification_points_to_its_lists_and_reads_its_tokens_back(keep_logits: bool) -> None:
-    drafts = [[11, 12], [], [13]]
     probs = torch.zeros(2, 5, 20)
-    batch = VerifyBatch(
-        [0, 3, 4], Drafts(drafts, [1, -1, 0], probs), [2, 0, 1], mixed_rows(3, [0]), [None] * 3, keep_logits
-    )
+    drafts = Drafts([[11, 12], [], [13]], [1, -1, 0], probs)
+    batch = VerifyBatch([0, 3, 4], drafts, [2, 0, 1], mixed_rows(3, [0]), [None] * 3, keep_logits)
     call = VerificationCall(batch, vocab_size=20)
     _others = reuse_freed_memory()
     assert values_at(call.struct.rules, 3) == [2, 0, 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from specdec.eval.planted import RECIPE_NAME, Recipe, successors
+from specdec.eval.speed.planted import RECIPE_NAME, Recipe, successors
 
 
 def load_recipe(folder: Path) -> Recipe:
