@@ -7,14 +7,14 @@ import hashlib
 import io
 import json
 import platform
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from specdec import Engine
-from specdec import __version__
+from specdec import Engine, __version__
 from specdec.eval.acceptance.schema import SCALARS, SCHEMA, VERSION, faults
 from specdec.eval.files import finite, write_whole
 from specdec.eval.machine import describe_machine, git_revision
@@ -25,6 +25,7 @@ SETTINGS = ("temperature", "verification", "draft_sampling", "num_speculative_to
 CSV_COLUMNS = (
     *SETTINGS, "scope", "category", "metric", "position", "bin_low", "bin_high", "num", "value", "low", "high",
 )  # fmt: skip
+NUMBERS = re.compile(r"\[\n((?: +[-+.\de]+,?\n)+) +\]")  # a list of numbers, one a line; no string has line ends
 COUNTS = ("num_requests", "num_verifications")
 REMEDY = "make it anew with `specdec eval acceptance`"
 Row = dict[str, Any]
@@ -37,7 +38,8 @@ def write_results(document: dict[str, Any], folder: Path) -> Path:
     document = finite(document)
     _check(document, path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(document, indent=2, allow_nan=False)
+    write_whole(path, NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
     return path
 
 
