@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from specdec.eval.acceptance.intervals import Quotients
 from specdec.eval.acceptance.pooling import Sums
 from specdec.eval.acceptance.records import Ints
 
@@ -41,3 +45,23 @@ class ByPrompt:
             decode_s=sums.paired_s[:, 0].round(DECIMALS).tolist(),
             decode_tokens=sums.paired_tokens[:, 0].astype(int).tolist(),
         )
+
+
+def acceptances(counts: dict[str, Any]) -> Quotients:
+    """Accepted drafts per verification, then the conditional acceptance of drafts 1 to K, n prompts: 1 + K figures.
+
+    counts: `by_prompt` of a cell in results.json, with drafts.
+    """
+    reached, accepted = (np.array(counts[name], np.float64) for name in ("reached", "accepted"))  # [n, K]
+    x, most = (np.hstack([figures.sum(1, keepdims=True), figures]) for figures in (accepted, reached))
+    return Quotients(np.stack([x, np.hstack([reached[:, :1], reached])]), most)
+
+
+def speedup(counts: dict[str, Any]) -> Quotients:
+    """Seconds per token of plain decoding over those of the cell: one figure.
+
+    counts: `by_prompt` of a cell in results.json.
+    """
+    names = ("plain_decode_s", "plain_decode_tokens", "decode_s", "decode_tokens")
+    factors = np.array([counts[name] for name in names], np.float64)[:, :, None]
+    return Quotients(factors, np.full_like(factors[0], np.inf))

@@ -79,8 +79,10 @@ def test_a_folder_with_results_is_kept_unless_resumed(results: Path, arguments: 
 def test_compare_is_for_ci(results: Path, tmp_path: Path) -> None:
     same = run("compare", str(results), str(results / "results.json"))
     assert same.exit_code == 0, same.stderr
+    assert "intervals are of differences prompt by prompt" in same.stdout
     document = json.loads((results / "results.json").read_text())
     for cell in document["cells"]:
+        cell["by_prompt"]["accepted"] = [[0] * len(row) for row in cell["by_prompt"]["accepted"]]
         for name, estimate in cell["all"].items():
             if name == "mean_acceptance_length" and estimate["value"] is not None:
                 cell["all"][name] = {"value": 1.01, "low": 1.0, "high": 1.02}
@@ -88,6 +90,7 @@ def test_compare_is_for_ci(results: Path, tmp_path: Path) -> None:
     worse = run("compare", str(results), str(tmp_path / "worse.json"), "--json")
     assert worse.exit_code == 1
     assert json.loads(worse.stdout)["passed"] is False
+    assert set(json.loads(worse.stdout)["detectable_losses"]) == {"mean acceptance length", "speed-up"}
     assert run("compare", str(tmp_path / "worse.json"), str(results)).exit_code == 0
     assert run("compare", str(results), str(tmp_path / "none")).exit_code == 1
 
