@@ -74,8 +74,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """name: of the file. limits: of the y axis, None where the data decide. ticks: marks of the x axis with their
-    labels; none where x is a quantity. dodge: between series at the same x."""
+    """One chart of a report.
+
+    name: unique among the charts of a report.
+    limits: of the y axis, None where the data decide.
+    ticks: marks of the x axis with their labels; none where x is a quantity.
+    dodge: distance between series at the same x.
+    """
 
     name: str
     title: str

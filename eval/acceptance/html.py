@@ -149,7 +149,7 @@ def _check_view(cell: Cell) -> dict[str, Any]:
 
 
 def _chart_view(chart: Chart) -> dict[str, Any]:
-    image = base64.b64encode(draw(chart, "svg")).decode("ascii")
+    image = base64.b64encode(draw(chart)).decode("ascii")
     rows = [
         (panel.title, series.label, point.label, _shown(point.estimate, ".3f"))
         for panel in chart.panels

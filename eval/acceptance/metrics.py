@@ -147,7 +147,7 @@ def _warnings(group: Group) -> list[str]:
     if share is None or share <= MAX_LOOP_SHARE:
         return []
     return [
-        f"{share:.0%} of the output tokens lie in final loops, more than {MAX_LOOP_SHARE:.0%}: acceptance and speed-up "
+        f"{share:.1%} of the output tokens lie in final loops, more than {MAX_LOOP_SHARE:.0%}: acceptance and speed-up "
         "are those of repeating text"
     ]
 

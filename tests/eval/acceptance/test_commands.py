@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,11 @@ def test_acceptance_writes_everything(results: Path) -> None:
     assert document["provenance"]["command"].startswith("specdec")
     for name in ("results.csv", "report.html"):
         assert (results / name).stat().st_size > 1000
-    assert list(results.glob("*.png"))
+    report = (results / "report.html").read_text()
+    assert report.count("data:image/svg+xml;base64,") >= 7
+    assert {path.name for path in results.iterdir()} == {
+        "cells", "report.html", "results.csv", "results.json", "run.json",
+    }  # fmt: skip
 
 
 def test_a_folder_with_results_is_kept_unless_resumed(results: Path, arguments: list[str]) -> None:
@@ -117,6 +123,44 @@ def test_predict_prints_assumptions_and_validation(results: Path) -> None:
     shown = run("predict", "--config", "glm-4.5", "--gpu", "h200", "--num-gpus", "8", *measured, "--json")
     assert shown.exit_code == 0, shown.stderr
     assert json.loads(shown.stdout)["cells"][-1]["num_speculative_tokens"] == 2
+
+
+WITHOUT_MATPLOTLIB = """
+import importlib, pkgutil, sys
+sys.modules["matplotlib"] = None
+from specdec.cli import main
+if sys.argv[1:] == ["import", "everything"]:
+    import specdec.eval.acceptance as package
+    names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("plots", "html")]
+    for name in names:
+        importlib.import_module(f"{package.__name__}.{name}")
+    import specdec.eval.compare, specdec.inspection, specdec.async_engine
+    print(len(names))
+else:
+    main()
+"""
+
+
+def run_without_matplotlib(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", WITHOUT_MATPLOTLIB, *words], capture_output=True, text=True)
+
+
+def test_without_matplotlib_acceptance_is_refused_before_any_work(arguments: list[str], tmp_path: Path) -> None:
+    result = run_without_matplotlib("eval", "acceptance", *arguments, "--output", str(tmp_path / "out"))
+    assert (result.returncode, result.stdout) == (1, "")
+    remedy = "charts are drawn with matplotlib, which is not installed: pip install matplotlib"
+    assert result.stderr == f"specdec: the report's {remedy}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_everything_else_works(results: Path) -> None:
+    imported = run_without_matplotlib("import", "everything")
+    assert imported.returncode == 0, imported.stderr
+    assert int(imported.stdout) > 15
+    for words in (["generate", "--help"], ["eval", "acceptance", "--help"], ["eval", "compare", *[str(results)] * 2]):
+        done = run_without_matplotlib(*words)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
 
 
 @pytest.mark.parametrize(

@@ -428,7 +428,7 @@ def test_loops_are_warned_of_beyond_a_fifth_of_the_tokens(num_loop_tokens: int, 
     assert metrics.all.final_loop_share.value == pytest.approx(num_loop_tokens / 20)
     assert len(metrics.warnings) == warned
     for warning in metrics.warnings:
-        assert f"{num_loop_tokens / 20:.0%} of the output tokens lie in final loops, more than 20%" in warning
+        assert f"{num_loop_tokens / 20:.1%} of the output tokens lie in final loops, more than 20%" in warning
         assert "repeating text" in warning
 
 
