@@ -74,8 +74,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """name: of the file. limits: of the y axis, None where the data decide. ticks: marks of the x axis with their
-    labels; none where x is a quantity. dodge: between series at the same x."""
+    """One chart of a report.
+
+    name: unique among the charts of a report.
+    limits: of the y axis, None where the data decide.
+    ticks: marks of the x axis with their labels; none where x is a quantity.
+    dodge: distance between series at the same x.
+    """
 
     name: str
     title: str
@@ -239,19 +244,22 @@ def _position_chart(cells: list[Cell], metric: str, y_label: str) -> Chart:
 
 
 def _calibration_chart(cells: list[Cell]) -> Chart:
+    """Measured acceptance against the probability with which the rule accepts, given both distributions."""
+
     def points_of(cell: Cell) -> list[Point]:
         return [
-            Point(_middle(b) if b["mean"] is None else b["mean"], f"confidence {_limits_text(b)}", b["acceptance"])
-            for b in cell["calibration"]["bins"]
+            Point(_middle(b) if b["mean"] is None else b["mean"], f"expected {_limits_text(b)}", b["acceptance"])
+            for b in cell["by_expected_acceptance"]["bins"]
         ]
 
     def detail_of(cell: Cell) -> str:
-        return f"ECE {format_number(cell['calibration']['ece']['value'], '.3f') or 'unknown'}"
+        return f"ECE {format_number(cell['by_expected_acceptance']['ece']['value'], '.3f') or 'unknown'}"
 
-    panels, notes = _acceptance_panels(cells, points_of, Line("calibrated", [0, 1], [0, 1]), detail_of)
+    panels, notes = _acceptance_panels(cells, points_of, Line("as expected", [0, 1], [0, 1]), detail_of)
     return Chart(
-        "calibration", "Calibration of draft confidence", "confidence: largest probability of the draft's law",
-        "acceptance of drafts reached", panels, notes, limits=ACCEPTANCE_LIMITS,
+        "calibration", "Calibration: measured against expected acceptance",
+        "acceptance expected from both distributions", "measured acceptance of drafts reached", panels, notes,
+        limits=ACCEPTANCE_LIMITS,
     )  # fmt: skip
 
 

@@ -3,28 +3,36 @@
 Cells are the same where temperature, rule, drafts, K and batch size are; their mean acceptance length, conditional
 acceptances and speed-up are compared, of all requests together. Plain decoding has none of these.
 
-**Intervals.** A results.json has intervals, no requests, so errors are combined as if both were independent (MOVER:
-Zou and Donner 2008): B - s A reaches down by sqrt((b - b_low)^2 + s^2 (a_high - a)^2), up by
-sqrt((b_high - b)^2 + s^2 (a - a_low)^2). Both have the same prompts, which differ from each other more than anything
-else does: what is easy for A is easy for B, so that their errors largely cancel and the intervals are too wide rather
-than too narrow. What they call real, or worse, is so; more prompts find smaller differences.
+**Intervals.** Both have the same prompts, which differ from each other more than anything else does: what is easy for A
+is easy for B. So differences are taken prompt by prompt, from the counts in results.json, and the prompts are the
+clusters of the interval (`specdec.eval.acceptance.intervals.paired_differences`). Where that cannot be done (a file of
+an earlier release without counts, other prompts, a figure that fewer than two prompts inform about) errors are combined
+as if both were independent (MOVER: Zou and Donner 2008): B - s A reaches down by
+sqrt((b - b_low)^2 + s^2 (a_high - a)^2), up by sqrt((b_high - b)^2 + s^2 (a - a_low)^2). Such an interval is too wide
+rather than too narrow. The comparison says which figures it is used for.
 
 **Verdicts.** B may be worse by `tolerance` times A's value. Worse: the 95 % interval of B - (1 - tolerance) A lies
 below 0: that is what fails. Uncertain: the value lies below 0 and its interval does not, or there is none to judge by;
 that is said and fails nothing, as a failure at random would sooner teach to ignore failures. OK: the value does not.
+
+**Power.** Every figure comes with the smallest loss that would have been called worse with a probability of 80 %
+(`detectable_loss`): no verdict but "worse" says anything about losses below it.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from specdec.eval.acceptance.intervals import NO_ESTIMATE, Estimate
+from specdec.eval.acceptance.by_prompt import acceptances, speedup
+from specdec.eval.acceptance.intervals import NO_ESTIMATE, NORMAL, Estimate, paired_differences
 from specdec.eval.acceptance.schema import SCHEMA, VERSION
 from specdec.eval.acceptance.summary import cell_name, estimate_text, format_number
 
@@ -33,6 +41,8 @@ SETTINGS = ("temperature", "verification", "draft_sampling", "num_speculative_to
 NOT_THE_SAME_ANYWAY = (
     "model", "prompts", "num_speculative_tokens", "temperatures", "verification", "draft_sampling", "batch_sizes",
 )  # fmt: skip
+LENGTH, SPEEDUP = "mean acceptance length", "speed-up"
+NORMAL_80 = 0.841621  # 80 % quantile of the normal distribution
 MACHINE = ("processor", "threads", "kernels", "weights")
 Document = dict[str, Any]
 Verdict = Literal["ok", "uncertain", "worse"]
@@ -41,14 +51,22 @@ STYLES: dict[Verdict, str] = {"ok": "", "uncertain": "yellow", "worse": "bold re
 
 @dataclass(frozen=True)
 class Difference:
-    """difference: B - A. real: its interval excludes 0; None without an interval."""
+    """One figure of a cell in A and B.
+
+    difference: B - A.
+    paired: its interval is of differences prompt by prompt.
+    real: its interval excludes 0; None without an interval.
+    detectable_loss: see `detectable_loss`; None without an interval.
+    """
 
     metric: str
     a: Estimate
     b: Estimate
     difference: Estimate
+    paired: bool
     real: bool | None
     verdict: Verdict
+    detectable_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -61,23 +79,42 @@ class CellComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """only_in_a, only_in_b: settings of cells that the other document lacks. warnings: what else is not the same."""
+    """What A and B have in common, and what not.
+
+    only_in_a, only_in_b: settings of cells that the other document lacks.
+    warnings: what else is not the same.
+    unpaired_because: why no cell can be compared prompt by prompt; empty where the documents allow it.
+    """
 
     tolerance: float
     cells: list[CellComparison]
     only_in_a: list[dict[str, Any]]
     only_in_b: list[dict[str, Any]]
     warnings: list[str]
+    unpaired_because: str
 
     @property
     def passed(self) -> bool:
         return self.count("worse") == 0
 
+    @property
+    def differences(self) -> list[Difference]:
+        """Those of all cells."""
+        return [d for cell in self.cells for d in cell.differences]
+
     def count(self, verdict: Verdict) -> int:
-        return sum(d.verdict == verdict for cell in self.cells for d in cell.differences)
+        return sum(d.verdict == verdict for d in self.differences)
+
+    def detectable(self, metric: str) -> dict[str, float] | None:
+        """Least, median and most of the metric's `detectable_loss` over the cells; None where no cell has one."""
+        losses = [d.detectable_loss for d in self.differences if d.metric == metric and d.detectable_loss is not None]
+        if not losses:
+            return None
+        return {"least": min(losses), "median": statistics.median(losses), "most": max(losses)}
 
     def as_dict(self) -> dict[str, Any]:
-        return {"passed": self.passed, **asdict(self)}
+        detectable = {metric: self.detectable(metric) for metric in (LENGTH, SPEEDUP)}
+        return {"passed": self.passed, **asdict(self), "detectable_losses": detectable}
 
 
 def compare(document_a: Document, document_b: Document, tolerance: float = DEFAULT_TOLERANCE) -> Comparison:
@@ -88,12 +125,17 @@ def compare(document_a: Document, document_b: Document, tolerance: float = DEFAU
     common = [key for key in a if key in b]
     if not common:
         raise ValueError("A and B have no cell with drafts in common: measure both with the same options")
+    unpaired_because = _unpaired_because(document_a, document_b)
     return Comparison(
         tolerance,
-        [CellComparison(_settings(a[key]), list(_differences(a[key], b[key], tolerance))) for key in common],
+        [
+            CellComparison(_settings(a[key]), list(_differences(a[key], b[key], tolerance, not unpaired_because)))
+            for key in common
+        ],
         [_settings(cell) for key, cell in a.items() if key not in b],
         [_settings(cell) for key, cell in b.items() if key not in a],
         list(_warnings(document_a, document_b)),
+        unpaired_because,
     )
 
 
@@ -118,6 +160,15 @@ def _refuse_what_differs(a: Document, b: Document) -> None:
                 f"A and B have other prompts: {field} {_brief(of_a)} and {_brief(of_b)}. Acceptance depends on the "
                 "text: measure both with the same --prompts"
             )
+
+
+def _unpaired_because(a: Document, b: Document) -> str:
+    lacking = [name for name, document in (("A", a), ("B", b)) if "sha256" not in document["prompts"]]
+    if lacking:
+        return f"{' and '.join(lacking)} of an earlier release, without counts by prompt"
+    if a["prompts"]["sha256"] != b["prompts"]["sha256"]:
+        return "A and B have other prompts, though as many of each category"
+    return ""
 
 
 def _warnings(a: Document, b: Document) -> Iterator[str]:
@@ -159,16 +210,30 @@ def _settings(cell: dict[str, Any]) -> dict[str, Any]:
     return {name: cell[name] for name in SETTINGS}
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> Iterator[Difference]:
-    """Of metrics that either cell has."""
-    names = [f"conditional acceptance {i}" for i in range(1, a["num_speculative_tokens"] + 1)]
-    metrics = ["mean acceptance length", *names, "speed-up"]
-    for metric, of_a, of_b in zip(metrics, _estimates(a["all"]), _estimates(b["all"])):
+def _differences(a: dict[str, Any], b: dict[str, Any], tolerance: float, same_prompts: bool) -> Iterator[Difference]:
+    """Yields the differences of metrics that either cell has."""
+    metrics = [LENGTH, *(f"conditional acceptance {i}" for i in range(1, a["num_speculative_tokens"] + 1)), SPEEDUP]
+    estimates = list(zip(_estimates(a["all"]), _estimates(b["all"])))
+    shares = 1.0, 1 - tolerance
+    unpaired = zip(*([minus(of_b, of_a, share) for of_a, of_b in estimates] for share in shares))
+    paired = zip(*(_paired(a, b, share) for share in shares)) if same_prompts else repeat((NO_ESTIMATE, NO_ESTIMATE))
+    for metric, (of_a, of_b), pair, other in zip(metrics, estimates, paired, unpaired):
         if of_a.value is None and of_b.value is None:
             continue
-        difference, allowed = minus(of_b, of_a), minus(of_b, of_a, 1 - tolerance)
+        is_paired = pair[0].low is not None
+        difference, allowed = pair if is_paired else other
         real = None if difference.low is None or difference.high is None else difference.low > 0 or difference.high < 0
-        yield Difference(metric, of_a, of_b, difference, real, _verdict(allowed))
+        loss = detectable_loss(allowed, of_a, tolerance)
+        yield Difference(metric, of_a, of_b, difference, is_paired, real, _verdict(allowed), loss)
+
+
+def _paired(a: dict[str, Any], b: dict[str, Any], share: float) -> list[Estimate]:
+    """B - share * A in the order of `_estimates`; none of cells that lack counts of the same prompts."""
+    counts, others = a.get("by_prompt"), b.get("by_prompt")
+    if counts is None or others is None or counts["prompts"] != others["prompts"]:
+        return [NO_ESTIMATE] * (a["num_speculative_tokens"] + 2)
+    length, *conditional = paired_differences(acceptances(counts), acceptances(others), share)
+    return [length.plus(1 - share), *conditional, *paired_differences(speedup(counts), speedup(others), share)]
 
 
 def _estimates(group: dict[str, Any]) -> list[Estimate]:
@@ -187,6 +252,21 @@ def minus(b: Estimate, a: Estimate, share: float = 1.0) -> Estimate:
     return Estimate(value, value - down, value + up)
 
 
+def detectable_loss(allowed: Estimate, a: Estimate, tolerance: float) -> float | None:
+    """The smallest loss, as a share of A's value, that would have been called worse with a probability of 80 %.
+
+    B is called worse where v + r < 0, v the value of B - (1 - tolerance) A and r the upper half of its 95 % interval,
+    1.960 standard errors. With a loss of L, v is normal around (tolerance - L) A, so that the probability is 80 % where
+    (L - tolerance) A = (1.960 + 0.842) standard errors: L = tolerance + (1 + 0.842 / 1.960) r / A. The standard error
+    is taken to be that of A and B as they are. More than 1: not even a loss of everything would have been seen.
+
+    allowed: B - (1 - tolerance) A.
+    """
+    if allowed.value is None or allowed.high is None or not a.value:
+        return None
+    return tolerance + (1 + NORMAL_80 / NORMAL) * (allowed.high - allowed.value) / a.value
+
+
 def _verdict(allowed: Estimate) -> Verdict:
     """allowed: B - (1 - tolerance) A."""
     if allowed.high is not None and allowed.high < 0:
@@ -202,24 +282,49 @@ def print_comparison(comparison: Comparison, out: Console) -> None:
     for name, missing in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
         for settings in missing:
             out.print(f"only in {name}: {cell_name(settings)}", style="yellow", soft_wrap=True, markup=False)
+    for text in _method(comparison):
+        out.print(text, style="yellow" if comparison.unpaired_because else "", soft_wrap=True, markup=False)
     worse, uncertain = comparison.count("worse"), comparison.count("uncertain")
     allowed = f"more than {comparison.tolerance:.1%} below A"
     if uncertain:
         text = f"{uncertain} uncertain: {allowed}, or without data, but not beyond chance. More prompts would tell."
         out.print(text, style="yellow", soft_wrap=True)
-    num_compared = sum(len(cell.differences) for cell in comparison.cells)
-    verdict = f"B is worse: {worse} of {num_compared} figures {allowed}" if worse else f"no figure is surely {allowed}"
+    verdict = (
+        f"B is worse: {worse} of {len(comparison.differences)} figures {allowed}"
+        if worse
+        else f"no figure is surely {allowed}"
+    )
     out.print(verdict, style="bold red" if worse else "bold green", soft_wrap=True)
+
+
+def _method(comparison: Comparison) -> Iterator[str]:
+    """How intervals were made, and which losses they would have shown."""
+    num_unpaired = sum(not d.paired for d in comparison.differences)
+    if comparison.unpaired_because:
+        yield f"unpaired intervals, wider than need be: {comparison.unpaired_because}"
+    else:
+        others = f"; {num_unpaired} figures that prompts say too little about are compared unpaired"
+        yield "intervals are of differences prompt by prompt" + (others if num_unpaired else "")
+    for metric in (LENGTH, SPEEDUP):
+        losses = comparison.detectable(metric)
+        if losses is not None:
+            least, median, most = (_percent(losses[name]) for name in ("least", "median", "most"))
+            yield f"with 80 % power it finds losses of {metric} from {median} on (median of cells; {least} to {most})"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share <= 1 else "over 100%"
 
 
 def _table(cell: CellComparison) -> Table:
     name = cell_name(cell.settings)
     table = Table(title=name[:1].upper() + name[1:], title_justify="left")
-    for i, column in enumerate(("", "A", "B", "B - A", "real", "verdict")):
+    for i, column in enumerate(("", "A", "B", "B - A", "real", "verdict", "finds")):
         table.add_column(column, justify="left" if i == 0 else "right")
     for d in cell.differences:
         a, b = (format_number(e.value, ".3f") for e in (d.a, d.b))
         change = estimate_text(asdict(d.difference), "+.3f")
         real = {True: "yes", False: "no", None: ""}[d.real]
-        table.add_row(d.metric, a, b, change, real, d.verdict, style=STYLES[d.verdict])
+        finds = "" if d.detectable_loss is None else _percent(d.detectable_loss)
+        table.add_row(d.metric, a, b, change, real, d.verdict, finds, style=STYLES[d.verdict])
     return table

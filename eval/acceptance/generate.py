@@ -11,6 +11,7 @@ import numpy as np
 
 from specdec import Engine, GenerationOutput, SamplingParams
 from specdec.eval.acceptance.analyse import Completion, analyse
+from specdec.eval.acceptance.loops import final_loop
 from specdec.eval.acceptance.plan import AcceptanceOptions, Cell
 from specdec.eval.acceptance.records import RequestRecord
 from specdec.eval.acceptance.replay import Reader
@@ -119,6 +120,7 @@ def _record(
         repeat=repeat,
         num_prompt_tokens=len(output.prompt_token_ids),
         num_output_tokens=stats.num_output_tokens,
+        num_loop_tokens=final_loop(output.token_ids),
         num_target_forwards=stats.num_target_forwards,
         starts=np.array([v.start for v in verifications], np.int64),
         num_drafted=np.array([len(v.draft_token_ids) for v in verifications], np.int64),

@@ -70,6 +70,7 @@ COLUMNS = (
     Column("tokens_per_s_per_request", "tokens/s per request", ",.0f"),
     Column("tokens_per_s", "tokens/s in total", ",.0f"),
     Column("ttft_s", "time to first token, ms", ".1f", 1e3),
+    Column("final_loop_share", "in final loops, %", ".0f", 100),
     Column("ece", "ECE", ".3f"),
 )
 CATEGORY_COLUMNS = tuple(c for c in COLUMNS if c.metric not in ("tokens_per_s", "block_efficiency", "ece"))
@@ -90,10 +91,11 @@ def render_html(document: dict[str, Any]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    charts = build_charts(document)
+    charts, views = build_charts(document), [_section_view(s) for s in sections(document)]
     return environment.get_template(TEMPLATE_NAME).render(
         document=document,
-        sections=[_section_view(s) for s in sections(document)],
+        sections=views,
+        warned=[view for view in views if view["warning"]],
         check_verdict=check_verdict(document),
         failed=[(cell_name(c), c["check"]["message"]) for c in failed_checks(document)],
         checked=[_check_view(c) for s in sections(document) for c in s.cells if c["check"] is not None],
@@ -113,7 +115,8 @@ def _section_view(section: Section) -> dict[str, Any]:
         "id": f"t{section.temperature:g}-b{section.batch_size}",
         "name": section.name,
         "verdict": section.verdict,
-        "rows": [_row(_setting(c), c["all"] | c["calibration"], COLUMNS, c is best) for c in section.cells],
+        "warning": section.warning,
+        "rows": [_row(_setting(c), c["all"] | c["by_expected_acceptance"], COLUMNS, c is best) for c in section.cells],
         "draft_numbers": range(1, 1 + max(c["num_speculative_tokens"] for c in section.cells)),
         "positions": [row for c in section.cells if speculative(c) for row in _position_rows(c)],
         "best": None if best is None else _setting(best),
@@ -146,7 +149,7 @@ def _check_view(cell: Cell) -> dict[str, Any]:
 
 
 def _chart_view(chart: Chart) -> dict[str, Any]:
-    image = base64.b64encode(draw(chart, "svg")).decode("ascii")
+    image = base64.b64encode(draw(chart)).decode("ascii")
     rows = [
         (panel.title, series.label, point.label, _shown(point.estimate, ".3f"))
         for panel in chart.panels

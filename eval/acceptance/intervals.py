@@ -31,11 +31,17 @@ What is lacking at 8 to 32 are positions 2 and 3 where few drafts are accepted; 
   That assumes clusters of like size and nothing about the drafts within one: wide as it has to be, it covers more
   than 95 %.
 - The same ratio in all clusters, neither 0 nor 1: the interval is the point. Plain decoding's block efficiency is 1.
+
+**Differences** of two runs over the same clusters (`paired_differences`) are nearly symmetric, whatever the ratios are:
+Student's t with the linearised standard error of the difference, in which what is easy for both runs cancels. Over
+2,000 runs of prompts with acceptance ~ Beta, 4 to 96 of them, it covers 94 to 96 %, and more where most prompts accept
+everything or nothing.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -48,6 +54,7 @@ NUM_RESAMPLES = 1999
 TAILS = [49, 1949]  # of 1999 in order: 2.5 and 97.5 % of 1999 + 1
 TAIL = 0.025
 FEW = 8
+NORMAL = 1.959964  # 97.5 % quantile of the normal distribution
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # 97.5 % quantile for 1, 2, ... degrees of freedom
 SAME = 1e-12  # a relative standard error that is rounding
 SURE = 2.0  # standard errors from 0 at which the sign of a calibration gap counts as known
@@ -86,6 +93,54 @@ def ratios(numerators: Floats, denominators: Floats, most: Floats | None = None,
     return _estimates(values, limits)
 
 
+@dataclass(frozen=True, eq=False)
+class Quotients:
+    """m figures of one run as sums over n clusters: sum x / sum y, or (sum x / sum y) / (sum u / sum v).
+
+    factors: [2 or 4, n, m], x, y and, if there are four, u, v; none is negative.
+    most: [n, m], what x can be at most; infinite where there is no limit.
+    """
+
+    factors: Floats
+    most: Floats
+
+    @property
+    def values(self) -> Floats:
+        """[m], NaN where there is nothing to divide by."""
+        x, y, *others = self.factors
+        return _ratio(_ratio(x, y), _ratio(*others)) if others else _ratio(x, y)
+
+    @property
+    def influences(self) -> Floats:
+        """[n, m]: n times how each cluster moves the figure, to first order; they add up to 0 over the clusters."""
+        means = self.factors.mean(1, keepdims=True)
+        shares = np.divide(self.factors, means, out=np.zeros_like(self.factors), where=means > 0)
+        powers = np.array([1.0, -1.0, -1.0, 1.0])[: len(shares)]
+        return self.values * np.tensordot(powers, shares, 1)
+
+    @property
+    def informative(self) -> Ints:
+        """[m], clusters with anything of x, or those with less of it than there can be, whichever are fewer."""
+        x = self.factors[0]
+        return np.minimum((x > 0).sum(0), (x < self.most).sum(0))
+
+
+def paired_differences(a: Quotients, b: Quotients, share: float = 1.0) -> list[Estimate]:
+    """Estimates of b - share * a, figure by figure; cluster i of both runs is the same one.
+
+    The standard error is sqrt(sum d^2 / (n (n - 1))), d the difference of a cluster's influences, n the clusters with
+    data. Student's t has one degree of freedom less than there are clusters that inform about both figures; with fewer
+    than two of them there is no interval.
+    """
+    values = b.values - share * a.values
+    n = ((a.factors > 0).any(0) | (b.factors > 0).any(0)).sum(0)
+    influences = (b.influences - share * a.influences) * n / max(len(a.most), 1)
+    informative = np.minimum(np.minimum(a.informative, b.informative), n)
+    error = np.sqrt((influences**2).sum(0) / np.maximum(n * (n - 1), 1))
+    reach = error * np.array([_student(int(count)) for count in informative])
+    return _estimates(values, np.stack([values - reach, values + reach]))
+
+
 def paired_ratios(x: Floats, y: Floats, u: Floats, v: Floats, seed: int = 0) -> list[Estimate]:
     """Estimates of (sum x / sum y) / (sum u / sum v), of m such: all [n, m], >= 0; row i of all four is one cluster."""
     values, limits = _ratio(_ratio(x, y), _ratio(u, v)), np.full((2, x.shape[1]), np.nan)
@@ -120,6 +175,18 @@ def calibration_error(gaps: Floats, counts: Floats, seed: int = 0) -> Estimate:
     uncertain = np.abs(deviations[:, ~sure]).sum(1)
     too_high, too_low = _tails(uncertain + certain)[1], _tails(uncertain - certain)[1]
     return Estimate(value, max(0.0, value - float(too_high)), min(1.0, value + float(too_low)))
+
+
+def _student(n: int) -> float:
+    """The 97.5 % quantile of Student's t, n - 1 degrees of freedom, to 0.001 (Cornish and Fisher); NaN for n < 2."""
+    if n < 2:
+        return math.nan
+    if n - 1 <= len(STUDENT):
+        return STUDENT[n - 2]
+    z, degrees = NORMAL, n - 1
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 def _ratio(numerators: Floats, denominators: Floats) -> Floats:

@@ -10,7 +10,8 @@ acceptance; the draft itself and the rule's noise are averaged out.
 - "token" (Leviathan et al. 2023): sum_x min(p_i(x), q_i(x)).
 - "coupled" (Daliri et al. 2024): sum_v m_i(v), where m_i(v) = 1 / sum_w max(p_w / p_v, q_w / q_v) is the probability
   that draft and target are both v.
-- "block" (Sun et al. 2024): as "token" for draft 1; later decisions are joint, so they have no such value.
+- "block" (Sun et al. 2024): sum_x min(p_i(x), q_i(x) / r_{i-1}), with r_{i-1}, below, the probability that the drafts
+  before are all accepted, given these drafts; r_0 = 1. Where r_{i-1} = 0 draft i is never reached, and alpha_i is 0.
 - point masses: p_i(d_i) under every rule.
 
 *Unconditional*, A_i: the probability that at least i drafts are accepted. It does not depend on K: a rule that judges
@@ -70,16 +71,15 @@ def at_drafts(values: Tensor, drafts: Tensor) -> Tensor:
 
 
 def conditional_acceptance(rule: Verification, p: Tensor, q: Tensor | None, drafts: Tensor) -> Tensor:
-    """alpha_i [n, K]; NaN for "block" beyond draft 1."""
+    """alpha_i [n, K]."""
     if q is None:
-        alpha = at_drafts(p, drafts)
-    elif rule == "coupled":
-        alpha = coupled_masses(p, q).sum(-1)
-    else:
-        alpha = overlap(p, q)
-    if rule == "block":
-        alpha[:, 1:] = torch.nan
-    return alpha
+        return at_drafts(p, drafts)
+    if rule == "coupled":
+        return coupled_masses(p, q).sum(-1)
+    if rule == "token":
+        return overlap(p, q)
+    reached = _block_reached(at_drafts(p, drafts) / at_drafts(q, drafts))
+    return (overlap(reached.unsqueeze(-1) * p, q) / reached).nan_to_num(0.0)
 
 
 def unconditional_acceptance(rule: Verification, p: Tensor, q: Tensor | None, drafts: Tensor) -> Tensor:
@@ -92,10 +92,7 @@ def unconditional_acceptance(rule: Verification, p: Tensor, q: Tensor | None, dr
     ratios = at_drafts(p, drafts) / at_drafts(q, drafts)
     if rule == "token":
         return _products_before(ratios.clamp(max=1)) * overlap(p, q)
-    reached = torch.ones_like(ratios)  # r_0 .. r_{K-1}
-    for i in range(1, ratios.shape[1]):
-        reached[:, i] = (reached[:, i - 1] * ratios[:, i - 1]).clamp(max=1)
-    return overlap(reached.unsqueeze(-1) * p, q)
+    return overlap(_block_reached(ratios).unsqueeze(-1) * p, q)
 
 
 def mean_acceptance_length(unconditional: Tensor) -> Tensor:
@@ -106,6 +103,14 @@ def mean_acceptance_length(unconditional: Tensor) -> Tensor:
 def entropy(p: Tensor) -> Tensor:
     """[..., V] -> [...], in nats."""
     return -torch.xlogy(p, p).sum(-1)
+
+
+def _block_reached(ratios: Tensor) -> Tensor:
+    """p / q at the drafts, [n, K] -> r_0 .. r_{K-1}."""
+    reached = torch.ones_like(ratios)
+    for i in range(1, ratios.shape[1]):
+        reached[:, i] = (reached[:, i - 1] * ratios[:, i - 1]).clamp(max=1)
+    return reached
 
 
 def _products_before(factors: Tensor) -> Tensor:

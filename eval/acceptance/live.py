@@ -30,7 +30,7 @@ from specdec.eval.acceptance.summary import (
 from specdec.kernels.progress import as_text
 
 RULE = "rule, drafts"
-COLUMNS = (RULE, "K", "length", "x plain", "tokens/s", "check")
+COLUMNS = (RULE, "K", "length", "x plain", "tok/s", "loop", "check")
 LINES_AROUND_TABLE = 8  # of the live display
 SHORT = 0.1  # a part that took less than this share of the longest one was there from an earlier run
 
@@ -99,7 +99,7 @@ class LiveTable:
         rows = max(1, self.console.height - LINES_AROUND_TABLE)
         parts: list[RenderableType] = []
         if self.cells:
-            table = _table("T", "batch", *COLUMNS)
+            table = _table("T", "B", *COLUMNS)
             for cell in self.cells[-rows:]:
                 table.add_row(f"{cell['temperature']:g}", str(cell["batch_size"]), *_row(cell))
             parts.append(table)
@@ -121,11 +121,14 @@ def print_results(document: dict[str, Any], console: Console) -> None:
             table.add_row(*_row(cell), _first_draft(cell), style="bold" if cell is section.best else "")
         console.print(table)
         _say(console, section.verdict)
+        if section.warning:
+            _say(console, f"WARNING: {section.warning}", "yellow")
         console.print()
     _say(
         console,
         "length: tokens per verification, bonus token included; draft 1: its acceptance; x plain: speed-up over plain "
-        "decoding; tokens/s: per request; 95 % bootstrap intervals over prompts.",
+        "decoding; tok/s: tokens per second, per request; loop: output tokens in final loops; 95 % bootstrap intervals "
+        "over prompts.",
         "dim",
     )
     failed = failed_checks(document)
@@ -154,8 +157,15 @@ def _row(cell: Cell) -> list[str]:
         _estimate(group["mean_acceptance_length"]),
         _estimate(group["speedup"]) if speculative(cell) else "",
         format_number(group["tokens_per_s_per_request"]["value"], ",.0f"),
+        _share(cell),
         "" if check is None else "ok" if check["passed"] else "[red]FAILED[/]",
     ]
+
+
+def _share(cell: Cell) -> str:
+    """The final loops' share of the output tokens."""
+    text = format_number(cell["all"]["final_loop_share"]["value"], ".0%")
+    return f"[yellow]{text}[/]" if cell["warnings"] else text
 
 
 def _first_draft(cell: Cell) -> str:
@@ -170,6 +180,7 @@ def _line(cell: Cell) -> str:
     if speculative(cell):
         parts.append(f"length {_estimate(group['mean_acceptance_length']) or 'unknown'}")
         parts.append(f"{_estimate(group['speedup']) or 'unknown'} x plain")
+    parts += [f"WARNING: {warning}" for warning in cell["warnings"]]
     if cell["check"] is not None and not cell["check"]["passed"]:
         parts.append(f"CHECK FAILED: {cell['check']['message']}")
     return parts[0] + ": " + ", ".join(parts[1:]) if len(parts) > 1 else parts[0]

@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from specdec.eval.acceptance.by_prompt import ByPrompt
 from specdec.eval.acceptance.intervals import NO_ESTIMATE, Estimate, calibration_error, paired_ratios, ratios
 from specdec.eval.acceptance.plan import Cell
 from specdec.eval.acceptance.pooling import Bools, Drafts, Sums, Verifications, sum_by
 from specdec.eval.acceptance.records import Analysis, Floats, Ints, RequestRecord
 
 ENTROPY_EDGES = np.array([0, 0.1, 0.25, 0.5, 1, 2, 3, 4, math.inf])  # nats
-CONFIDENCE_EDGES = np.arange(11) / 10
+PROBABILITY_EDGES = np.arange(11) / 10
 FIRST_POSITION_EDGES = (1, 8)  # output tokens; then doubling
 MAX_Z = 4.0
+MAX_LOOP_SHARE = 0.2  # of the output tokens; more is warned of
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Group:
     mean_acceptance_length: 1 + accepted / verifications, the recovered or bonus token included. draft_efficiency:
     accepted / drafted. block_efficiency: output tokens after the first commit per target forward that decided them.
     tokens_per_s_per_request: mean over requests. speedup: seconds per token of plain decoding over those of this cell,
-    of requests that both have. ttft_s: mean time to the first token. tokens_per_s: output tokens per second of the
-    cell's run, prefill included; of all requests only.
+    of requests that both have. ttft_s: mean time to the first token. final_loop_share: output tokens in final loops
+    (`specdec.eval.acceptance.loops`) over output tokens. tokens_per_s: output tokens per second of the cell's run,
+    prefill included; of all requests only.
     """
 
     num_requests: int
@@ -47,6 +50,7 @@ class Group:
     tokens_per_s_per_request: Estimate
     speedup: Estimate
     ttft_s: Estimate
+    final_loop_share: Estimate
     tokens_per_s: Estimate | None = None
 
 
@@ -63,7 +67,11 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Acceptance of drafts reached by the confidence in them. ece: sum over bins n_b / n |acceptance - confidence|."""
+    """Acceptance of drafts reached, by a probability that each of them has.
+
+    ece: sum over bins n_b / n |acceptance - mean probability|.
+    bins: ten equal ones of the probability.
+    """
 
     ece: Estimate
     bins: list[Bin]
@@ -98,9 +106,18 @@ class Check:
 
 @dataclass(frozen=True)
 class CellMetrics:
-    """A cell of results.json. by_output_position: acceptance of draft 1 by output tokens before it. by_entropy: of
-    drafts reached, by that of the target's law there, in nats. alpha [K]: mean of sum min(p, q) at drafts reached.
-    The last three, and check, of verifications that were analysed."""
+    """A cell of results.json.
+
+    by_output_position: acceptance of draft 1 by output tokens before it.
+    by_entropy: of drafts reached, by that of the target's distribution there, in nats.
+    calibration: of drafts reached, by the confidence in them, the largest probability of the draft's distribution.
+    by_expected_acceptance: of drafts reached, by the probability that the rule accepts them, the draft averaged out.
+    alpha: [K], mean of sum min(p, q) at drafts reached.
+    by_prompt: counts that let runs be compared prompt by prompt.
+    warnings: why the figures may mislead.
+
+    by_entropy, calibration, by_expected_acceptance, check and alpha are of the verifications that were analysed.
+    """
 
     cell: Cell
     num_requests: int
@@ -112,8 +129,11 @@ class CellMetrics:
     by_output_position: list[Bin]
     by_entropy: list[Bin]
     calibration: Calibration
+    by_expected_acceptance: Calibration
     check: Check | None
     alpha: list[Estimate]
+    by_prompt: ByPrompt
+    warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """As in results.json, the cell's settings first."""
@@ -122,28 +142,42 @@ class CellMetrics:
         return settings | fields
 
 
+def _warnings(group: Group) -> list[str]:
+    share = group.final_loop_share.value
+    if share is None or share <= MAX_LOOP_SHARE:
+        return []
+    return [
+        f"{share:.1%} of the output tokens lie in final loops, more than {MAX_LOOP_SHARE:.0%}: acceptance and speed-up "
+        "are those of repeating text"
+    ]
+
+
 def cell_metrics(cell: Cell, records: Seq[RequestRecord], plain: Seq[RequestRecord], wall_s: Seq[float]) -> CellMetrics:
     """plain: records of `cell.plain`, which `speedup` compares with; without any it is null, and with a plain cell's
     own records 1. wall_s [repeats]: how long the cell ran for each repeat. The order of records does not matter, not in
     the last digit: a run that was resumed has them in another."""
     records = sorted(records, key=lambda r: (r.prompt, r.turn, r.repeat))
-    num_drafts = cell.num_speculative_tokens
-    cluster, category = _numbered([r.prompt for r in records]), np.array([r.category for r in records])
+    num_drafts, category = cell.num_speculative_tokens, np.array([r.category for r in records])
+    prompts, cluster = np.unique([r.prompt for r in records], return_inverse=True)
     verifications, sums = Verifications.of(records), Sums.of(records, plain, num_drafts)
     drafts = Drafts.of(records, cluster, num_drafts)
+    everything = _group(sums, cluster)
     return CellMetrics(
         cell=cell,
         num_requests=len(records),
         num_output_tokens=sum(r.num_output_tokens for r in records),
         num_target_forwards=sum(r.num_target_forwards for r in records),
         num_verifications=len(verifications.request),
-        all=replace(_group(sums, cluster), tokens_per_s=_total_speed(records, wall_s)),
+        all=replace(everything, tokens_per_s=_total_speed(records, wall_s)),
         categories={str(name): _group_of(sums, cluster, category == name) for name in np.unique(category)},
         by_output_position=_by_output_position(verifications, cluster),
         by_entropy=_bins(drafts.cluster, drafts.entropy, drafts.accepted, ENTROPY_EDGES),
-        calibration=_calibration(drafts),
+        calibration=_calibration(drafts, drafts.confidence),
+        by_expected_acceptance=_calibration(drafts, drafts.expected),
         check=_check([r.analysis for r in records if r.analysis is not None], drafts),
         alpha=_alphas(drafts, num_drafts),
+        by_prompt=ByPrompt.of(prompts, sums.by(cluster)),
+        warnings=_warnings(everything),
     )
 
 
@@ -151,13 +185,18 @@ def _group(requests: Sums, cluster: Ints) -> Group:
     s = requests.by(cluster)
     drafted, accepted = s.drafted.sum(1, keepdims=True), s.accepted.sum(1, keepdims=True)
     unlimited = np.full_like(drafted, np.inf)
-    estimates = iter(
-        ratios(
-            np.hstack([s.accepted, s.accepted, accepted, accepted, s.decode_tokens, s.rates, s.ttft_s]),
-            np.hstack([s.reached, s.drafted, s.verifications, drafted, s.decode_forwards, s.timed, s.requests]),
-            np.hstack([s.reached, s.drafted, drafted, drafted, unlimited, unlimited, unlimited]),
-        )
-    )
+    columns = [  # numerator, denominator, what the numerator can be at most
+        (s.accepted, s.reached, s.reached),
+        (s.accepted, s.drafted, s.drafted),
+        (accepted, s.verifications, drafted),
+        (accepted, drafted, drafted),
+        (s.decode_tokens, s.decode_forwards, unlimited),
+        (s.rates, s.timed, unlimited),
+        (s.ttft_s, s.requests, unlimited),
+        (s.loop_tokens, s.output_tokens, s.output_tokens),
+    ]
+    numerators, denominators, most = map(np.hstack, zip(*columns))
+    estimates = iter(ratios(numerators, denominators, most))
     (speedup,) = paired_ratios(s.plain_s, s.plain_tokens, s.paired_s, s.paired_tokens)
     num_drafts = s.drafted.shape[1]
     return Group(
@@ -170,6 +209,7 @@ def _group(requests: Sums, cluster: Ints) -> Group:
         block_efficiency=next(estimates),
         tokens_per_s_per_request=next(estimates),
         ttft_s=next(estimates),
+        final_loop_share=next(estimates),
         speedup=speedup,
     )
 
@@ -221,16 +261,13 @@ def _by_cluster_and_bin(cluster: Ints, quantity: Floats, edges: Floats, *values:
     return [sum_by(place, x[:, None], n * bins).reshape(n, bins) for x in values]
 
 
-def _calibration(drafts: Drafts) -> Calibration:
-    bins = _bins(drafts.cluster, drafts.confidence, drafts.accepted, CONFIDENCE_EDGES)
+def _calibration(drafts: Drafts, probability: Floats) -> Calibration:
+    """probability [n]: of each draft, from 0 to 1; what its acceptance is compared with."""
+    bins = _bins(drafts.cluster, probability, drafts.accepted, PROBABILITY_EDGES)
     if not bins:
         return Calibration(NO_ESTIMATE, [])
     counts, gaps = _by_cluster_and_bin(
-        drafts.cluster,
-        drafts.confidence,
-        CONFIDENCE_EDGES,
-        np.ones(len(drafts.cluster)),
-        drafts.accepted - drafts.confidence,
+        drafts.cluster, probability, PROBABILITY_EDGES, np.ones(len(probability)), drafts.accepted - probability
     )
     return Calibration(calibration_error(gaps, counts.sum(1)), bins)
 
@@ -247,11 +284,10 @@ def _check(analyses: list[Analysis], drafts: Drafts) -> Check | None:
     num_contexts = sum(len(a.indices) for a in analyses)
     if num_contexts == 0:
         return None
-    known = ~np.isnan(drafts.expected)
     positions = [
-        _check_position(int(position), drafts.accepted[chosen], np.clip(drafts.expected[chosen], 0, 1))
-        for position in np.unique(drafts.position[known])
-        for chosen in [known & (drafts.position == position)]
+        _check_position(int(position), drafts.accepted[chosen], drafts.expected[chosen])
+        for position in np.unique(drafts.position)
+        for chosen in [drafts.position == position]
     ]
     num_other_drafts = sum(a.num_other_drafts for a in analyses)
     failed = [p for p in positions if p.z is None or abs(p.z) > MAX_Z]

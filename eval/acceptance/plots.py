@@ -1,4 +1,4 @@
-"""Draws the charts of a report: PNG files, and SVG for the HTML page.
+"""Draws the charts of a report as SVG. This module, and `html` which embeds them, need matplotlib (the `eval` extra).
 
 Figures are narrow, so that their text stays legible at the width of a phone. Colours are Okabe and Ito's, told apart by
 the colour-blind; every rule has a marker of its own too.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import textwrap
-from pathlib import Path
 
 import matplotlib.style
 import numpy as np
@@ -17,14 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from specdec.eval.acceptance.charts import Chart, Panel, Series
-from specdec.eval.files import write_whole
 
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
     "legend.fontsize": 9, "svg.hashsalt": "specdec", "text.parse_math": False,
 }  # fmt: skip
-DPI = 200
 WIDTH, PANEL_HEIGHT, MARGIN = 5.0, 2.4, 1.1  # inches
 TITLE_CHARACTERS = 64
 MAX_LABEL_CHARACTERS = 36  # of all labels of an axis side by side
@@ -36,23 +33,12 @@ LOOKS = {
 OTHER_LOOK = ("#CC79A7", "v")
 
 
-def draw(chart: Chart, kind: str) -> bytes:
-    """The file of a chart: kind is "png" or "svg". The same bytes for the same chart."""
+def draw(chart: Chart) -> bytes:
+    """The chart as an SVG file; the same bytes for the same chart."""
     file = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {}
     with matplotlib.style.context(["default", STYLE]):
-        figure_of(chart).savefig(file, format=kind, dpi=DPI, metadata=metadata)
+        figure_of(chart).savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
-
-
-def write_plots(charts: list[Chart], folder: Path) -> list[Path]:
-    """One PNG per chart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for chart in charts:
-        paths.append(folder / f"{chart.name}.png")
-        write_whole(paths[-1], draw(chart, "png"))
-    return paths
 
 
 def figure_of(chart: Chart) -> Figure:

@@ -47,8 +47,9 @@ class Sums:
     """By request or by cluster of them: n rows.
 
     drafted, reached, accepted [n, K]: verifications by draft position. All others [n, 1]: decode_*: after the first
-    commit. rates: tokens per second of those `timed` requests that decoded at all. ttft_s. paired_*: seconds and tokens
-    after the first commit of requests that plain decoding completed too, `plain_*` by plain decoding.
+    commit. rates: tokens per second of those `timed` requests that decoded at all. ttft_s. loop_tokens: of the
+    output_tokens those in final loops. paired_*: seconds and tokens after the first commit of requests that plain
+    decoding completed too, `plain_*` by plain decoding.
     """
 
     drafted: Floats
@@ -61,6 +62,8 @@ class Sums:
     rates: Floats
     timed: Floats
     ttft_s: Floats
+    loop_tokens: Floats
+    output_tokens: Floats
     plain_s: Floats
     plain_tokens: Floats
     paired_s: Floats
@@ -96,14 +99,18 @@ def _figures(record: RequestRecord, plain: RequestRecord | None) -> tuple[float,
         pair = (plain.decode_s, plain.num_decode_tokens, record.decode_s, record.num_decode_tokens)
     return (
         1.0, len(record.starts), record.num_decode_tokens, record.num_target_forwards - 1, rate, record.decode_s > 0,
-        record.ttft_s, *pair,
+        record.ttft_s, record.num_loop_tokens, record.num_output_tokens, *pair,
     )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Drafts:
-    """Drafts of analysed verifications whose predecessors were all accepted, [n]. position: from 0; the others as in
-    `Analysis`."""
+    """Drafts of analysed verifications whose predecessors were all accepted, [n].
+
+    position: from 0.
+    expected: as in `Analysis`, freed of rounding beyond 0 and 1.
+    confidence, entropy, alpha: as in `Analysis`.
+    """
 
     cluster: Ints
     position: Ints
@@ -128,12 +135,9 @@ class Drafts:
         position = np.broadcast_to(np.arange(num_drafts), (len(accepted), num_drafts))
         reached = (position < drafted) & (position <= accepted)
         clusters = np.repeat([c for *_, c in analysed], [len(a.indices) for _, a, _ in analysed]).astype(np.int64)
-        return cls(
-            np.broadcast_to(clusters[:, None], reached.shape)[reached],
-            position[reached],
-            (position < accepted)[reached],
-            *(
-                np.concatenate([none, *(getattr(a, name) for _, a, _ in analysed)])[reached]
-                for name in ("expected", "confidence", "entropy", "alpha")
-            ),
+        expected, *others = (
+            np.concatenate([none, *(getattr(a, name) for _, a, _ in analysed)])[reached]
+            for name in ("expected", "confidence", "entropy", "alpha")
         )
+        cluster_of = np.broadcast_to(clusters[:, None], reached.shape)[reached]
+        return cls(cluster_of, position[reached], (position < accepted)[reached], expected.clip(0, 1), *others)

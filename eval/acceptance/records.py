@@ -20,7 +20,6 @@ class Analysis:
 
     indices [n]: which of the request's verifications. expected [n, K]: the probability, given the context, the drafts
     before and their acceptance, that draft i is accepted: exact, the draft itself and the rule's noise averaged out.
-    For position 1 under every rule; for later positions NaN under "block", whose decisions are joint.
     confidence [n, K]: the largest probability of draft i's law. entropy [n, K]: of the target's law there, in nats.
     alpha [n, K]: sum of min(p, q). num_other_drafts: drafts that differ from those of the engine, 0 with row-invariant
     kernels.
@@ -40,7 +39,8 @@ class RequestRecord:
 
     starts, num_drafted, num_accepted [n]: the request's n verifications with at least one draft: tokens before it
     (prompt included), drafts verified, drafts accepted. num_target_forwards counts those without drafts too.
-    decode_s, num_decode_tokens: time and tokens after the first commit. analysis: of some of the requests.
+    num_loop_tokens: output tokens in the output's final loop (`specdec.eval.acceptance.loops`). decode_s,
+    num_decode_tokens: time and tokens after the first commit. analysis: of some of the requests.
     """
 
     prompt: int  # index in the prompt set
@@ -49,6 +49,7 @@ class RequestRecord:
     repeat: int
     num_prompt_tokens: int
     num_output_tokens: int
+    num_loop_tokens: int
     num_target_forwards: int
     starts: Ints
     num_drafted: Ints

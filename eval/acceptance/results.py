@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from specdec.eval.machine import describe_machine, git_revision
 from specdec.model.weights import CheckpointIndex
 
 RESULTS_NAME = "results.json"
+NUMBERS = re.compile(r"\[\n((?: +[-+.\de]+,?\n)+) +\]")  # a list of numbers, one a line; no string has line ends
 REMEDY = "make it anew with `specdec eval acceptance`"
 
 
@@ -27,7 +29,8 @@ def write_results(document: dict[str, Any], folder: Path) -> Path:
     document = finite(document)
     _check(document, path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(document, indent=2, allow_nan=False)
+    write_whole(path, NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
     return path
 
 

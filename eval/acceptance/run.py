@@ -84,7 +84,7 @@ def run_acceptance(
         "version": VERSION,
         "provenance": provenance(run.engine, command, run.store.started, sha256=run.sha256),
         "options": json.loads(json.dumps(asdict(options))),
-        "prompts": run.prompts.as_dict(),
+        "prompts": run.prompts.as_dict() | {"sha256": _prompts_sha256(run.prompts)},
         "cells": [cell.as_dict() for cell in cells],
         "experts": experts,
     }
@@ -191,10 +191,9 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """All that results depend on."""
-        turns = json.dumps([[p.turns, p.category] for p in self.prompts.prompts])
         return {
             **asdict(self.options),
-            "prompts": {"name": self.prompts.name, "sha256": hashlib.sha256(turns.encode()).hexdigest()},
+            "prompts": {"name": self.prompts.name, "sha256": _prompts_sha256(self.prompts)},
             "checkpoint": self.sha256,
             "machine": describe_machine(self.engine),
             "git_revision": git_revision(),
@@ -219,6 +218,12 @@ def with_exact_drafts(check: Check) -> Check:
         return check
     message = f"{check.num_other_drafts} drafts are not those of the MTP layer at the same contexts: {check.message}"
     return replace(check, passed=False, message=message)
+
+
+def _prompts_sha256(prompts: PromptSet) -> str:
+    """Hash of all turns and categories, in order: prompt number i of two sets with the same hash is the same."""
+    turns = json.dumps([[p.turns, p.category] for p in prompts.prompts])
+    return hashlib.sha256(turns.encode()).hexdigest()
 
 
 def _load(options: AcceptanceOptions, loading: Loading) -> Engine:

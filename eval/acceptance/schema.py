@@ -23,6 +23,13 @@ class ByName:
     shape: Any
 
 
+@dataclass(frozen=True)
+class Added:
+    """What `shape` says, in a field that documents of earlier releases lack."""
+
+    shape: Any
+
+
 # A dict: an object with at least these fields. A list of one: a list of such. A type, or several: a value of them.
 NUMBER = (int, float)
 ESTIMATE = {"value": OrNull(NUMBER), "low": OrNull(NUMBER), "high": OrNull(NUMBER)}
@@ -34,7 +41,7 @@ SCALARS = (
 )  # fmt: skip
 GROUP = {
     "num_requests": int, "num_verifications": int, "conditional": [ESTIMATE], "unconditional": [ESTIMATE],
-    **dict.fromkeys(SCALARS, ESTIMATE), "tokens_per_s": OrNull(ESTIMATE),
+    **dict.fromkeys(SCALARS, ESTIMATE), "tokens_per_s": OrNull(ESTIMATE), "final_loop_share": Added(ESTIMATE),
 }  # fmt: skip
 CHECK_POSITION = {
     "position": int, "num_reached": int, "observed": OrNull(NUMBER), "expected": OrNull(NUMBER), "z": OrNull(NUMBER),
@@ -42,11 +49,17 @@ CHECK_POSITION = {
 CHECK = {
     "num_contexts": int, "num_other_drafts": int, "positions": [CHECK_POSITION], "passed": bool, "message": str,
 }  # fmt: skip
+CALIBRATION = {"ece": ESTIMATE, "bins": [BIN]}
+BY_PROMPT = {
+    "prompts": [int], "reached": [[int]], "accepted": [[int]], "plain_decode_s": [NUMBER], "plain_decode_tokens": [int],
+    "decode_s": [NUMBER], "decode_tokens": [int],
+}  # fmt: skip
 CELL = {
     "temperature": NUMBER, "verification": str, "draft_sampling": str, "num_speculative_tokens": int,
     "batch_size": int, "num_requests": int, "num_output_tokens": int, "num_target_forwards": int,
     "num_verifications": int, "all": GROUP, "categories": ByName(GROUP), "by_output_position": [BIN],
-    "by_entropy": [BIN], "calibration": {"ece": ESTIMATE, "bins": [BIN]}, "check": OrNull(CHECK), "alpha": [ESTIMATE],
+    "by_entropy": [BIN], "calibration": CALIBRATION, "by_expected_acceptance": Added(CALIBRATION),
+    "check": OrNull(CHECK), "alpha": [ESTIMATE], "by_prompt": Added(BY_PROMPT), "warnings": Added([str]),
 }  # fmt: skip
 POINT = {"num_tokens": int, "measured": ESTIMATE, "expected": NUMBER}
 EXPERTS = {
@@ -59,7 +72,9 @@ PROVENANCE = {
 }  # fmt: skip
 DOCUMENT = {
     "schema": str, "version": int, "provenance": PROVENANCE, "options": {},
-    "prompts": {"name": str, "num_prompts": int, "num_skipped": int, "categories": ByName(int)},
+    "prompts": {
+        "name": str, "num_prompts": int, "num_skipped": int, "categories": ByName(int), "sha256": Added(str),
+    },
     "cells": [CELL], "experts": OrNull(EXPERTS),
 }  # fmt: skip
 NAMES = {int: "an integer", NUMBER: "a number", str: "a string", bool: "true or false"}
@@ -94,7 +109,7 @@ def _faults_of_fields(value: dict[str, Any], shape: dict[str, Any] | ByName, pat
     fields = shape if isinstance(shape, dict) else dict.fromkeys(value, shape.shape)
     for key, inner in fields.items():
         inner_path = f"{path}.{key}" if path else key
-        if key not in value:
+        if key in value:
+            yield from _faults(value[key], inner.shape if isinstance(inner, Added) else inner, inner_path)
+        elif not isinstance(inner, Added):
             yield f"{inner_path} is missing"
-        else:
-            yield from _faults(value[key], inner, inner_path)

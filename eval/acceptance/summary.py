@@ -57,6 +57,18 @@ class Section:
         return f"{setting} is best by its value, {factor}; {surest}."
 
     @property
+    def warning(self) -> str:
+        """One sentence about the cells whose outputs end in loops; empty without such."""
+        shares = [c["all"]["final_loop_share"]["value"] for c in self.cells if c["warnings"]]
+        if not shares:
+            return ""
+        low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+        return (
+            f"in {len(shares)} of {len(self.cells)} cells {low if low == high else f'{low} to {high}'} of the output "
+            "tokens lie in final loops: acceptance and speed-up there are those of repeating text."
+        )
+
+    @property
     def _surest(self) -> Cell | None:
         """The cell with the largest lower limit, if that is a gain."""
         known = [c for c in self.cells if speculative(c) and c["all"]["speedup"]["value"] is not None]

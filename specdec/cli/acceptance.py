@@ -21,6 +21,7 @@ from specdec.cli.common import (
     as_words,
     check_backend,
     check_folder_of,
+    check_matplotlib,
     err,
     option_errors,
     progress_bar,
@@ -64,20 +65,20 @@ def acceptance(
     kernels: Kernels = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
-    output: Annotated[Path, typer.Option(help="Folder for results.json, charts, report.html.")] = Path("acceptance"),
+    output: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path("acceptance"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the output folder holds.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure acceptance and speed-up by rule, draft length, temperature and batch size, with intervals.
 
-    Exit code 1 where the engine's acceptance is not what the model's laws say.
+    Exit code 1 where the engine's acceptance is not what the model's distributions say. The report's charts need
+    matplotlib: pip install matplotlib.
     """
     with user_errors():
-        from specdec.eval.acceptance.charts import build_charts
+        check_matplotlib()
         from specdec.eval.acceptance.html import write_html
         from specdec.eval.acceptance.live import LiveTable, print_results
         from specdec.eval.acceptance.plan import AcceptanceOptions
-        from specdec.eval.acceptance.plots import write_plots
         from specdec.eval.acceptance.results import write_results
         from specdec.eval.acceptance.run import run_acceptance
         from specdec.eval.acceptance.summary import failed_checks
@@ -106,7 +107,6 @@ def acceptance(
                 options, output, resume=resume, command=_command(), progress=table, loading=table.loading
             )
         write_results(document, output)
-        write_plots(build_charts(document).charts, output)
         write_html(document, output)
         if as_json:
             print(json.dumps(document, indent=2))

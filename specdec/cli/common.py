@@ -6,6 +6,7 @@ that failed; 2 for an invalid option; 130 on Ctrl-C.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -181,6 +182,14 @@ def check_folder_of(name: str, path: Path) -> None:
     """A file or folder can be made at `path`; seen before any work is done."""
     if not path.absolute().parent.is_dir():
         raise InvalidOption(f"{name} {path}: there is no folder {path.absolute().parent}")
+
+
+def check_matplotlib() -> None:
+    """It can be imported, to draw charts with; seen before any work is done."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "the report's charts are drawn with matplotlib, which is not installed: pip install matplotlib"
+        )
 
 
 def as_words(text: str) -> tuple[Any, ...]:

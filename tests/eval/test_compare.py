@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -12,16 +13,25 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from specdec.eval.acceptance.by_prompt import acceptances, speedup
 from specdec.eval.acceptance.compare import (
     DEFAULT_TOLERANCE,
     Comparison,
     Difference,
     Verdict,
     compare,
+    detectable_loss,
     minus,
     print_comparison,
 )
-from specdec.eval.acceptance.intervals import NO_ESTIMATE, Estimate, ratios
+from specdec.eval.acceptance.intervals import (
+    NO_ESTIMATE,
+    Estimate,
+    Quotients,
+    paired_differences,
+    paired_ratios,
+    ratios,
+)
 
 Document = dict[str, Any]
 NAMES = ["mean acceptance length", "conditional acceptance 1", "conditional acceptance 2", "speed-up"]
@@ -255,9 +265,11 @@ def test_what_is_printed() -> None:
     b["cells"][0]["all"]["speedup"] = estimate(1.5, 0.2)
     text = printed(compare(document(), b))
     assert "Temperature 1, batch size 8, token verification, K = 2" in text
-    (length,) = [line for line in text.splitlines() if "mean acceptance length" in line]
+    (length,) = [line for line in text.splitlines() if "│ mean acceptance length" in line]
     columns = [column.strip() for column in length.split("│")[1:-1]]
-    assert columns == [NAMES[0], "2.500", "2.000", "-0.500 (-0.501 to -0.499)", "yes", "worse"]
+    assert columns == [NAMES[0], "2.500", "2.000", "-0.500 (-0.501 to -0.499)", "yes", "worse", "2.1%"]
+    assert "with 80 % power it finds losses of mean acceptance length from 2.1% on (median of cells; " in text
+    assert "unpaired intervals, wider than need be: A and B of an earlier release, without counts by prompt" in text
     assert len(length) <= 100
     assert "1 uncertain: more than 2.0% below A" in text
     assert "B is worse: 1 of 4 figures more than 2.0% below A" in text
@@ -292,3 +304,167 @@ def test_independent_runs_of_the_same_are_seldom_called_different() -> None:
     real = [d.low is not None and d.high is not None and (d.low > 0 or d.high < 0) for d in map(minus, b, a)]
     assert 0.035 <= np.mean(real) <= 0.065
     assert np.mean([d.high is not None and d.high < 0 for d in map(minus, lower, a)]) > 0.99
+
+
+def counted_cell(accept: np.ndarray, seed: int, num_verifications: int = 60) -> Document:
+    """A cell with K = 2 whose verifications accept each draft with a probability by prompt, and its estimates."""
+    generator, n = np.random.default_rng(seed), len(accept)
+    first = generator.binomial(num_verifications, accept)
+    accepted = np.stack([first, generator.binomial(first, accept)], 1)
+    reached = np.stack([np.full(n, num_verifications), first], 1)
+    slow = 1 + np.arange(n) / n  # prompts whose context is long, in both runs
+    tokens = num_verifications + accepted.sum(1)
+    counts = {
+        "prompts": list(range(n)),
+        "reached": reached.tolist(),
+        "accepted": accepted.tolist(),
+        "plain_decode_s": (slow * tokens * generator.normal(1, 0.01, n)).tolist(),
+        "plain_decode_tokens": tokens.tolist(),
+        "decode_s": (slow * 1.3 * num_verifications * generator.normal(1, 0.01, n)).tolist(),
+        "decode_tokens": tokens.tolist(),
+    }
+    return with_counts(counts)
+
+
+def with_counts(counts: dict[str, Any]) -> Document:
+    """A cell with these counts and the estimates that follow from them."""
+    found, of_speed = acceptances(counts), speedup(counts)
+    length, *conditional = ratios(*found.factors, found.most)
+    made = cell()
+    made["by_prompt"] = counts
+    made["all"] = {
+        "mean_acceptance_length": length.plus(1).as_dict(),
+        "conditional": [e.as_dict() for e in conditional],
+        "speedup": paired_ratios(*of_speed.factors)[0].as_dict(),
+    }
+    return made
+
+
+def counted_document(one: Document, sha256: str = "p" * 64) -> Document:
+    made = document(one)
+    made["prompts"]["sha256"] = sha256
+    return made
+
+
+VERY_DIFFERENT = np.random.default_rng(5).beta(1.5, 0.7, 36)
+
+
+def test_differences_are_taken_prompt_by_prompt() -> None:
+    """Prompts differ far more than runs do: a small loss is seen with pairing only."""
+    a = counted_document(counted_cell(VERY_DIFFERENT, 0))
+    b = counted_document(counted_cell(0.93 * VERY_DIFFERENT, 1))
+    paired, unpaired = compare(a, b), compare(document(a["cells"][0]), document(b["cells"][0]))
+    for ours, other in zip(paired.cells[0].differences, unpaired.cells[0].differences, strict=True):
+        assert (ours.metric, ours.paired, other.paired) == (other.metric, True, False)
+        assert (ours.a, ours.b) == (other.a, other.b)
+        assert ours.difference.value == pytest.approx(other.difference.value, abs=1e-9)
+        assert width(ours.difference) < 0.5 * width(other.difference)
+        assert ours.detectable_loss is not None
+        assert other.detectable_loss is not None
+        assert ours.detectable_loss < 0.7 * other.detectable_loss
+    assert (first(paired).real, first(unpaired).real) == (True, False)
+    assert (first(paired).verdict, first(unpaired).verdict) == ("worse", "uncertain")
+    assert (paired.unpaired_because, paired.passed, unpaired.passed) == ("", False, True)
+    assert "intervals are of differences prompt by prompt\n" in printed(paired)
+
+
+def width(estimate: Estimate) -> float:
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return estimate.high - estimate.low
+
+
+def test_a_paired_length_counts_the_token_that_is_no_draft() -> None:
+    """1 + r of B less (1 - tolerance) (1 + r) of A, not of r alone: a tolerance is a share of the whole length."""
+    a, b = counted_cell(VERY_DIFFERENT, 0), counted_cell(0.93 * VERY_DIFFERENT, 1)
+    tolerance = 1 - b["all"]["mean_acceptance_length"]["value"] / a["all"]["mean_acceptance_length"]["value"]
+    for shift, verdict in ((0.001, "ok"), (-0.001, "uncertain")):
+        found = compare(counted_document(a), counted_document(b), tolerance + shift)
+        assert first(found).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda b: b["prompts"].pop("sha256"), "B of an earlier release, without counts by prompt"),
+        (lambda b: b["prompts"].update(sha256="q" * 64), "A and B have other prompts, though as many of each category"),
+    ],
+    ids=["earlier release", "other prompts"],
+)
+def test_what_cannot_be_paired_is_compared_unpaired_and_said(change: Callable[[Document], Any], reason: str) -> None:
+    a, b = (counted_document(counted_cell(VERY_DIFFERENT, seed)) for seed in (0, 1))
+    change(b)
+    found = compare(a, b)
+    assert found.unpaired_because == found.as_dict()["unpaired_because"] == reason
+    assert not any(d.paired for d in found.differences)
+    plain = compare(document(a["cells"][0]), document(b["cells"][0]))
+    assert [d.difference for d in found.differences] == [d.difference for d in plain.differences]
+    assert f"unpaired intervals, wider than need be: {reason}" in printed(found)
+
+
+def test_cells_without_counts_of_the_same_prompts_are_compared_unpaired() -> None:
+    a, b = (counted_document(counted_cell(VERY_DIFFERENT, seed)) for seed in (0, 1))
+    b["cells"][0]["by_prompt"]["prompts"][-1] += 1
+    without = deepcopy(b)
+    del without["cells"][0]["by_prompt"]
+    for other in (b, without):
+        found = compare(a, other)
+        assert not any(d.paired for d in found.differences)
+        assert "prompt by prompt; 4 figures that prompts say too little about are compared unpaired" in printed(found)
+
+
+def test_a_figure_that_no_two_prompts_inform_about_is_compared_unpaired() -> None:
+    """All drafts accepted, or all but those of one prompt: how acceptance varies is not known."""
+    accept = np.ones(36)
+    accept[0] = 0.5
+    a, b = (counted_document(counted_cell(accept, seed)) for seed in (0, 1))
+    found = compare(a, b).cells[0].differences
+    assert [d.paired for d in found] == [False, False, False, True]
+    assert found[0].difference == minus(found[0].b, found[0].a)
+
+
+@pytest.mark.parametrize("shape", [(5.0, 2.5), (1.5, 0.7)])
+def test_a_detectable_loss_is_detected_in_80_percent_of_runs(shape: tuple[float, float]) -> None:
+    generator, n, tolerance, num_runs = np.random.default_rng(1), 36, 0.02, 1500
+    likely = generator.beta(*shape, (n, num_runs))
+
+    def run(loss: float) -> Quotients:
+        reached = generator.integers(80, 120, likely.shape)
+        accepted = generator.binomial(reached, (1 - loss) * likely)
+        return Quotients(np.stack([accepted, reached]).astype(float), reached.astype(float))
+
+    def allowed(a: Quotients, b: Quotients) -> list[Estimate]:
+        return paired_differences(a, b, 1 - tolerance)
+
+    def losses(loss: float) -> tuple[float, float]:
+        """The median detectable loss, and how often B is called worse."""
+        a, b = run(0.0), run(loss)
+        found = allowed(a, b)
+        detectable = [
+            detectable_loss(e, Estimate(value, None, None), tolerance) for e, value in zip(found, a.values.tolist())
+        ]
+        worse = np.mean([e.high is not None and e.high < 0 for e in found])
+        return float(np.median([d for d in detectable if d is not None])), float(worse)
+
+    loss, by_chance = losses(tolerance)
+    assert by_chance < 0.04
+    assert 0.03 < loss < 0.1
+    assert 0.75 < losses(loss)[1] < 0.86
+
+
+def test_without_an_interval_there_is_no_detectable_loss() -> None:
+    found = compare(document(cell(reach=None)), document(cell(reach=None)))
+    assert all(d.detectable_loss is None for d in found.differences)
+    assert found.detectable("speed-up") is None
+    assert "80 % power" not in printed(found)
+
+
+def test_detectable_losses_are_summed_up_over_cells() -> None:
+    cells = [cell(reach=reach, batch_size=b) for b, reach in ((1, 0.01), (2, 0.05), (4, 9.0))]
+    found = compare(document(*cells), document(*cells))
+    losses = [c.differences[0].detectable_loss for c in found.cells]
+    assert losses[0] == pytest.approx(0.02 + (1 + 0.8416 / 1.96) * math.hypot(0.01, 0.98 * 0.01) / 2.5, rel=1e-4)
+    summary = {"least": losses[0], "median": losses[1], "most": losses[2]}
+    assert found.as_dict()["detectable_losses"]["mean acceptance length"] == summary
+    text = "with 80 % power it finds losses of mean acceptance length from 6.0% on (median of cells; 2.8% to over 100%)"
+    assert text in printed(found)

@@ -44,6 +44,7 @@ def group(k: int, alpha: float, speedup: float | None, *, total: bool) -> dict[s
         "tokens_per_s_per_request": estimate(rate, 40),
         "speedup": estimate(speedup, 0.03),
         "ttft_s": estimate(0.0123, 0.001),
+        "final_loop_share": estimate(0.07, 0.03),
         "tokens_per_s": estimate(rate * 1.1, 50) if total else None,
     }
 
@@ -57,6 +58,26 @@ def check(k: int, passed: bool) -> dict[str, Any]:
     return {
         "num_contexts": 1000, "num_other_drafts": 0, "positions": positions, "passed": passed, "message": message,
     }  # fmt: skip
+
+
+def calibration(k: int, ece: float) -> dict[str, Any]:
+    return {
+        "ece": estimate(ece if k else None, 0.004),
+        "bins": bins(tuple(i / 10 for i in range(11)), 0.1, 0.03) if k else [],
+    }
+
+
+def by_prompt(k: int, alpha: float, num_prompts: int = 12) -> dict[str, Any]:
+    reached = [[round(40 * alpha**i) + prompt for i in range(k)] for prompt in range(num_prompts)]
+    return {
+        "prompts": list(range(num_prompts)),
+        "reached": reached,
+        "accepted": [[round(alpha * n) for n in row] for row in reached],
+        "plain_decode_s": [0.5 + 0.01 * prompt for prompt in range(num_prompts)],
+        "plain_decode_tokens": [128] * num_prompts,
+        "decode_s": [0.3 + 0.01 * prompt for prompt in range(num_prompts)],
+        "decode_tokens": [128] * num_prompts,
+    }
 
 
 def cell(
@@ -82,12 +103,12 @@ def cell(
         },
         "by_output_position": bins(OUTPUT_POSITIONS, 0.01, alpha - 0.05) if k else [],
         "by_entropy": bins(ENTROPIES, -0.11, 0.98) if k else [],
-        "calibration": {
-            "ece": estimate(0.0312 if k else None, 0.004),
-            "bins": bins(tuple(i / 10 for i in range(11)), 0.1, 0.03) if k else [],
-        },
+        "calibration": calibration(k, 0.0312),
+        "by_expected_acceptance": calibration(k, 0.0123),
         "check": check(k, passed) if k else None,
         "alpha": [estimate(alpha + 0.02) for _ in range(k)],
+        "by_prompt": by_prompt(k, alpha),
+        "warnings": [],
     }
 
 
@@ -140,6 +161,7 @@ def document(
         "options": {"model": "bundled", "max_tokens": 256, "temperatures": list(temperatures), "seed": 0},
         "prompts": {
             "name": "stdlib", "num_prompts": 96, "num_skipped": 0, "categories": dict.fromkeys(categories, 32),
+            "sha256": "fedcba9876543210" * 4,
         },
         "cells": cells,
         "experts": experts(),
@@ -159,5 +181,5 @@ def without_values(value: Any) -> Any:
         emptied["experts"] = None
         for one in emptied["cells"]:
             one |= {"by_output_position": [], "by_entropy": [], "check": None}
-            one["calibration"]["bins"] = []
+            one["calibration"]["bins"] = one["by_expected_acceptance"]["bins"] = []
     return emptied

@@ -67,18 +67,25 @@ def test_acceptance_by_draft_position_is_that_of_the_largest_k_and_the_smallest_
     assert chart.notes == ("Shown: K = 5, batch size 1.",)
 
 
-def test_calibration_is_drawn_at_the_mean_confidence_and_says_the_ece() -> None:
+def test_calibration_is_drawn_at_the_mean_expected_acceptance_and_says_the_ece() -> None:
+    """The confidence in a draft is another figure and has no part in it."""
     made = document()
     (one,) = cells_of(made, temperature=0.6, verification="token", num_speculative_tokens=5, batch_size=1)
-    one["calibration"]["ece"] = estimate(0.0777)
-    one["calibration"]["bins"][4] |= {"mean": 0.4321}
-    one["calibration"]["bins"][0] |= {"mean": None, "num_drafts": 0, "acceptance": estimate(None)}
+    expected = one["by_expected_acceptance"]
+    expected["ece"] = estimate(0.0777)
+    expected["bins"][4] |= {"mean": 0.4321}
+    expected["bins"][0] |= {"mean": None, "num_drafts": 0, "acceptance": estimate(None)}
+    for other in made["cells"]:
+        del other["calibration"]
     chart = charts_of(made)["calibration"]
+    assert "expected" in chart.x_label
+    assert "measured" in chart.y_label
     series = series_of(chart, "temperature 0.6", "token")
     assert series.detail == "ECE 0.078"
     assert "temperature 0.6, token (ECE 0.078): " in chart.alt
     assert [p.x for p in series.known][3] == 0.4321
-    assert [p.estimate for p in series.known] == [b["acceptance"] for b in one["calibration"]["bins"][1:]]
+    assert [p.estimate for p in series.known] == [b["acceptance"] for b in expected["bins"][1:]]
+    assert series.points[4].label == "expected 0.4 to 0.5"
     guide = chart.panels[0].guide
     assert guide is not None
     assert (guide.xs, guide.ys) == ([0, 1], [0, 1])
@@ -130,7 +137,7 @@ def test_without_values_there_are_notes_and_no_charts() -> None:
     for made in (without_values(document()), document(lengths=()) | {"experts": None}):
         charts = build_charts(made)
         assert charts.charts == []
-        assert "Calibration of draft confidence: no data." in charts.missing
+        assert "Calibration: measured against expected acceptance: no data." in charts.missing
         assert "Distinct experts by number of verified tokens: no data." in charts.missing
 
 

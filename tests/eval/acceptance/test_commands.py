@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,8 +61,9 @@ def test_acceptance_writes_everything(results: Path) -> None:
     assert settings == [(*rule, k) for rule in rules for k in (1, 2)]
     assert document["prompts"]["categories"] == {"a": 3, "b": 3}
     assert document["provenance"]["command"].startswith("specdec")
-    assert (results / "report.html").stat().st_size > 1000
-    assert list(results.glob("*.png"))
+    report = (results / "report.html").read_text()
+    assert report.count("data:image/svg+xml;base64,") >= 7
+    assert {path.name for path in results.iterdir()} == {"cells", "report.html", "results.json", "run.json"}
 
 
 def test_a_folder_with_results_is_kept_unless_resumed(results: Path, arguments: list[str]) -> None:
@@ -78,8 +81,10 @@ def test_a_folder_with_results_is_kept_unless_resumed(results: Path, arguments: 
 def test_compare_is_for_ci(results: Path, tmp_path: Path) -> None:
     same = run("compare", str(results), str(results / "results.json"))
     assert same.exit_code == 0, same.stderr
+    assert "intervals are of differences prompt by prompt" in same.stdout
     document = json.loads((results / "results.json").read_text())
     for cell in document["cells"]:
+        cell["by_prompt"]["accepted"] = [[0] * len(row) for row in cell["by_prompt"]["accepted"]]
         for name, estimate in cell["all"].items():
             if name == "mean_acceptance_length" and estimate["value"] is not None:
                 cell["all"][name] = {"value": 1.01, "low": 1.0, "high": 1.02}
@@ -87,6 +92,7 @@ def test_compare_is_for_ci(results: Path, tmp_path: Path) -> None:
     worse = run("compare", str(results), str(tmp_path / "worse.json"), "--json")
     assert worse.exit_code == 1
     assert json.loads(worse.stdout)["passed"] is False
+    assert set(json.loads(worse.stdout)["detectable_losses"]) == {"mean acceptance length", "speed-up"}
     assert run("compare", str(tmp_path / "worse.json"), str(results)).exit_code == 0
     assert run("compare", str(results), str(tmp_path / "none")).exit_code == 1
 
@@ -102,6 +108,44 @@ def test_teacher_forced_writes_what_it_found(arguments: list[str], tmp_path: Pat
     assert written["rows"] == again["rows"]
     assert {(row["temperature"], row["verification"]) for row in written["rows"]} >= {(0, "greedy"), (1, "token")}
     assert all(1 < entry["value"] <= 3 for row in written["rows"] for entry in row["mean_acceptance_length"])
+
+
+WITHOUT_MATPLOTLIB = """
+import importlib, pkgutil, sys
+sys.modules["matplotlib"] = None
+from specdec.cli import main
+if sys.argv[1:] == ["import", "everything"]:
+    import specdec.eval.acceptance as package
+    names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("plots", "html")]
+    for name in names:
+        importlib.import_module(f"{package.__name__}.{name}")
+    import specdec.eval.acceptance.compare, specdec.inspection.checkpoint, specdec.engine.async_engine
+    print(len(names))
+else:
+    main()
+"""
+
+
+def run_without_matplotlib(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", WITHOUT_MATPLOTLIB, *words], capture_output=True, text=True)
+
+
+def test_without_matplotlib_acceptance_is_refused_before_any_work(arguments: list[str], tmp_path: Path) -> None:
+    result = run_without_matplotlib("eval", "acceptance", *arguments, "--output", str(tmp_path / "out"))
+    assert (result.returncode, result.stdout) == (1, "")
+    remedy = "charts are drawn with matplotlib, which is not installed: pip install matplotlib"
+    assert result.stderr == f"specdec: the report's {remedy}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_everything_else_works(results: Path) -> None:
+    imported = run_without_matplotlib("import", "everything")
+    assert imported.returncode == 0, imported.stderr
+    assert int(imported.stdout) > 15
+    for words in (["generate", "--help"], ["eval", "acceptance", "--help"], ["eval", "compare", *[str(results)] * 2]):
+        done = run_without_matplotlib(*words)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
 
 
 @pytest.mark.parametrize(

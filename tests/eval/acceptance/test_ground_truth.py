@@ -21,7 +21,7 @@ from specdec import Engine, SpeculationParams
 from specdec.eval.acceptance.analyse import Drawing, laws_of
 from specdec.eval.acceptance.generate import Request, Round, analysed, run_turn
 from specdec.eval.acceptance.intervals import Estimate
-from specdec.eval.acceptance.metrics import CONFIDENCE_EDGES, ENTROPY_EDGES, CellMetrics, cell_metrics
+from specdec.eval.acceptance.metrics import ENTROPY_EDGES, PROBABILITY_EDGES, CellMetrics, cell_metrics
 from specdec.eval.acceptance.plan import AcceptanceOptions, Cell
 from specdec.eval.acceptance.replay import Context, Reader
 from specdec.eval.dev.small import write_small_checkpoint
@@ -141,7 +141,7 @@ class Expected:
         for key in (
             i,
             ("entropy", int(np.searchsorted(ENTROPY_EDGES, entropy, side="right")) - 1),
-            ("confidence", int(np.searchsorted(CONFIDENCE_EDGES, q.max(), side="right")) - 1),
+            ("confidence", int(np.searchsorted(PROBABILITY_EDGES, q.max(), side="right")) - 1),
         ):
             self.reached[key] += weight
             self.accepted[key] += weight * (len(tokens) > i + 1)
@@ -193,6 +193,10 @@ def figures(metrics: CellMetrics, exact: Expected) -> dict[str, tuple[Estimate, 
                 found[f"{name} {b}"] = found_bin.acceptance, exact.accepted[key] / exact.reached[key]
             if name == "confidence":
                 ece += abs(exact.accepted[key] - exact.confident[key])
+    for b, found_bin in enumerate(metrics.by_expected_acceptance.bins):
+        if found_bin.num_drafts > 0.02 * NUM_REQUESTS:
+            assert found_bin.mean is not None
+            found[f"expected {b}"] = found_bin.acceptance, found_bin.mean
     found["ece"] = metrics.calibration.ece, ece / reached.sum()
     return found
 

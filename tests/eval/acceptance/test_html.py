@@ -180,12 +180,12 @@ def test_values_stand_in_their_row_and_column() -> None:
     made = document((0.6,), ("block",), (1, 2), (1,), ("code",))
     best = made["cells"][2]
     for i, column in enumerate(COLUMNS):
-        place = best["calibration"] if column.metric == "ece" else best["all"]
+        place = best["by_expected_acceptance"] if column.metric == "ece" else best["all"]
         place[column.metric] = estimate((10.0 + i) / column.factor, 1 / column.factor)
         best["categories"]["code"][column.metric] = estimate((20.0 + i) / column.factor, 1 / column.factor)
     best["categories"]["code"]["num_requests"] = 17
     page = Page(render_html(made))
-    expected = [f"{v:{c.form}} {v - 1:{c.form}} to {v + 1.5:{c.form}}" for c, v in zip(COLUMNS, range(10, 18))]
+    expected = [f"{v:{c.form}} {v - 1:{c.form}} to {v + 1.5:{c.form}}" for c, v in zip(COLUMNS, range(10, 19))]
     assert page.row(f"block, K{NO_BREAK}={NO_BREAK}2 best K")[1:] == [*expected, "96"]
     header = [h.strip() for h in next(row for row in page.rows if row[0].strip() == "setting")]
     assert header == ["setting", *(c.heading for c in COLUMNS), "requests"]
@@ -232,6 +232,20 @@ def test_checks_that_passed_do_not_alarm() -> None:
     assert row[1:] == ["passed", "1000", "0", "1", "1000", "0.7100", "0.7000", "1.25"]
 
 
+def test_loops_are_warned_of_above_the_verdicts() -> None:
+    assert not [a for _, a in Page(render_html(SMALL)).tags if a.get("class") == "warned"]
+    made = deepcopy(SMALL)
+    for number, share in ((4, 0.84), (5, 0.9)):
+        made["cells"][number]["all"]["final_loop_share"] = estimate(share)
+        made["cells"][number]["warnings"] = ["loops"]
+    source = render_html(made)
+    page, place = Page(source), "Temperature 0.6, batch size 1"
+    warning = "in 2 of 3 cells 84% to 90% of the output tokens lie in final loops"
+    assert f"Warning: outputs that repeat themselves. {place} : {warning}" in page.text
+    assert source.index('class="warned"') < source.index('class="verdicts"')
+    assert any("84 82 to 87" in [text.strip() for text in row] for row in page.rows)
+
+
 def test_a_check_without_positions_or_z_is_shown() -> None:
     made = deepcopy(SMALL)
     made["cells"][-1]["check"] |= {"positions": [], "passed": True, "message": "nothing was reached"}
@@ -274,7 +288,8 @@ def test_every_metric_is_defined() -> None:
     page = Page(render_html(SMALL))
     terms = {text.lower() for tag, text in page.texts if tag == "dt"}
     for column in COLUMNS:
-        assert column.heading.removesuffix(", ms").lower() in terms
+        assert column.heading.split(",")[0].lower() in terms
+    assert {"in final loops", "expected acceptance of a draft"} <= terms
     for term in ("conditional acceptance of draft i", "unconditional acceptance of draft i", "overlap of draft i"):
         assert term in terms
     assert "the bonus or recovered token included" in page.text

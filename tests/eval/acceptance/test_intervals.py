@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from specdec.eval.acceptance import intervals
+from specdec.eval.acceptance.compare import minus
 from specdec.eval.acceptance.intervals import (
     FEW,
     NO_ESTIMATE,
     STUDENT,
     Estimate,
+    Quotients,
     calibration_error,
+    paired_differences,
     paired_ratios,
     ratios,
 )
@@ -114,6 +117,108 @@ def test_a_paired_ratio_has_the_limits_of_a_plain_bootstrap_t() -> None:
     assert shuffled.low is not None
     assert shuffled.high is not None
     assert shuffled.high - shuffled.low > 1.5 * (estimate.high - estimate.low)  # unpaired, requests' own speed counts
+
+
+def beta_runs(
+    shape: tuple[float, float], n: int, num_runs: int, loss: float = 0.0, seed: int = 0
+) -> tuple[Quotients, Quotients]:
+    """Pairs of runs over prompts that differ in acceptance ~ Beta(shape), the same in both, in B less by `loss`."""
+    generator = np.random.default_rng(seed)
+    likely, made = generator.beta(*shape, (n, num_runs)), []
+    for share in (1.0, 1 - loss):
+        reached = generator.integers(10, 120, likely.shape)
+        accepted = generator.binomial(reached, share * likely)
+        made.append(Quotients(np.stack([accepted, reached]).astype(np.float64), reached.astype(np.float64)))
+    return made[0], made[1]
+
+
+def difference_by_loop(
+    a: list[list[float]], b: list[list[float]], share: float, t: float
+) -> tuple[float, float, float]:
+    """rows of a and b: (x, y) or (x, y, u, v) of one cluster. The standard error by infinitesimal weights."""
+
+    def value(rows: list[list[float]], weights: list[float]) -> float:
+        x, y, *others = (sum(w * row[k] for w, row in zip(weights, rows)) for k in range(len(rows[0])))
+        return x / y / (others[0] / others[1]) if others else x / y
+
+    def difference(weights: list[float]) -> float:
+        return value(b, weights) - share * value(a, weights)
+
+    n, step = len(a), 1e-6
+    ones = [1.0] * n
+    slopes = []
+    for i in range(n):
+        up, down = ones.copy(), ones.copy()
+        up[i], down[i] = 1 + step, 1 - step
+        slopes.append((difference(up) - difference(down)) / (2 * step))
+    error = math.sqrt(n / (n - 1) * sum(slope**2 for slope in slopes))
+    return difference(ones), difference(ones) - t * error, difference(ones) + t * error
+
+
+def assert_close_to(estimate: Estimate, wanted: tuple[float, float, float]) -> None:
+    assert vars(estimate) == pytest.approx(dict(zip(("value", "low", "high"), wanted)), rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9])
+def test_a_paired_difference_is_linearised(share: float) -> None:
+    n, quantile = 12, {12: 2.201, 11: 2.228, 10: 2.262}  # by clusters that inform about both
+    a, b = beta_runs((4, 2), n, 3, loss=0.2)
+    a.factors[:, 3, 1] = a.most[3, 1] = b.factors[:, 3, 1] = b.most[3, 1] = 0  # no data: as if it were not there
+    b.factors[:, 5, 2] = b.most[5, 2] = 0  # none in B alone
+    for column, estimate in enumerate(paired_differences(a, b, share)):
+        rows = [q.factors[:, :, column].T.tolist() for q in (a, b)]
+        kept = [i for i in range(n) if rows[0][i][1] + rows[1][i][1] > 0]
+        some = [min(sum(x > 0 for x, _ in run), sum(x < y for x, y in run)) for run in rows]
+        wanted = difference_by_loop(*([run[i] for i in kept] for run in rows), share, quantile[min(some)])
+        assert_close_to(estimate, wanted)
+
+
+def test_a_paired_difference_of_quotients_of_quotients_is_linearised() -> None:
+    generator = np.random.default_rng(3)
+    factors = generator.lognormal(0, 0.5, (2, 4, 10, 1))
+    a, b = (Quotients(f, np.full((10, 1), np.inf)) for f in factors)
+    wanted = difference_by_loop(*(f[:, :, 0].T.tolist() for f in factors), 1.0, 2.262)
+    assert_close_to(only(paired_differences(a, b)), wanted)
+
+
+def test_paired_differences_without_enough_to_go_by() -> None:
+    """Nothing to divide by: no value. Fewer than two clusters that inform about both: no interval. No difference: the
+    point."""
+    a, b = beta_runs((4, 2), 10, 1)
+    assert only(paired_differences(a, a)) == Estimate(0.0, 0.0, 0.0)
+    everything = Quotients(np.stack([a.most, a.most]), a.most)
+    assert only(paired_differences(everything, b)).low is None
+    assert only(paired_differences(b, everything)).low is None
+    assert only(paired_differences(b, everything)).value is not None
+    but_one = everything.factors.copy()
+    but_one[0, 0] -= 1
+    assert only(paired_differences(Quotients(but_one, a.most), b)).low is None
+    but_one[0, 1] -= 1
+    assert only(paired_differences(Quotients(but_one, a.most), b)).low is not None
+    nothing = Quotients(np.zeros((2, 10, 1)), np.zeros((10, 1)))
+    assert only(paired_differences(a, nothing)) == NO_ESTIMATE
+
+
+@pytest.mark.parametrize(
+    ("n", "quantile"), [(2, 12.706), (8, 2.365), (9, 2.306), (12, 2.201), (36, 2.030), (96, 1.985), (10**6, 1.960)]
+)
+def test_quantiles_of_student_s_t(n: int, quantile: float) -> None:
+    assert intervals._student(n) == pytest.approx(quantile, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(5, 2.5), (1.5, 0.7), (30, 1.5), (1, 6)])
+@pytest.mark.parametrize(("n", "loss"), [(8, 0.0), (36, 0.1), (96, 0.0)])
+def test_paired_intervals_hold_the_truth_and_are_narrower(shape: tuple[float, float], n: int, loss: float) -> None:
+    """In 93.5 to 98 % of 2,000 runs; less wide than what independent runs would need."""
+    a, b = beta_runs(shape, n, 2000, loss)
+    truth = -loss * shape[0] / sum(shape)
+    found = [(e.low, e.high) for e in paired_differences(a, b) if e.low is not None and e.high is not None]
+    assert len(found) > 1990
+    assert 0.935 <= np.mean([low <= truth <= high for low, high in found]) <= 0.98
+    alone = [ratios(*q.factors[:, :, :200], q.most[:, :200]) for q in (a, b)]
+    independent = [minus(of_b, of_a) for of_a, of_b in zip(*alone)]
+    wide = np.median([e.high - e.low for e in independent if e.low is not None and e.high is not None])
+    assert np.median([high - low for low, high in found]) < 0.8 * wide
 
 
 def test_many_ratios_are_those_of_each_one() -> None:

@@ -162,20 +162,18 @@ def test_estimates_are_probabilities_and_block_accepts_the_most() -> None:
     assert means[0] < means[1] < means[2]
 
 
+@pytest.mark.parametrize("seed", [1, 5, 6])
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
-def test_conditional_acceptance_is_given_the_drafts_before(rule: str) -> None:
+def test_conditional_acceptance_is_given_the_drafts_before(rule: str, seed: int) -> None:
     """P(at least 2, d_1 = x) / P(at least 1, d_1 = x), from the rule itself."""
-    pair = models(3, 6)
+    pair = models(3, seed)
     drafts, _, p, q = every_draft(pair, 2)
     ours = conditional_acceptance(rule, p, q, drafts)
     if rule == "coupled":
         assert torch.allclose(ours, coupled_masses(p, q).sum(-1))
         return
     assert torch.allclose(ours[:, 0], overlap(p[:, 0], q[:, 0]))
-    if rule == "block":
-        assert ours[:, 1].isnan().all()
-        return
-    emitted, _ = rejection_law(*pair, CONTEXT, 2, block=False, greedy_drafts=False)
+    emitted, _ = rejection_law(*pair, CONTEXT, 2, block=rule == "block", greedy_drafts=False)
     for row, x in zip(ours, drafts[:, 0].tolist()):
         reached, accepted = (sum(w for t, w in emitted.items() if len(t) > i and t[0] == x) for i in (1, 2))
         if reached > 0:

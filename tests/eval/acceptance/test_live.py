@@ -187,8 +187,39 @@ def test_rows_have_the_cell_s_values() -> None:
     print_results(made, out)
     rows = [line.split() for line in printed(out).splitlines()]
     (row,) = [r for r in rows if r[:2] == ["coupled", "2"]]
-    assert row[6:] == ["12,346", "ok", "0.457"]
-    assert ["plain", "23,457"] in rows
+    assert row[6:] == ["12,346", "7%", "ok", "0.457"]
+    assert ["plain", "23,457", "7%"] in rows
+
+
+def looping() -> dict[str, Any]:
+    """Two cells of four warn, and one of four at another temperature."""
+    made = document((0.0, 0.6), ("block",), (1, 2, 3), (1,))
+    for number, share in ((2, 0.84), (3, 0.87), (5, 0.21)):
+        made["cells"][number]["all"]["final_loop_share"] = estimate(share)
+        made["cells"][number]["warnings"] = [f"{share:.0%} of the output tokens lie in final loops"]
+    return made
+
+
+def test_loops_are_warned_of_below_the_table_they_are_in() -> None:
+    out = console()
+    print_results(looping(), out)
+    first, second = " ".join(printed(out).split()).split("temperature 0.6, batch size 1")
+    wanted = "output tokens lie in final loops: acceptance and speed-up there are those of repeating text."
+    assert f"WARNING: in 2 of 4 cells 84% to 87% of the {wanted}" in first
+    assert f"WARNING: in 1 of 4 cells 21% of the {wanted}" in second
+    out = console()
+    print_results(document(), out)
+    assert "WARNING" not in printed(out)
+
+
+def test_the_live_lines_warn_of_loops() -> None:
+    out = console()
+    with LiveTable(out) as table:
+        table(step(1, finished=looping()["cells"][2]))
+        table(step(2, finished=looping()["cells"][4]))
+    warned, quiet = printed(out).splitlines()
+    assert "WARNING: 84% of the output tokens lie in final loops" in warned
+    assert "WARNING" not in quiet
 
 
 def test_failed_checks_are_told_with_their_message() -> None:

@@ -32,7 +32,7 @@ def ints(*values: int) -> np.ndarray:
 def record(prompt: int, verifications: list[tuple[int, int, int]], category: str = "a", **fields: Any) -> RequestRecord:
     """verifications: (start, drafted, accepted)."""
     starts, drafted, accepted = (ints(*column) for column in zip(*verifications)) if verifications else (ints(),) * 3
-    made = RequestRecord(prompt, category, 0, 0, 10, 9, len(starts) + 1, starts, drafted, accepted, 0.5, 2.0, 8)
+    made = RequestRecord(prompt, category, 0, 0, 10, 9, 0, len(starts) + 1, starts, drafted, accepted, 0.5, 2.0, 8)
     return replace(made, **fields)
 
 
@@ -42,13 +42,15 @@ def random_record(generator: np.random.Generator, prompt: int, turn: int, repeat
     accepted = np.minimum(generator.geometric(0.4, n) - 1, drafted)
     num_prompt_tokens = int(generator.integers(3, 50))
     forwards = n + int(generator.integers(1, 4))
+    num_output_tokens = int(accepted.sum()) + forwards
     return RequestRecord(
         prompt=prompt,
         category="xyz"[prompt % 3],
         turn=turn,
         repeat=repeat,
         num_prompt_tokens=num_prompt_tokens,
-        num_output_tokens=int(accepted.sum()) + forwards,
+        num_output_tokens=num_output_tokens,
+        num_loop_tokens=int(generator.integers(num_output_tokens + 1)) if generator.random() < 0.5 else 0,
         num_target_forwards=forwards,
         starts=num_prompt_tokens + 1 + np.concatenate([[0], np.cumsum(accepted + 1)[:-1]]).astype(np.int64)[:n],
         num_drafted=drafted,
@@ -123,6 +125,8 @@ def assert_group(group: Group, records: list[RequestRecord], plain: list[Request
     decoded = [r for r in records if r.decode_s > 0]
     rates, count_decoded = table(decoded, lambda r: iter([(r.num_decode_tokens / r.decode_s, 1)]), 2)
     assert_same(group.tokens_per_s_per_request, ratios(rates, count_decoded)[0])
+    loop, output = table(records, lambda r: iter([(r.num_loop_tokens, r.num_output_tokens)]), 2)
+    assert_same(group.final_loop_share, ratios(loop, output, output)[0])
     times, requests = table(records, lambda r: iter([(r.ttft_s, 1)]), 2)
     assert_same(group.ttft_s, ratios(times, requests)[0])
     assert_same(group.speedup, speedup_by_loop(records, plain))
@@ -174,10 +178,9 @@ def drafts(r: RequestRecord) -> Iterator[dict[str, float]]:
     for row, index in enumerate(r.analysis.indices):
         for i in range(1, K + 1):
             if r.num_drafted[index] >= i and r.num_accepted[index] >= i - 1:
-                values = {name: getattr(r.analysis, name)[row, i - 1] for name in ("entropy", "confidence", "alpha")}
-                yield {"position": i, "accepted": float(r.num_accepted[index] >= i), **values} | {
-                    "expected": r.analysis.expected[row, i - 1]
-                }
+                names = ("entropy", "confidence", "alpha", "expected")
+                values = {name: getattr(r.analysis, name)[row, i - 1] for name in names}
+                yield {"position": i, "accepted": float(r.num_accepted[index] >= i), **values}
 
 
 def assert_bins(
@@ -225,18 +228,21 @@ def test_acceptance_by_entropy(cell: tuple[list[RequestRecord], list[RequestReco
     assert_bins(metrics.by_entropy, edges, records, lambda r: ((d["entropy"], d["accepted"]) for d in drafts(r)))
 
 
-def test_calibration(cell: tuple[list[RequestRecord], list[RequestRecord], CellMetrics]) -> None:
+@pytest.mark.parametrize(("name", "quantity"), [("calibration", "confidence"), ("by_expected_acceptance", "expected")])
+def test_calibration(
+    cell: tuple[list[RequestRecord], list[RequestRecord], CellMetrics], name: str, quantity: str
+) -> None:
     records, _, metrics = cell
-    found = metrics.calibration
+    found = getattr(metrics, name)
     edges = [i / 10 for i in range(11)]
-    assert_bins(found.bins, edges, records, lambda r: ((d["confidence"], d["accepted"]) for d in drafts(r)))
+    assert_bins(found.bins, edges, records, lambda r: ((d[quantity], d["accepted"]) for d in drafts(r)))
     n = sum(b.num_drafts for b in found.bins)
     errors = [b.num_drafts / n * abs((b.acceptance.value or 0) - (b.mean or 0)) for b in found.bins]
     assert found.ece.value == pytest.approx(sum(errors))
     gaps = {r.prompt: np.zeros(11) for r in records}
     for r in records:
         for d in drafts(r):
-            gaps[r.prompt][int(d["confidence"] * 10)] += d["accepted"] - d["confidence"]
+            gaps[r.prompt][int(d[quantity] * 10)] += d["accepted"] - d[quantity]
             gaps[r.prompt][10] += 1
     rows = np.array([gaps[prompt] for prompt in sorted(gaps)])
     assert_same(found.ece, calibration_error(rows[:, :10], rows[:, 10]))
@@ -388,12 +394,42 @@ def test_what_is_certain_must_be_so_exactly() -> None:
     assert "expected exactly" in wrong.message
 
 
-def test_positions_without_an_expectation_are_not_checked() -> None:
-    """Block verification decides jointly: only the first position's probability is known."""
-    analysis = Analysis(ints(0), np.array([[0.5, np.nan, np.nan]]), *(np.full((1, K), 0.5) for _ in range(3)), 0)
-    check = cell_metrics(CELL_K3, [record(0, [(11, 3, 2)], analysis=analysis)], [], [1.0]).check
+def test_positions_that_were_not_drafted_are_not_checked() -> None:
+    analysis = Analysis(ints(0), np.array([[0.5, 0.5, np.nan]]), *(np.full((1, K), 0.5) for _ in range(3)), 0)
+    check = cell_metrics(CELL_K3, [record(0, [(11, 2, 2)], analysis=analysis)], [], [1.0]).check
     assert check is not None
-    assert [p.position for p in check.positions] == [1]
+    assert [p.position for p in check.positions] == [1, 2]
+
+
+def test_counts_by_prompt_sum_over_turns_and_repeats(
+    cell: tuple[list[RequestRecord], list[RequestRecord], CellMetrics],
+) -> None:
+    records, plain, metrics = cell
+    found = metrics.by_prompt
+    assert found.prompts == sorted({r.prompt for r in records})
+    partners = {(p.prompt, p.turn, p.repeat): p for p in plain}
+    for row, prompt in enumerate(found.prompts):
+        own = [r for r in records if r.prompt == prompt]
+        decided = [pair for r in own for pair in verifications(r)]
+        for i in range(1, K + 1):
+            assert found.reached[row][i - 1] == sum(k >= i and a >= i - 1 for k, a in decided)
+            assert found.accepted[row][i - 1] == sum(a >= i for _, a in decided)
+        pairs = [(r, partners[key]) for r in own if (key := (r.prompt, r.turn, r.repeat)) in partners]
+        assert found.decode_s[row] == pytest.approx(sum(r.decode_s for r, _ in pairs), abs=1e-7)
+        assert found.plain_decode_s[row] == pytest.approx(sum(p.decode_s for _, p in pairs), abs=1e-7)
+        assert found.decode_tokens[row] == sum(r.num_decode_tokens for r, _ in pairs)
+        assert found.plain_decode_tokens[row] == sum(p.num_decode_tokens for _, p in pairs)
+
+
+@pytest.mark.parametrize(("num_loop_tokens", "warned"), [(0, False), (4, False), (5, True), (10, True)])
+def test_loops_are_warned_of_beyond_a_fifth_of_the_tokens(num_loop_tokens: int, warned: bool) -> None:
+    records = [record(i, [], num_output_tokens=10, num_loop_tokens=n) for i, n in enumerate((num_loop_tokens, 0))]
+    metrics = cell_metrics(CELL_K3, records, [], [1.0])
+    assert metrics.all.final_loop_share.value == pytest.approx(num_loop_tokens / 20)
+    assert len(metrics.warnings) == warned
+    for warning in metrics.warnings:
+        assert f"{num_loop_tokens / 20:.1%} of the output tokens lie in final loops, more than 20%" in warning
+        assert "repeating text" in warning
 
 
 def test_a_cell_reads_as_results_json_wants_it() -> None:

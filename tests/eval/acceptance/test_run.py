@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specdec import Engine
 from specdec.errors import CheckpointError
+from specdec.eval.acceptance import generate
 from specdec.eval.acceptance import run as run_module
 from specdec.eval.acceptance.generate import Request, Round, analysed, run_round, run_turn, ttfts
 from specdec.eval.acceptance.metrics import cell_metrics
@@ -35,7 +36,10 @@ from support.planted_text import greedy_text, load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["def f(x):", "import os", "class A:\n    pass", "x = [1, 2]", "while True:\n", "return self._name"]
-TIMES = {"ttft_s", "tokens_per_s", "tokens_per_s_per_request", "speedup", "started", "finished", "command"}
+TIMES = {
+    "ttft_s", "tokens_per_s", "tokens_per_s_per_request", "speedup", "decode_s", "plain_decode_s", "started",
+    "finished", "command",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +114,8 @@ def test_batch_size_changes_nothing_but_times(undisturbed: dict[str, Any]) -> No
         pytest.skip("rounding depends on the batch")
     by_size = {b: [c for c in undisturbed["cells"] if c["batch_size"] == b] for b in (1, 2)}
     for one, two in zip(by_size[1], by_size[2]):
-        kept = {"batch_size", "check", "calibration", "by_entropy", "alpha"}  # analysed contexts differ
+        analysed_ones = {"check", "calibration", "by_expected_acceptance", "by_entropy", "alpha"}  # contexts differ
+        kept = {"batch_size", *analysed_ones}
         ours, theirs = ({k: v for k, v in without_times(c).items() if k not in kept} for c in (one, two))
         assert ours == theirs
 
@@ -216,6 +221,15 @@ def test_records_are_kept_to_the_bit(folder: Path) -> None:
         if record.analysis is not None and again.analysis is not None:
             for name, value in vars(record.analysis).items():
                 assert np.array_equal(getattr(again.analysis, name), value, equal_nan=not np.isscalar(value)), name
+
+
+def test_the_final_loop_is_that_of_the_output_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "final_loop", sum)
+    engine = Engine.from_pretrained(folder / "checkpoint", kernels="reference")
+    done = Round([], [])
+    requests = [Request(i, "x", 0, [5 + i, 6]) for i in range(3)]
+    run_turn(engine, options_of(folder), Cell(0.0, 2, "greedy", "greedy", 3), requests, 0, done)
+    assert [r.num_loop_tokens for r in done.records] == [sum(c.token_ids[2:]) for c in done.completions]
 
 
 def test_contexts_are_analysed_up_to_the_number_and_from_the_first_on(folder: Path) -> None:
