@@ -81,17 +81,24 @@ def build_model(config: Glm4MoeConfig, kernels: AnyBackend, *, with_mtp: bool) -
 
 
 def load_model(
-    index: CheckpointIndex, kernels: AnyBackend, *, max_model_len: int | None = None, progress: Progress = silent
+    index: CheckpointIndex,
+    kernels: AnyBackend,
+    *,
+    with_mtp: bool = True,
+    max_model_len: int | None = None,
+    progress: Progress = silent,
 ) -> LoadedModel:
     """Builds and fills a checkpoint's model. Raises CheckpointError naming the tensor or file at fault.
 
+    with_mtp: the MTP layer too, if the checkpoint has one; otherwise its tensors stay on disk.
     progress: hears of each tensor that is read, in bytes, then of each module whose matrices the kernels pack.
     """
-    loaded = build_model(index.config, kernels, with_mtp=index.has_mtp_layer)
+    loaded = build_model(index.config, kernels, with_mtp=with_mtp and index.has_mtp_layer)
     store_fp8(loaded.parts(), index.scaled_modules().__contains__)
     for part, _ in loaded.parts():
         part.to_empty(device=kernels.device)
-    _fill(_Slots(loaded), index.tensors, ignored_names(index.config), progress)
+    ignored = ignored_names(index.config, with_mtp=with_mtp)
+    _fill(_Slots(loaded), index.tensors, ignored, progress)
     prepare(loaded, kernels, index.config.max_position_embeddings if max_model_len is None else max_model_len, progress)
     return loaded
 
@@ -111,9 +118,9 @@ def mtp_prefix(config: Glm4MoeConfig) -> str:
     return f"model.layers.{config.num_hidden_layers}."
 
 
-def ignored_names(config: Glm4MoeConfig) -> re.Pattern[str]:
-    """The MTP layer's copies of embeddings and head (the target's serve both), stored inverse
-    frequencies, and a stored head where the embeddings are tied to it."""
+def ignored_names(config: Glm4MoeConfig, *, with_mtp: bool = True) -> re.Pattern[str]:
+    """The MTP layer's copies of embeddings and head (the target's serve both), or all of its tensors where it is not
+    wanted, stored inverse frequencies, and a stored head where the embeddings are tied to it."""
     prefix, weight = re.escape(mtp_prefix(config)), rf"\.weight({SCALE_SUFFIX})?"
     names = [
         prefix + "embed_tokens" + weight,
@@ -122,6 +129,8 @@ def ignored_names(config: Glm4MoeConfig) -> re.Pattern[str]:
     ]
     if config.tie_word_embeddings:
         names.append("lm_head" + weight)
+    if not with_mtp:
+        names.append(prefix + ".*")
     return re.compile("|".join(names))
 
 

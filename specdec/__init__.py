@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from specdec.errors import (
         CacheFullError,
         CheckpointError,
+        DrafterError,
         KernelsUnavailableError,
         ModelError,
         NotEnoughMemoryError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from specdec.request.sequence import FinishReason
     from specdec.request.stats import DraftStats, Histogram, RequestStats
     from specdec.step.draft_length import DraftLengthStats
+    from specdec.step.drafter import Drafter, DraftRequest
 
     __version__: str
 
@@ -37,7 +39,10 @@ __all__ = [
     "CheckpointError",
     "CostTable",
     "DraftLengthStats",
+    "DraftRequest",
     "DraftStats",
+    "Drafter",
+    "DrafterError",
     "Engine",
     "EngineConfig",
     "EngineStats",
@@ -70,6 +75,7 @@ _HOMES = (  # of the public names; those that need no torch first
     "specdec.request.logprobs",
     "specdec.request.sequence",
     "specdec.step.draft_length",
+    "specdec.step.drafter",
     "specdec.metrics.engine",
     "specdec.engine.outputs",
     "specdec.engine.engine",

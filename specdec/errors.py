@@ -7,6 +7,7 @@
      +-- CacheFullError           (also a RuntimeError) a request could never fit into the KV cache
      +-- QueueFullError           (also a RuntimeError) too many requests wait already
      +-- ModelError               (also a RuntimeError) the model computed nonsense
+     +-- DrafterError             (also a ValueError) a drafter of the user's own proposed what cannot be drafts
     SpecdecWarning                (a UserWarning) something works, but not as expected
 
 A ValueError about an argument names the value, the limit and the remedy. `RowsError` never reaches a user: it carries
@@ -54,6 +55,10 @@ class ModelError(SpecdecError, RuntimeError):
     @classmethod
     def not_finite(cls, whose: str) -> ModelError:
         return cls(f"{whose}'s logits are not finite: its weights are broken, or its dtype overflows")
+
+
+class DrafterError(SpecdecError, ValueError):
+    """A drafter of the user's own proposed what cannot be drafts."""
 
 
 class RowsError(Exception):

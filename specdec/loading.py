@@ -185,26 +185,30 @@ def load_runtime(
     backend: AnyBackend,
     kv_dtype: str | torch.dtype = "auto",
     progress: Progress = silent,
+    *,
+    with_mtp: bool = True,
 ) -> Runtime:
     """Checks that weights and cache fit into memory, then loads the one and allocates the other.
 
     progress: hears of loading the weights and of capturing CUDA graphs.
+    with_mtp: the MTP layer too, if the checkpoint has one. False where a drafter of the user's own drafts.
     """
     cache_dtype = backend.activation_dtype if kv_dtype == "auto" else resolve_dtype(kv_dtype, "kv_dtype", DTYPES)
     if cache_dtype not in backend.cache_dtypes:
         raise ValueError(f"kv_dtype = {cache_dtype}: kernels = {backend.name!r} know {backend.cache_dtypes}")
     max_model_len = _max_model_len(checkpoint.config, config)
-    num_layers = checkpoint.config.num_hidden_layers + checkpoint.index.has_mtp_layer
+    has_mtp = with_mtp and checkpoint.index.has_mtp_layer
+    num_layers = checkpoint.config.num_hidden_layers + has_mtp
     bytes_per_page = page_bytes(checkpoint.config, num_layers, config.page_size, cache_dtype)
     num_pages = _num_pages(config, max_model_len, bytes_per_page) + backend.num_scratch_pages
     needed = {
-        "weights": _weight_bytes_of(checkpoint.index, backend),
+        "weights": _weight_bytes_of(checkpoint.index, backend, has_mtp=has_mtp),
         "KV cache": num_pages * bytes_per_page,
     }
     _check_memory(needed, backend.device)
     log.info("loading %s of weights from %s", size_text(needed["weights"]), checkpoint.folder)
     start_s = time.perf_counter()
-    model = load_model(checkpoint.index, backend, max_model_len=max_model_len, progress=progress)
+    model = load_model(checkpoint.index, backend, with_mtp=with_mtp, max_model_len=max_model_len, progress=progress)
     log.info("loaded the weights in %.1f s", time.perf_counter() - start_s)
     kv_cache = allocate_kv_cache(
         checkpoint.config, num_layers, num_pages, config.page_size, cache_dtype, backend.device
@@ -212,7 +216,7 @@ def load_runtime(
     _log_cache(kv_cache, backend)
     runtime = Runtime(model, kv_cache, max_model_len)
     if config.cuda_graphs and isinstance(backend, CapturesGraphs):
-        _capture_graphs(backend, runtime, config, progress)
+        _capture_graphs(backend, runtime, config, progress, drafts=has_mtp or not with_mtp)
     return runtime
 
 
@@ -224,7 +228,9 @@ def _log_cache(kv_cache: Tensor, backend: AnyBackend) -> None:
     )
 
 
-def _capture_graphs(backend: CapturesGraphs, runtime: Runtime, config: EngineConfig, progress: Progress) -> None:
+def _capture_graphs(
+    backend: CapturesGraphs, runtime: Runtime, config: EngineConfig, progress: Progress, *, drafts: bool
+) -> None:
     """For requests with the engine's own number of drafts, or fewer."""
     model, speculation = runtime.model, config.speculation or SpeculationParams()
     draft_lengths = AUTO_GRAPHS if speculation.automatic else [speculation.max_draft_tokens]
@@ -234,7 +240,7 @@ def _capture_graphs(backend: CapturesGraphs, runtime: Runtime, config: EngineCon
         mtp,
         runtime.kv_cache,
         max_num_seqs=config.max_num_seqs,
-        draft_lengths=[] if mtp is None else [length for length in draft_lengths if length > 0],
+        draft_lengths=[length for length in draft_lengths if length > 0] if drafts else [],
         max_model_len=runtime.max_model_len,
         progress=progress,
     )
@@ -255,9 +261,9 @@ def weight_bytes(
     return sum(t.nbytes for part in parts for tensors in (part.parameters(), part.buffers()) for t in tensors)
 
 
-def _weight_bytes_of(index: CheckpointIndex, kernels: AnyBackend) -> int:
+def _weight_bytes_of(index: CheckpointIndex, kernels: AnyBackend, *, has_mtp: bool) -> int:
     """With a SpecdecWarning where a GPU's memory pays for FP8 weights that its kernels cannot read as they are."""
-    config, has_mtp, is_fp8 = index.config, index.has_mtp_layer, index.scaled_modules().__contains__
+    config, is_fp8 = index.config, index.scaled_modules().__contains__
     loaded = weight_bytes(config, kernels, has_mtp, is_fp8, kernels.fp8)
     if kernels.device.type != "cpu" and loaded > (stored := weight_bytes(config, kernels, has_mtp, is_fp8)):
         what = "experts" if "linear" in kernels.fp8 else "linear layers and experts"

@@ -128,3 +128,9 @@ def test_a_client_that_goes_away_aborts_its_request(port: int) -> None:
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
+
+
+def test_own_drafter() -> None:
+    lines = run("own_drafter.py").splitlines()
+    assert lines[-1] == "--- the same tokens as without drafts: True"
+    assert float(lines[-2].split()[1]) > 1

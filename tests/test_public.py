@@ -20,10 +20,11 @@ from specdec.cli.common import user_errors
 
 PUBLIC = [
     "AsyncEngine", "AsyncTokenStream", "CacheFullError", "CheckpointError", "CostTable", "DraftLengthStats",
-    "DraftStats", "Engine", "EngineConfig", "EngineStats", "FinishReason", "GenerationOutput", "Histogram",
-    "KernelsUnavailableError", "ModelError", "NotEnoughMemoryError", "Prompt", "QueueFullError", "RequestStats",
-    "SamplingParams", "SpecdecError", "SpecdecWarning", "SpeculationParams", "StepTimes", "StreamChunk",
-    "TokenLogprobs", "TokenStream", "__version__",
+    "DraftRequest", "DraftStats", "Drafter", "DrafterError", "Engine", "EngineConfig", "EngineStats",
+    "FinishReason", "GenerationOutput", "Histogram", "KernelsUnavailableError", "ModelError",
+    "NotEnoughMemoryError", "Prompt", "QueueFullError", "RequestStats", "SamplingParams", "SpecdecError",
+    "SpecdecWarning", "SpeculationParams", "StepTimes", "StreamChunk", "TokenLogprobs", "TokenStream",
+    "__version__",
 ]  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def test_static_tools_see_the_same_names_in_their_homes() -> None:
 def test_the_users_code_that_types_are_checked_on_has_every_name() -> None:
     tree = ast.parse((Path(__file__).parent / "typing" / "user_code.py").read_text())
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "specdec"]
-    assert [name.name for node in imports for name in node.names] == PUBLIC[:-1]
+    assert sorted(name.name for node in imports for name in node.names) == PUBLIC[:-1]
 
 
 def test_what_users_meet_in_fields_is_public() -> None:
@@ -88,6 +89,7 @@ def test_every_error_is_a_specdec_error_and_what_it_was_before() -> None:
         errors.CacheFullError: RuntimeError,
         errors.QueueFullError: RuntimeError,
         errors.ModelError: RuntimeError,
+        errors.DrafterError: ValueError,
     }
     assert set(errors.SpecdecError.__subclasses__()) >= set(bases)
     for error, base in bases.items():

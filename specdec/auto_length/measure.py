@@ -22,7 +22,7 @@ from specdec.model.tokenizer import Tokenizer
 from specdec.request.sequence import Sequence
 from specdec.request.text import OutputText
 from specdec.step.commit import commit
-from specdec.step.draft import MTPDrafter, NoDrafter
+from specdec.step.draft import MTPDrafts, NoDrafts
 from specdec.step.scheduler import ScheduledSequence
 from specdec.step.verify import TargetVerifier
 
@@ -169,7 +169,7 @@ class Bench:
             target.config, cache.shape[0], most_sequences * self.num_pages, self.page_size, cache.dtype, cache.device
         )
         self.verifier = TargetVerifier(target, own, self.page_size)
-        self.drafter = NoDrafter() if mtp is None else MTPDrafter(target, mtp, own[-1], self.page_size, "post_norm")
+        self.drafter = NoDrafts() if mtp is None else MTPDrafts(target, mtp, own[-1], self.page_size, "post_norm")
         self.generator = torch.Generator().manual_seed(0)
         self.vocab_size, self.length = target.config.vocab_size, length
         self.hidden = torch.randn(MAX_PAIRS, target.config.hidden_size, generator=self.generator).to(

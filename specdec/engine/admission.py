@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal
 
 from specdec.config import SamplingParams, SpeculationParams
 from specdec.errors import warn
@@ -14,14 +15,17 @@ from specdec.request.text import OutputText
 
 OFF = SpeculationParams(num_speculative_tokens=0)
 
+DraftsWith = Literal["mtp", "drafter", "nothing"]
+"""What an engine drafts with: the MTP layer, a drafter of its user's own, or nothing, for want of both."""
+
 
 class Admission:
     """Makes requests for one model. default: the speculation of those that bring none of their own."""
 
     def __init__(
-        self, checkpoint: Checkpoint, max_model_len: int, speculation: SpeculationParams | None, *, has_mtp: bool
+        self, checkpoint: Checkpoint, max_model_len: int, speculation: SpeculationParams | None, drafts_with: DraftsWith
     ) -> None:
-        self.checkpoint, self.max_model_len, self.has_mtp = checkpoint, max_model_len, has_mtp
+        self.checkpoint, self.max_model_len, self.drafts_with = checkpoint, max_model_len, drafts_with
         self.default = self._resolve_speculation(speculation)
         self._request_numbers = itertools.count()
 
@@ -62,6 +66,7 @@ class Admission:
                     bad_words=bad_words,
                     priority=priority,
                     leader=sequences[0] if sequences else None,
+                    has_mtp=self.drafts_with == "mtp",
                 )
             )
         return sequences
@@ -115,9 +120,12 @@ class Admission:
     def _resolve_speculation(
         self, asked: SpeculationParams | None, default: SpeculationParams | None = None
     ) -> SpeculationParams:
-        """What was asked for; without an MTP layer plain decoding, and an error where drafts were asked for."""
-        if self.has_mtp:
-            return asked or default or SpeculationParams()
+        """What was asked for; plain decoding where nothing drafts. Raises ValueError for what cannot be done."""
+        if self.drafts_with != "nothing":
+            resolved = asked or default or SpeculationParams()
+            if self.drafts_with == "drafter":
+                check_without_mtp(resolved)
+            return resolved
         if asked is not None and asked.max_draft_tokens > 0:
             raise ValueError(
                 f"num_speculative_tokens = {asked.num_speculative_tokens}: the checkpoint {self.checkpoint.folder} "
@@ -126,3 +134,17 @@ class Admission:
         if default is None and asked is None:
             warn(f"{self.checkpoint.folder} has no MTP layer: speculation is unavailable, decoding plainly")
         return asked or default or OFF
+
+
+def check_without_mtp(speculation: SpeculationParams) -> None:
+    """Raises ValueError for what only the MTP layer can do."""
+    if speculation.automatic:
+        raise ValueError(
+            "num_speculative_tokens = 'auto' weighs what the MTP layer's drafts cost, and this engine drafts with a "
+            "drafter of your own: give a number"
+        )
+    if speculation.min_draft_confidence > 0:
+        raise ValueError(
+            f"min_draft_confidence = {speculation.min_draft_confidence} asks the MTP layer's probabilities, and this "
+            "engine drafts with a drafter of your own: give 0, and let it draft less where it is unsure"
+        )

@@ -18,12 +18,13 @@ from specdec.auto_length.controller import AutoDraftLength
 from specdec.auto_length.measure import cost_table
 from specdec.cache.pages import PagePool
 from specdec.config import EngineConfig
-from specdec.engine.admission import Admission
+from specdec.engine.admission import Admission, DraftsWith
 from specdec.loading import Checkpoint, Runtime
 from specdec.metrics.engine import EngineStats
 from specdec.request.sequence import FinishReason, Sequence
-from specdec.step.draft import Drafter, MTPDrafter, NoDrafter
+from specdec.step.draft import DraftStage, MTPDrafts, NoDrafts
 from specdec.step.draft_length import DraftLength, FixedDraftLength
+from specdec.step.drafter import Drafter, OwnDrafts
 from specdec.step.scheduler import Scheduler
 from specdec.step.step import Decision, StepError, Verifier, step
 from specdec.step.verify import TargetVerifier
@@ -39,17 +40,21 @@ class EngineCore:
     """
 
     draft_length: DraftLength
-    drafter: Drafter
+    drafter: DraftStage
     verifier: Verifier
 
-    def __init__(self, checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig) -> None:
-        self.admission = Admission(
-            checkpoint, runtime.max_model_len, config.speculation, has_mtp=runtime.model.mtp is not None
-        )
+    def __init__(
+        self, checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig, drafter: Drafter | None = None
+    ) -> None:
+        """drafter: drafts in place of the MTP layer, which the runtime does not have then."""
+        drafts_with: DraftsWith = "mtp" if runtime.model.mtp is not None else "nothing"
+        self.drafter = _make_drafts(runtime, config)
+        if drafter is not None:
+            drafts_with, self.drafter = "drafter", OwnDrafts(drafter, checkpoint.config.vocab_size)
+        self.admission = Admission(checkpoint, runtime.max_model_len, config.speculation, drafts_with)
         pool = PagePool(runtime.num_pages, config.page_size, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(pool, config.max_num_seqs, config.token_budget)
         self.draft_length = _make_draft_length(checkpoint, runtime, config)
-        self.drafter = _make_drafter(runtime, config)
         self.verifier = TargetVerifier(runtime.model.target, runtime.kv_cache, config.page_size)
         self._device = runtime.kv_cache.device
         self._stats, self._stats_lock = EngineStats(pool.num_pages, config.prefix_caching), threading.Lock()
@@ -211,8 +216,8 @@ def _make_draft_length(checkpoint: Checkpoint, runtime: Runtime, config: EngineC
     return AutoDraftLength(lambda wrong: cost_table(runtime, checkpoint.tokenizer, config, wrong))
 
 
-def _make_drafter(runtime: Runtime, config: EngineConfig) -> Drafter:
+def _make_drafts(runtime: Runtime, config: EngineConfig) -> DraftStage:
     model, cache = runtime.model, runtime.kv_cache
     if model.mtp is None:
-        return NoDrafter()
-    return MTPDrafter(model.target, model.mtp, cache[-1], config.page_size, config.mtp_recycling)
+        return NoDrafts()
+    return MTPDrafts(model.target, model.mtp, cache[-1], config.page_size, config.mtp_recycling)

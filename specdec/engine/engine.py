@@ -13,6 +13,7 @@ import torch
 
 from specdec.checks import require_keywords
 from specdec.config import EngineConfig, SamplingParams, SpeculationParams
+from specdec.engine.admission import check_without_mtp
 from specdec.engine.core import EngineCore
 from specdec.engine.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
 from specdec.errors import warn
@@ -29,6 +30,7 @@ from specdec.metrics.engine import EngineStats
 from specdec.model.hub import resolve_model
 from specdec.request.prompts import Prompt, as_batch, as_params, as_prompt, params_per_prompt
 from specdec.request.sequence import Sequence
+from specdec.step.drafter import Drafter
 
 
 class Engine:
@@ -37,10 +39,12 @@ class Engine:
     Build it with `Engine.from_pretrained`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig, drafter: Drafter | None = None
+    ) -> None:
         self.checkpoint, self.runtime, self.config = checkpoint, runtime, config
         self.tokenizer, self.max_model_len = checkpoint.tokenizer, runtime.max_model_len
-        self.core = EngineCore(checkpoint, runtime, config)
+        self.core = EngineCore(checkpoint, runtime, config, drafter)
 
     @property
     def speculation(self) -> SpeculationParams:
@@ -58,6 +62,7 @@ class Engine:
         kv_dtype: str | torch.dtype = "auto",
         revision: str | None = None,
         num_threads: int | None = None,
+        drafter: Drafter | None = None,
         progress: Progress | None = None,
         **config: Any,
     ) -> Engine:
@@ -67,7 +72,8 @@ class Engine:
         first use), "flashinfer" (CUDA) or "reference" (plain torch); "auto" is the device's own where it can run.
         dtype: of the matrices, and with "reference" of the activations; "auto" is float32, with "cpu" bfloat16 where
         the checkpoint is, with "flashinfer" and for an FP8 checkpoint bfloat16. kv_dtype: of the KV cache; "auto" is
-        the activations'. num_threads: torch's, for the whole process. progress: called as
+        the activations'. num_threads: torch's, for the whole process. drafter: one of your own, see `specdec.Drafter`;
+        it drafts in place of the MTP layer, which is then not loaded. progress: called as
         progress(what, done, total) while kernels are compiled, weights are loaded and CUDA graphs are captured.
         `config`: the fields of EngineConfig.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
@@ -78,11 +84,13 @@ class Engine:
         if num_threads is not None:
             check_num_threads(num_threads)
             torch.set_num_threads(num_threads)
+        if drafter is not None:
+            _check_drafter(drafter, engine_config)
         checkpoint = open_checkpoint(resolve_model(model, revision))
         heard = progress or silent
         backend = resolve_backend(device, dtype, kernels, checkpoint.config, heard)
-        runtime = load_runtime(checkpoint, engine_config, backend, kv_dtype, heard)
-        return cls(checkpoint, runtime, engine_config)
+        runtime = load_runtime(checkpoint, engine_config, backend, kv_dtype, heard, with_mtp=drafter is None)
+        return cls(checkpoint, runtime, engine_config, drafter)
 
     def generate(
         self,
@@ -166,3 +174,15 @@ def _raise_errors(sequences: Iterable[Sequence]) -> None:
     for sequence in sequences:
         if sequence.error is not None:
             raise sequence.error
+
+
+def _check_drafter(drafter: Any, config: EngineConfig) -> None:
+    """Raises ValueError for what is no drafter, and for a setting of the MTP layer's drafts."""
+    if isinstance(drafter, type) or not callable(getattr(drafter, "draft", None)):
+        raise ValueError(f"drafter = {drafter!r} must be an object with a method draft(requests), see specdec.Drafter")
+    if config.mtp_recycling != "post_norm":
+        raise ValueError(
+            f"mtp_recycling = {config.mtp_recycling!r} is about the MTP layer's drafts, and drafter = {drafter!r} "
+            "drafts in its place: leave one of them out"
+        )
+    check_without_mtp(config.speculation or SpeculationParams())

@@ -37,14 +37,15 @@ class Sequence:
     token_ids: prompt and output. num_computed_tokens: tokens whose target KV rows are valid; always
     below len(token_ids) while it runs. num_mtp_tokens: committed pairs in the MTP layer's cache.
     pending_hidden: the target's hidden states of the computed tokens that have no MTP row yet, in order, in any
-    number of pieces; num_mtp_tokens and their rows sum to num_computed_tokens while speculation is on. Empty while it
-    is off.
+    number of pieces; num_mtp_tokens and their rows sum to num_computed_tokens where the MTP layer works for it. Empty
+    elsewhere.
     max_total_tokens: prompt and output together never exceed it. bad_words: as token ids. edits: what the parameters
     do to the next token's logits. logprobs: of the output's tokens. priority: lower ones first, equal ones in order of
     arrival, which the scheduler sets. leader: another sample of the same prompt, whose pages this one will share.
     num_published_pages: of page_table, the first ones that the prefix cache knows. error: what ended it, where
-    finish_reason is "error". rule: temperature 0 is greedy whatever was asked for. speculates: whether the MTP layer
-    works for it; never for a request of one token, which is decided without drafts.
+    finish_reason is "error". rule: temperature 0 is greedy whatever was asked for. speculates: whether it drafts; never
+    a request of one token, which is decided without drafts. has_mtp: whether the engine drafts with the MTP layer.
+    uses_mtp: whether that layer works for it.
     """
 
     request_id: str
@@ -58,9 +59,11 @@ class Sequence:
     bad_words: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     leader: Sequence | None = None
+    has_mtp: bool = True
     arrival: int = 0
     rule: Rule = field(init=False)
     speculates: bool = field(init=False)
+    uses_mtp: bool = field(init=False)
     num_prompt_tokens: int = field(init=False)
     token_ids: list[int] = field(init=False)
     page_table: list[int] = field(default_factory=list)
@@ -79,13 +82,14 @@ class Sequence:
         self.token_ids, self.num_prompt_tokens = list(self.prompt_token_ids), len(self.prompt_token_ids)
         limit = self.max_total_tokens - self.num_prompt_tokens
         self.speculates = limit > 1 and self.speculation.max_draft_tokens > 0
+        self.uses_mtp = self.speculates and self.has_mtp
         self.edits = RequestEdits.of(self.params, self.bad_words, self.end_token_ids, self.prompt_token_ids)
 
     def admit(self, pages: list[int], num_cached_pages: int, page_size: int) -> None:
         """It runs from now on. The first pages are the prefix cache's: their rows are computed, the MTP layer's too."""
         self.page_table, self.num_published_pages = pages, num_cached_pages
         self.num_computed_tokens = num_cached_pages * page_size
-        self.num_mtp_tokens = self.num_computed_tokens if self.speculates else 0
+        self.num_mtp_tokens = self.num_computed_tokens if self.uses_mtp else 0
         if self.stats.num_preemptions == 0:
             self.stats.num_cached_tokens = self.num_computed_tokens
             self.stats.scheduled_s = time.perf_counter()
@@ -156,7 +160,7 @@ class Sequence:
     @property
     def num_final_rows(self) -> int:
         """Rows of committed tokens that nothing overwrites any more, those of the MTP layer included if it works."""
-        return self.num_mtp_tokens if self.speculates else min(self.num_computed_tokens, len(self.token_ids) - 1)
+        return self.num_mtp_tokens if self.uses_mtp else min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property
     def finished(self) -> bool:

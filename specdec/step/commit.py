@@ -67,7 +67,7 @@ def _commit_cache_rows(s: ScheduledSequence, num_rows: int, hidden: HiddenRows) 
         sequence.num_mtp_tokens = sequence.num_computed_tokens
         sequence.pending_hidden = []
     sequence.num_computed_tokens += num_rows
-    if sequence.speculates:
+    if sequence.uses_mtp:
         rows = HiddenRows(hidden.hidden, hidden.first, num_rows)
         if sequence.speculation.automatic:
             _queue(sequence.pending_hidden, rows)

@@ -1,4 +1,4 @@
-"""Stage 2, draft: the MTP layer proposes tokens.
+"""Stage 2, draft: the MTP layer proposes tokens. `specdec.step.drafter` has the stage for drafters of a user's own.
 
 Shapes: B scheduled sequences, K draft tokens (the most of any).
 """
@@ -20,32 +20,30 @@ from specdec.step.sampling import draft_stream, row_sampling
 from specdec.step.scheduler import ScheduledSequence
 
 
-class Drafter(Protocol):
-    """Proposes drafts; may write KV rows of uncommitted tokens, must not change a sequence.
-
-    `EngineCore.drafter` may be assigned another one. Whatever it proposes is verified, so the output stays the
-    target's; only how many tokens a step yields depends on it. Nothing checks its numbers of drafts or their ids.
-    """
+class DraftStage(Protocol):
+    """Proposes drafts; may write KV rows of uncommitted tokens, must not change a sequence."""
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
         """Drafts of all scheduled sequences [B], in their order.
 
-        At most `num_draft_tokens` each, which is 0 for prompts that are still being computed. The tokens to go on from
-        are `sequence.token_ids`. `Drafts.of` makes the result from lists of token ids.
+        At most `num_draft_tokens` each, which is 0 for prompts that are still being computed. Raises RowsError where
+        it fails for some of them and knows for which.
         """
         ...
 
 
-class NoDrafter:
-    """The drafter of checkpoints without an MTP layer: never drafts."""
+class NoDrafts:
+    """The draft stage of an engine that decodes plainly, for want of an MTP layer."""
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
         assert all(s.num_draft_tokens == 0 for s in scheduled), "drafts were scheduled without a drafter"
         return Drafts.of([[] for _ in scheduled])
 
 
-class MTPDrafter:
-    """Extends the MTP cache by the pairs committed last, then drafts a chain of up to K tokens.
+class MTPDrafts:
+    """The draft stage of an engine that drafts with the MTP layer.
+
+    Extends the MTP cache by the pairs committed last, then drafts a chain of up to K tokens.
 
     Pair i is (hidden of token i, token i+1); it lives at position i and predicts token i+2. The extend
     has the target's true hidden states and overwrites the rows that earlier drafting wrote; draft 1

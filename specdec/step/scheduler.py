@@ -182,7 +182,7 @@ class Scheduler:
         if sequence is None or (self._refused[0] == sequence.order and self.pool.num_free <= self._refused[1]):
             return None
         most = sequence.num_prefill_tokens - 1
-        cached = self.pool.cached_prefix(sequence.token_ids, most, with_mtp=sequence.speculates)
+        cached = self.pool.cached_prefix(sequence.token_ids, most, with_mtp=sequence.uses_mtp)
         self.pool.hold(cached)
         num_rows = min(len(sequence.token_ids) + 1 + sequence.speculation.max_draft_tokens, sequence.max_total_tokens)
         missing = self.pool.pages_for(num_rows) - len(cached)
@@ -208,7 +208,7 @@ class Scheduler:
         """Offers the pages that have become full and final to other requests."""
         num_full = sequence.num_final_rows // self.pool.page_size
         for at in range(sequence.num_published_pages, num_full):
-            self.pool.publish(sequence.page_table, at, sequence.token_ids, with_mtp=sequence.speculates)
+            self.pool.publish(sequence.page_table, at, sequence.token_ids, with_mtp=sequence.uses_mtp)
             sequence.num_published_pages += 1
 
     @staticmethod

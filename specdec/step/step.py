@@ -10,7 +10,7 @@ from specdec.kernels.data import Drafts
 from specdec.request.sequence import Sequence
 from specdec.request.stats import CommitRecord
 from specdec.step.commit import CommitError, commit
-from specdec.step.draft import Drafter
+from specdec.step.draft import DraftStage
 from specdec.step.draft_length import DraftLength
 from specdec.step.scheduler import ScheduledSequence, Scheduler
 from specdec.step.verify import TargetResult
@@ -24,7 +24,7 @@ class Verifier(Protocol):
         ...
 
 
-def step(scheduler: Scheduler, draft_length: DraftLength, drafter: Drafter, verifier: Verifier) -> StepResult:
+def step(scheduler: Scheduler, draft_length: DraftLength, drafter: DraftStage, verifier: Verifier) -> StepResult:
     """Advances every scheduled sequence by a prefill chunk or a verification.
 
     A sequence contributes a chunk of its prompt, or its last token plus up to K drafts, to one ragged

@@ -28,7 +28,7 @@ from specdec.kernels.data import Drafts
 from specdec.kernels.reference import ReferenceKernels
 from specdec.model.layers import Decoder
 from specdec.step.batch import Extend, build_batch
-from specdec.step.draft import MTPDrafter
+from specdec.step.draft import MTPDrafts
 from specdec.step.scheduler import ScheduledSequence
 from support.fakes import (
     EXACT_DTYPES,
@@ -579,13 +579,13 @@ def test_a_stream_dropped_in_the_middle_of_a_step_ends_after_it(
     for stream in dropped:
         next(stream)
     del stream
-    draft = MTPDrafter.draft
+    draft = MTPDrafts.draft
 
-    def dropping(self: MTPDrafter, scheduled: list[ScheduledSequence]) -> Drafts:
+    def dropping(self: MTPDrafts, scheduled: list[ScheduledSequence]) -> Drafts:
         dropped.clear()
         return draft(self, scheduled)
 
-    monkeypatch.setattr(MTPDrafter, "draft", dropping)
+    monkeypatch.setattr(MTPDrafts, "draft", dropping)
     assert len(engine.generate("abc", greedy(2, max_tokens=12))[0].token_ids) == 12
     assert engine.core.scheduler.idle
     engine.core.scheduler.pool.check_integrity([])

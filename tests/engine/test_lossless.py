@@ -16,7 +16,7 @@ from specdec.kernels.data import GREEDY, Drafts, LogitEdits, Residuals, RowSampl
 from specdec.kernels.rules import Proposal
 from specdec.request.seeds import Stream
 from specdec.step import draft
-from specdec.step.draft import MTPDrafter
+from specdec.step.draft import MTPDrafts
 from support.enumeration import (
     Context,
     Enumerator,
@@ -170,13 +170,13 @@ def shared_draft_and_residual_noise(patch: pytest.MonkeyPatch) -> None:
 
 def wrong_q(patch: pytest.MonkeyPatch) -> None:
     """The law without the request's temperature."""
-    drafted = MTPDrafter.draft
+    drafted = MTPDrafts.draft
 
-    def flatter(self: MTPDrafter, scheduled: object) -> Drafts:
+    def flatter(self: MTPDrafts, scheduled: object) -> Drafts:
         result = drafted(self, scheduled)
         return result if result.probs is None else replace(result, probs=result.probs.sqrt())
 
-    patch.setattr(MTPDrafter, "draft", flatter)
+    patch.setattr(MTPDrafts, "draft", flatter)
 
 
 def one_uniform_for_a_block(patch: pytest.MonkeyPatch) -> None:
@@ -194,16 +194,16 @@ def first_failure_stop_in_block(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_draft_dropped_for_its_own_low_q(patch: pytest.MonkeyPatch) -> None:
-    drafted = MTPDrafter.draft
+    drafted = MTPDrafts.draft
 
-    def dropping(self: MTPDrafter, scheduled: object) -> Drafts:
+    def dropping(self: MTPDrafts, scheduled: object) -> Drafts:
         result = drafted(self, scheduled)
         for ids, row in zip(result.token_ids, result.prob_rows):
             low = [i for i, d in enumerate(ids) if row >= 0 and result.probs[row, i, d] < 0.4]
             del ids[low[0] if low else len(ids) :]
         return result
 
-    patch.setattr(MTPDrafter, "draft", dropping)
+    patch.setattr(MTPDrafts, "draft", dropping)
 
 
 def softmax_q_for_greedy_drafts(patch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from specdec.request.sequence import Sequence
 from specdec.request.text import OutputText
 from specdec.step.batch import Extend, build_batch
 from specdec.step.commit import commit
-from specdec.step.draft import MTPDrafter
+from specdec.step.draft import MTPDrafts
 from specdec.step.scheduler import ScheduledSequence
 from specdec.step.verify import TargetResult
 
@@ -97,7 +97,7 @@ def test_incremental_logits_equal_full_recomputation(model: LoadedModel, recorde
         page_size = rng.choice([1, 2, 3, 5, 16])
         pool = PagePool(BATCH_SIZE * -(-(MAX_TOKENS + 20) // page_size), page_size)
         cache = allocate_kv_cache(model.config, 1, pool.num_pages, page_size, torch.float64, CPU)[0].fill_(float("nan"))
-        drafter = MTPDrafter(model.target, model.mtp, cache, page_size, "post_norm")
+        drafter = MTPDrafts(model.target, model.mtp, cache, page_size, "post_norm")
         sequences = [
             make_sequence(rng, rng.randint(2, 20), rng.randint(1, 5), pool.allocate(pool.num_pages // BATCH_SIZE))
             for _ in range(BATCH_SIZE)

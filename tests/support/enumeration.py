@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec import Engine, SamplingParams
+from specdec import Drafter, Engine, SamplingParams
 from specdec.kernels.data import DecoderOutput, HiddenRows, Residuals, RowSampling
 from specdec.kernels.reference import ReferenceKernels, residual_law
 from specdec.kernels.rules import Proposal, verify_by_rejection
@@ -170,18 +170,19 @@ class TableKernels(ReferenceKernels):
 
 
 class Enumerator:
-    """An engine whose requests' laws can be enumerated; `folder` is for its checkpoint."""
+    """An engine whose requests' laws can be enumerated; `folder` is for its checkpoint. drafter: of one's own, in place
+    of the MTP layer, whose place `draft` takes otherwise."""
 
-    def __init__(self, folder: Path, target: RandomModel, draft: RandomModel) -> None:
+    def __init__(self, folder: Path, target: RandomModel, draft: RandomModel, drafter: Drafter | None = None) -> None:
         config = tiny_config(vocab_size=target.vocab_size, num_hidden_layers=1)
         self.engine = Engine.from_pretrained(
             write_checkpoint(folder, config), kernels="reference", dtype="float64", max_num_seqs=256, max_model_len=32,
-            page_size=4,
+            page_size=4, drafter=drafter,
         )  # fmt: skip
         self.kernels = TableKernels(target, draft, config["hidden_size"])
         model = self.engine.runtime.model
-        assert model.mtp is not None
-        for part in (model.target, model.target.decoder, model.mtp.decoder):
+        assert (model.mtp is None) == (drafter is not None)
+        for part in (model.target, model.target.decoder, *([] if model.mtp is None else [model.mtp.decoder])):
             part.kernels = self.kernels
 
     def law(self, prompt: list[int], params: SamplingParams) -> Law:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -16,7 +16,10 @@ from specdec import (
     CacheFullError,
     CheckpointError,
     CostTable,
+    Drafter,
+    DrafterError,
     DraftLengthStats,
+    DraftRequest,
     DraftStats,
     Engine,
     EngineConfig,
@@ -113,6 +116,20 @@ def show(engine: Engine, prompt: Prompt) -> GenerationOutput:
     return stream.output
 
 
+class Repeats:
+    """Guesses that the last token comes again."""
+
+    def draft(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        return [[r.token_ids[-1]] * r.num_draft_tokens for r in requests]
+
+
+def draft_with(drafter: Drafter, prompt: Prompt) -> str:
+    try:
+        return Engine.from_pretrained("bundled", drafter=drafter).generate(prompt)[0].text
+    except DrafterError as error:
+        return str(error)
+
+
 def watch(stats: EngineStats) -> float | None:
     assert_type(stats.finished["stop"], int)
     assert_type(stats.drafts, DraftStats)
@@ -154,7 +171,7 @@ async def serve() -> EngineStats:
 def main() -> None:
     engine = load(Path("checkpoint"))
     assert_type(complete(engine, ["a", "b"]).outcomes, dict[tuple[int, int], int])
-    print(dict(most_probable(show(engine, "x"))), watch(asyncio.run(serve())))
+    print(dict(most_probable(show(engine, "x"))), watch(asyncio.run(serve())), draft_with(Repeats(), "x"))
 
 
 if __name__ == "__main__":

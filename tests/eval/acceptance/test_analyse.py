@@ -22,7 +22,7 @@ from specdec.eval.acceptance.replay import Reader
 from specdec.eval.acceptance.run import with_exact_drafts
 from specdec.eval.prompts import load_stdlib
 from specdec.kernels.data import HiddenRows
-from specdec.step.draft import MTPDrafter
+from specdec.step.draft import MTPDrafts
 from support.enumeration import Enumerator, RandomModel, RandomPath
 from support.fakes import NEEDS_COMPILER
 
@@ -154,7 +154,7 @@ def shifted_hidden(patch: pytest.MonkeyPatch, engine: Engine) -> None:
 
 def stale_rows(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     """Rows that drafting wrote stay: the extend runs the last pair only."""
-    chain = MTPDrafter._chain
+    chain = MTPDrafts._chain
 
     def shortened(s: Any) -> Any:
         ((hidden, first, num_rows),) = s.pending_hidden
@@ -162,23 +162,23 @@ def stale_rows(patch: pytest.MonkeyPatch, engine: Engine) -> None:
         rows = HiddenRows(hidden, first + skipped, num_rows - skipped)
         return replace_fields(s, num_mtp_tokens=s.num_mtp_tokens + skipped, pending_hidden=[rows])
 
-    def wrong(self: MTPDrafter, scheduled: Any) -> Any:
+    def wrong(self: MTPDrafts, scheduled: Any) -> Any:
         return chain(self, [replace(s, sequence=shortened(s.sequence)) for s in scheduled])
 
-    patch.setattr(MTPDrafter, "_chain", wrong)
+    patch.setattr(MTPDrafts, "_chain", wrong)
 
 
 def no_prompt_pairs(patch: pytest.MonkeyPatch, engine: Engine) -> None:
     """The MTP layer forgets the prompt after its first drafts."""
-    draft = MTPDrafter.draft
+    draft = MTPDrafts.draft
 
-    def wrong(self: MTPDrafter, scheduled: Any) -> Any:
+    def wrong(self: MTPDrafts, scheduled: Any) -> Any:
         for s in (s.sequence for s in scheduled):
             if s.num_mtp_tokens > 0:
                 self.kv_cache[0, s.page_table[: len(s.prompt_token_ids) // self.page_size]] = 0
         return draft(self, scheduled)
 
-    patch.setattr(MTPDrafter, "draft", wrong)
+    patch.setattr(MTPDrafts, "draft", wrong)
 
 
 def recycled_before_the_norm(patch: pytest.MonkeyPatch, engine: Engine) -> None:
