@@ -360,7 +360,8 @@ def test_the_seeds_of_samples_are_distinct_and_the_first_is_the_requests_own() -
         seeds = [sample_seed(seed, i) for i in range(128)]
         assert seeds[0] == seed
         assert len(set(seeds)) == 128
-        assert all(0 <= s < 2**64 for s in seeds)
+        assert all(0 <= s < 2**53 for s in seeds[1:])
+    assert [sample_seed(11, i) for i in range(3)] == [11, 2848476260233222, 2363175199526242], "they reproduce outputs"
 
 
 def test_numbers_of_samples_that_cannot_be_are_refused(engine: Engine) -> None:
