@@ -58,8 +58,8 @@ class Drawing:
 
 
 def laws_of(chains: Chains, drawing: Drawing, kernels: Operations) -> tuple[Tensor, Tensor | None]:
-    """p, q [n, K, V] fp64, q None where drafts are point masses, as those without an MTP layer are; at temperature 0 p is
-    one too. As the engine computes them: the softmax is the kernels', in their precision."""
+    """p, q [n, K, V] fp64, q None where drafts are point masses, as without an MTP layer all are; at temperature 0 p
+    is one too. As the engine computes them: the softmax is the kernels', in their precision."""
     if drawing.temperature == 0:
         choices = lowest_argmax(chains.target).unsqueeze(-1)
         return torch.zeros_like(chains.target, dtype=torch.float64).scatter(-1, choices, 1.0), None

@@ -39,16 +39,16 @@ class DrafterSource:
         if _drafts(self.found):
             return _as_drafter(self.found)
         if not callable(self.found):
-            raise ValueError(f"drafter = {self.given!r} is a {type(self.found).__name__}: {KINDS}")
+            raise ValueError(f"drafter = {self.given!r} is an object of {type(self.found).__name__}: {KINDS}")
         try:
             made = self.found()
         except (Exception, SystemExit) as error:
             raise _failure(f"drafter = {self.given!r} cannot be called without arguments", error, KINDS) from error
         if not _drafts(made):
-            kind = f"the class {made.__name__}" if isinstance(made, type) else f"a {type(made).__name__}"
+            kind = f"the class {made.__name__}" if isinstance(made, type) else f"an object of {type(made).__name__}"
             raise ValueError(
-                f"drafter = {self.given!r} makes {kind}, which is no object with a method draft(requests): give it "
-                "one, see specdec.Drafter"
+                f"drafter = {self.given!r} makes {kind}: make an object with a method draft(requests), see "
+                "specdec.Drafter"
             )
         return _as_drafter(made)
 
