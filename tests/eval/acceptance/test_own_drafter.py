@@ -377,7 +377,8 @@ def run(*words: str) -> Result:
 def words_of(folder: Path, *more: str) -> list[str]:
     return [
         "acceptance", "--model", str(folder / "checkpoint"), "--prompts", str(folder / "prompts.jsonl"), "-k", "2",
-        "--max-tokens", "8", "--num-prompts", "6", "--batch-size", "6", "--kernels", "reference", "--verification", "coupled", *more,
+        "--max-tokens", "8", "--num-prompts", "6", "--batch-size", "6", "--kernels", "reference",
+        "--verification", "coupled", *more,
     ]  # fmt: skip
 
 
