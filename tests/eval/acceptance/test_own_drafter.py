@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from specdec import SpeculationParams
 from specdec.cli import app
+from specdec.config import Verification
 from specdec.errors import CheckpointError
 from specdec.eval.acceptance.analyse import Completion, analyse
 from specdec.eval.acceptance.html import render_html
@@ -141,13 +142,14 @@ def test_what_cannot_be_used_is_refused_with_the_remedy(found: Path, given: str)
 def test_settings_of_the_mtp_layers_drafts_are_refused() -> None:
     options = AcceptanceOptions(drafter="a.py:B", draft_sampling=("greedy",))
     assert {c.draft_sampling for c in options.cells if c.num_speculative_tokens} == {"greedy"}
-    for fields, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"draft_sampling": ("sampled",)}, "draft_sampling = 'sampled' needs .* 'a.py:B', has none: give 'greedy'"),
         ({"draft_sampling": ("greedy", "sampled")}, "draft_sampling = 'sampled' needs"),
         ({"mtp_recycling": "pre_norm"}, "mtp_recycling = 'pre_norm' is about the MTP layer's drafts, .*leave one of"),
-    ):
+    ]
+    for fields, message in wrong:
         with pytest.raises(ValueError, match=message):
-            replace(options, **fields)  # type: ignore[arg-type]
+            replace(options, **fields)
 
 
 def test_expected_acceptance_is_the_targets_probability_of_each_draft(tmp_path: Path) -> None:
@@ -159,9 +161,9 @@ def test_expected_acceptance_is_the_targets_probability_of_each_draft(tmp_path: 
     tokens, starts = rng.integers(5, size=12).tolist(), [2, 5, 9, 12]
     given = [rng.integers(5, size=k).tolist() for k in (K, 1, K, 2)]
     reader = Reader(tables.engine, K)
-    for rule in ("coupled", "block", "token"):
+    for rule in get_args(Verification):
         for temperature in (0.0, 0.7):
-            speculation = SpeculationParams(K, rule, "greedy")  # type: ignore[arg-type]
+            speculation = SpeculationParams(K, rule, "greedy")
             (a,) = analyse(reader, [Completion(tokens, 3, starts, given)], temperature, speculation)
             for row, (start, ids) in enumerate(zip(starts, given)):
                 for i, token in enumerate(ids):

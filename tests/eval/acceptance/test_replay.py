@@ -208,6 +208,7 @@ def test_greedy_laws_are_point_masses_and_confidence_is_of_the_softmax(planted: 
     (text,) = reader.read([completions[0].token_ids])
     start = completions[0].starts[0]
     chains = reader.chains([Context(text, start)], Drawing(0.0, speculation).rows([0], [start]), 2)
+    assert chains.draft is not None
     largest = softmax(reader.kernels, chains.draft, 1.0).amax(-1)[0]
     assert analyses[0].confidence[0].tolist() == pytest.approx(largest.tolist(), rel=1e-5)
     assert 0.05 < analyses[0].confidence[0, 0] < 1
