@@ -1,7 +1,7 @@
 """A drafter of one's own: prompt lookup (Saxena 2023) drafts what followed the last tokens when they came up before.
 
 python examples/own_drafter.py [--model bundled]
-specdec eval acceptance --drafter examples/own_drafter.py:NgramDrafter --verification coupled --batch-sizes 1
+specdec eval acceptance --drafter examples/own_drafter.py:NgramDrafter --verification coupled --batch-size 1
 """
 
 from __future__ import annotations

@@ -58,13 +58,13 @@ class Drawing:
 
 
 def laws_of(chains: Chains, drawing: Drawing, kernels: Operations) -> tuple[Tensor, Tensor | None]:
-    """p, q [n, K, V] fp64, q None where drafts are point masses; at temperature 0 p is one too. As the engine computes
-    them: the softmax is the kernels', in their precision."""
+    """p, q [n, K, V] fp64, q None where drafts are point masses, as without an MTP layer all are; at temperature 0 p
+    is one too. As the engine computes them: the softmax is the kernels', in their precision."""
     if drawing.temperature == 0:
         choices = lowest_argmax(chains.target).unsqueeze(-1)
         return torch.zeros_like(chains.target, dtype=torch.float64).scatter(-1, choices, 1.0), None
     p = softmax(kernels, chains.target, drawing.scale)
-    return p, None if drawing.point_masses else softmax(kernels, chains.draft, drawing.scale)
+    return p, None if drawing.point_masses or chains.draft is None else softmax(kernels, chains.draft, drawing.scale)
 
 
 def softmax(kernels: Operations, logits: Tensor, scale: float) -> Tensor:
@@ -102,7 +102,9 @@ def analyse(
             rows = drawing.rows(seeds, [c.start for c in contexts])
             chains = reader.chains(contexts, rows, k, given)
             values = _values(chains, drawing, reader.operations)
-            different = (chains.choices != chains.drafts).sum(1).tolist()
+            different = [0] * len(places)
+            if chains.choices is not None:
+                different = (chains.choices != chains.drafts).sum(1).tolist()
             for row, (number, i) in enumerate(places):
                 tables[number].fill(i, values[row], different[row])
     return [table.analysis() for table in tables]
@@ -110,14 +112,17 @@ def analyse(
 
 def _values(chains: Chains, drawing: Drawing, kernels: Operations) -> Floats:
     """[n, 4, K]: expected, confidence, entropy, alpha. Confidence and entropy are always of a softmax, even where the
-    laws are point masses, at temperature 0 and for greedy drafts."""
+    laws are point masses, at temperature 0 and for greedy drafts. Confidence is NaN without an MTP layer."""
     p, q = laws_of(chains, drawing, kernels)
     alpha = at_drafts(p, chains.drafts) if q is None else overlap(p, q)
     if drawing.temperature == 0:  # greedy verification judges one draft after the other whatever the request's rule is
         expected, p = alpha, softmax(kernels, chains.target, drawing.scale)
     else:
         expected = conditional_acceptance(drawing.speculation.verification, p, q, chains.drafts)
-    confidence = (softmax(kernels, chains.draft, drawing.scale) if q is None else q).amax(-1)
+    if chains.draft is None:
+        confidence = torch.full_like(alpha, torch.nan)
+    else:
+        confidence = (softmax(kernels, chains.draft, drawing.scale) if q is None else q).amax(-1)
     return torch.stack([expected, confidence, entropy(p), alpha], 1).cpu().numpy()
 
 

@@ -1,7 +1,8 @@
 """Two results.json of `specdec eval acceptance`, A and B: what differs, whether that is real, whether B is worse.
 
 Cells are the same where temperature, rule, drafts, K and batch size are; their mean acceptance length, conditional
-acceptances and speed-up are compared, of all requests together. Plain decoding has none of these.
+acceptances and speed-up are compared, of all requests together. Plain decoding has none of these. Where A and B have
+other drafters, sampled drafts of the one are compared with greedy ones of the other, for want of the same ones.
 
 **Intervals.** Both have the same prompts, which differ from each other more than anything else does: what is easy for A
 is easy for B. So differences are taken prompt by prompt, from the counts in results.json, and the prompts are the
@@ -40,11 +41,14 @@ DEFAULT_TOLERANCE = 0.02
 SETTINGS = ("temperature", "verification", "draft_sampling", "num_speculative_tokens", "batch_size")
 NOT_THE_SAME_ANYWAY = (
     "model", "prompts", "num_speculative_tokens", "temperatures", "verification", "draft_sampling", "batch_sizes",
+    "drafter",
 )  # fmt: skip
 LENGTH, SPEEDUP = "mean acceptance length", "speed-up"
 NORMAL_80 = 0.841621  # 80 % quantile of the normal distribution
 MACHINE = ("processor", "threads", "kernels", "weights")
 Document = dict[str, Any]
+Key = tuple[Any, ...]  # a cell's `SETTINGS`
+Cells = dict[Key, dict[str, Any]]
 Verdict = Literal["ok", "uncertain", "worse"]
 STYLES: dict[Verdict, str] = {"ok": "", "uncertain": "yellow", "worse": "bold red"}
 
@@ -71,9 +75,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class CellComparison:
-    """settings: the `SETTINGS` that the cell has in both documents."""
+    """One cell in A and B.
+
+    settings: the `SETTINGS` that it has in both documents, A's where drafters differ.
+    draft_sampling_in_b: not that of the settings where drafts of the one are sampled and those of the other greedy.
+    """
 
     settings: dict[str, Any]
+    draft_sampling_in_b: str
     differences: list[Difference]
 
 
@@ -122,18 +131,22 @@ def compare(document_a: Document, document_b: Document, tolerance: float = DEFAU
     check_tolerance(tolerance)
     _refuse_what_differs(document_a, document_b)
     a, b = _cells(document_a, "A"), _cells(document_b, "B")
-    common = [key for key in a if key in b]
+    common = _common(a, b, other_drafters=_drafter(document_a) != _drafter(document_b))
     if not common:
         raise ValueError("A and B have no cell with drafts in common: measure both with the same options")
     unpaired_because = _unpaired_because(document_a, document_b)
     return Comparison(
         tolerance,
         [
-            CellComparison(_settings(a[key]), list(_differences(a[key], b[key], tolerance, not unpaired_because)))
-            for key in common
+            CellComparison(
+                _settings(a[of_a]),
+                b[of_b]["draft_sampling"],
+                list(_differences(a[of_a], b[of_b], tolerance, not unpaired_because)),
+            )
+            for of_a, of_b in common.items()
         ],
-        [_settings(cell) for key, cell in a.items() if key not in b],
-        [_settings(cell) for key, cell in b.items() if key not in a],
+        [_settings(cell) for key, cell in a.items() if key not in common],
+        [_settings(cell) for key, cell in b.items() if key not in common.values()],
         list(_warnings(document_a, document_b)),
         unpaired_because,
     )
@@ -179,6 +192,8 @@ def _warnings(a: Document, b: Document) -> Iterator[str]:
     if models[0]["sha256"] != models[1]["sha256"]:
         first, second = (f"{m['folder']} (sha256 {m['sha256'][:12]})" for m in models)
         yield f"other checkpoints: {first} and {second}"
+    if _drafter(a) != _drafter(b):
+        yield f"other drafters: {_drafter(a) or 'the MTP layer'} and {_drafter(b) or 'the MTP layer'}"
     options = dict.fromkeys([*a["options"], *b["options"]])
     for name in options:
         if name not in NOT_THE_SAME_ANYWAY and a["options"].get(name) != b["options"].get(name):
@@ -194,9 +209,28 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _cells(document: Document, name: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+def _drafter(document: Document) -> str | None:
+    """The drafter that was given; None is the MTP layer."""
+    drafter: str | None = document["options"].get("drafter")
+    return drafter
+
+
+def _common(a: Cells, b: Cells, *, other_drafters: bool) -> dict[Key, Key]:
+    """The cells to compare, A's key -> B's: the same settings, or else, of other drafters, the same but for drafts."""
+    common = {key: key for key in a if key in b}
+    if other_drafters:
+        left = {_without_drafts(key): key for key in b if key not in common}
+        common |= {key: left[_without_drafts(key)] for key in a if key not in common and _without_drafts(key) in left}
+    return {key: common[key] for key in a if key in common}
+
+
+def _without_drafts(key: Key) -> Key:
+    return tuple(value for name, value in zip(SETTINGS, key) if name != "draft_sampling")
+
+
+def _cells(document: Document, name: str) -> Cells:
     """Those with drafts, by their settings."""
-    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    cells: Cells = {}
     for cell in document["cells"]:
         key = tuple(cell[setting] for setting in SETTINGS)
         if key in cells:
@@ -318,6 +352,8 @@ def _percent(share: float) -> str:
 
 def _table(cell: CellComparison) -> Table:
     name = cell_name(cell.settings)
+    if cell.draft_sampling_in_b != cell.settings["draft_sampling"]:
+        name += f" ({cell.settings['draft_sampling']} drafts in A, {cell.draft_sampling_in_b} in B)"
     table = Table(title=name[:1].upper() + name[1:], title_justify="left")
     for i, column in enumerate(("", "A", "B", "B - A", "real", "verdict", "finds")):
         table.add_column(column, justify="left" if i == 0 else "right")

@@ -104,7 +104,8 @@ def render_html(document: dict[str, Any]) -> str:
         charts=[_chart_view(chart) for chart in charts.charts],
         missing_charts=charts.missing,
         experts=_experts_view(document["experts"]),
-        options={name: _plain(value) for name, value in document["options"].items()},
+        drafter=document["options"].get("drafter"),
+        options={name: "not given" if value is None else _plain(value) for name, value in document["options"].items()},
         provenance=_flat(document["provenance"]),
     )
 

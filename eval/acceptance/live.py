@@ -131,6 +131,8 @@ def print_results(document: dict[str, Any], console: Console) -> None:
         "over prompts.",
         "dim",
     )
+    if document["options"].get("drafter") is not None:
+        _say(console, f"Drafts of {document['options']['drafter']}, in place of the MTP layer's.")
     failed = failed_checks(document)
     _say(console, check_verdict(document), "bold red" if failed else "")
     for cell in failed:

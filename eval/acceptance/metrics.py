@@ -262,12 +262,14 @@ def _by_cluster_and_bin(cluster: Ints, quantity: Floats, edges: Floats, *values:
 
 
 def _calibration(drafts: Drafts, probability: Floats) -> Calibration:
-    """probability [n]: of each draft, from 0 to 1; what its acceptance is compared with."""
-    bins = _bins(drafts.cluster, probability, drafts.accepted, PROBABILITY_EDGES)
+    """probability [n]: of each draft, from 0 to 1; what its acceptance is compared with. NaN is left out."""
+    known = ~np.isnan(probability)
+    cluster, accepted, probability = drafts.cluster[known], drafts.accepted[known], probability[known]
+    bins = _bins(cluster, probability, accepted, PROBABILITY_EDGES)
     if not bins:
         return Calibration(NO_ESTIMATE, [])
     counts, gaps = _by_cluster_and_bin(
-        drafts.cluster, probability, PROBABILITY_EDGES, np.ones(len(probability)), drafts.accepted - probability
+        cluster, probability, PROBABILITY_EDGES, np.ones(len(probability)), accepted - probability
     )
     return Calibration(calibration_error(gaps, counts.sum(1)), bins)
 

@@ -64,7 +64,8 @@ class AcceptanceOptions(Settings):
     the same temperature and batch size; at temperature 0 rules and ways of drafting are all the same.
 
     max_tokens: of each output. repeats: of everything, with other seeds. check_contexts: verifications of each cell
-    whose exact laws are computed (0: none, no check).
+    whose exact laws are computed (0: none, no check). drafter: WHERE:NAME of one's own, which drafts in the MTP layer's
+    place (`specdec.eval.acceptance.own_drafter`); its drafts are point masses, so draft_sampling must be "greedy".
     """
 
     num_prompts: int | None = 36
@@ -72,9 +73,11 @@ class AcceptanceOptions(Settings):
     max_tokens: int = 256
     repeats: int = 1
     check_contexts: int = 800
+    drafter: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_without_mtp()
         _check_values("batch_sizes", self.batch_sizes, 1, MAX_BATCH_SIZE)
         for name, low, high in (
             ("max_tokens", 2, 2**20),
@@ -82,6 +85,21 @@ class AcceptanceOptions(Settings):
             ("check_contexts", 0, 2**31),
         ):
             check_number(name, getattr(self, name), low, high)
+
+    def _check_without_mtp(self) -> None:
+        """Raises ValueError for what only the MTP layer's drafts can be."""
+        if self.drafter is None:
+            return
+        if "sampled" in self.draft_sampling:
+            raise ValueError(
+                "draft_sampling = 'sampled' needs the MTP layer's distributions, and a drafter of your own, "
+                f"{self.drafter!r}, has none: give 'greedy', which is how its drafts are verified"
+            )
+        if self.mtp_recycling != "post_norm":
+            raise ValueError(
+                f"mtp_recycling = {self.mtp_recycling!r} is about the MTP layer's drafts, and drafter = "
+                f"{self.drafter!r} drafts in its place: leave one of them out"
+            )
 
     def request_seed(self, prompt: int, turn: int, repeat: int) -> int:
         """The same in every cell, so that cells are compared on the same noise."""

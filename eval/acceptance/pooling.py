@@ -109,7 +109,7 @@ class Drafts:
 
     position: from 0.
     expected: as in `Analysis`, freed of rounding beyond 0 and 1.
-    confidence, entropy, alpha: as in `Analysis`.
+    confidence, entropy, alpha: as in `Analysis`; confidence may be NaN.
     """
 
     cluster: Ints

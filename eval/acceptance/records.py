@@ -20,9 +20,9 @@ class Analysis:
 
     indices [n]: which of the request's verifications. expected [n, K]: the probability, given the context, the drafts
     before and their acceptance, that draft i is accepted: exact, the draft itself and the rule's noise averaged out.
-    confidence [n, K]: the largest probability of draft i's law. entropy [n, K]: of the target's law there, in nats.
-    alpha [n, K]: sum of min(p, q). num_other_drafts: drafts that differ from those of the engine, 0 with row-invariant
-    kernels.
+    confidence [n, K]: the largest probability of draft i's law; NaN of a user's own drafter, which says none.
+    entropy [n, K]: of the target's law there, in nats. alpha [n, K]: sum of min(p, q). num_other_drafts: drafts that
+    differ from those of the engine, 0 with row-invariant kernels.
     """
 
     indices: Ints

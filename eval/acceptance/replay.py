@@ -1,5 +1,7 @@
 """The model's laws after given contexts, without generating: the target's p and the MTP layer's q of chains of drafts.
 
+Where the engine has no MTP layer, or another drafter in its place, drafts are given, and there is p alone.
+
 A text is run once through target and MTP layer, with true hidden states, into a cache of its own whose pages hold one
 token each (on row-invariant kernels the page size changes no bit). A context, the first `start` tokens of a text,
 shares the pages of the rows before its last token and has its own for the rows of that token and the drafts. So any
@@ -34,11 +36,12 @@ LOGITS_ELEMENTS = 2**22  # of one chunk of contexts
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Tokens whose rows lie in the reader's pages from `first_page` on. pairs [len - 1, H]: the MTP layer's outputs."""
+    """Tokens whose rows lie in the reader's pages from `first_page` on. pairs [len - 1, H]: the MTP layer's outputs,
+    None without one."""
 
     token_ids: list[int]
     first_page: int
-    pairs: DecoderOutput
+    pairs: DecoderOutput | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +55,13 @@ class Context:
 @dataclass(frozen=True, eq=False)
 class Chains:
     """target, draft [n, K, V]: logits before each draft, in at least fp32. drafts [n, K]. choices [n, K]: what the MTP
-    layer drafts after the drafts before; equal to `drafts` unless those were given."""
+    layer drafts after the drafts before; equal to `drafts` unless those were given. draft and choices are None without
+    an MTP layer."""
 
     target: Tensor
-    draft: Tensor
+    draft: Tensor | None
     drafts: Tensor
-    choices: Tensor
+    choices: Tensor | None
 
 
 class Reader:
@@ -65,8 +69,6 @@ class Reader:
 
     def __init__(self, engine: Engine, num_draft_tokens: int) -> None:
         model, cache = engine.runtime.model, engine.runtime.kv_cache
-        if model.mtp is None:
-            raise ValueError(f"the checkpoint {engine.checkpoint.folder} has no MTP layer: there are no drafts")
         self.target, self.mtp, self.kernels = model.target, model.mtp, model.target.kernels
         self.operations = operations_of(self.kernels)
         self.max_len, self.recycling = engine.max_model_len, engine.config.mtp_recycling
@@ -106,10 +108,9 @@ class Reader:
         """Chains of `num_drafts` >= 1 after up to `max_contexts` contexts; start + num_drafts <= `max_len`.
 
         rows: how each draws draft 1; positions advance by one per draft. given [n, K]: drafts to take instead, so that
-        every law is that after the given drafts before.
+        every law is that after the given drafts before. Without an MTP layer they must be given.
         """
-        tables = [self._page_table(c, own) for own, c in enumerate(contexts)]
-        draft, drafts, choices = self._draft(contexts, tables, rows, num_drafts, given)
+        draft, drafts, choices = self._draft(contexts, rows, num_drafts, given)
         before = [[c.text.token_ids[c.start - 1], *d[:-1]] for c, d in zip(contexts, drafts.tolist())]
         target = self.target.compute_logits(self.run_target(contexts, before))
         return Chains(target.unflatten(0, (len(contexts), num_drafts)), draft, drafts, choices)
@@ -125,10 +126,14 @@ class Reader:
         return self.target(batch.input_ids, batch.metadata, self.cache)
 
     def _draft(
-        self, contexts: Seq[Context], tables: list[list[int]], rows: RowSampling, num_drafts: int, given: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, contexts: Seq[Context], rows: RowSampling, num_drafts: int, given: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """-> logits [n, K, V], drafts, choices [n, K]. Step by step, unlike the engine's fused chain: so drafts can be
         given, and each of the two is checked by the other."""
+        if self.mtp is None:
+            assert given is not None, "no MTP layer drafts: give drafts"
+            return None, given.to(self.cache.device), None
+        tables = [self._page_table(c, own) for own, c in enumerate(contexts)]
         last = _last_pairs(contexts)
         drafts = torch.empty(len(contexts), num_drafts, dtype=torch.int64, device=self.cache.device)
         logits, choices = [], []
@@ -148,8 +153,8 @@ class Reader:
             drafts[:, step] = choices[-1] if given is None else given[:, step]
         return torch.stack(logits, 1), drafts, torch.stack(choices, 1)
 
-    def _pairs(self, token_ids: list[int], page: int) -> DecoderOutput:
-        """The MTP layer's outputs for all pairs of a text, and the rows of both in the cache."""
+    def _pairs(self, token_ids: list[int], page: int) -> DecoderOutput | None:
+        """The MTP layer's outputs for all pairs of a text, if there is one, and the rows of both in the cache."""
         table = list(range(page, page + len(token_ids)))
         outputs = []
         for start in range(0, len(token_ids), PREFILL_ROWS):
@@ -157,10 +162,12 @@ class Reader:
             batch = build_batch([Extend(piece, start, table)], 1)
             hidden = self.target(batch.input_ids, batch.metadata, self.cache)
             following = token_ids[start + 1 : start + 1 + len(piece)]
-            if following:
+            if following and self.mtp is not None:
                 pairs = build_batch([Extend(following, start, table)], 1)
                 previous = hidden[: len(following)]
                 outputs.append(self.mtp.draft(previous, pairs.input_ids, pairs.metadata, self.cache[-1]))
+        if self.mtp is None:
+            return None
         return DecoderOutput(torch.cat([o.normed for o in outputs]), torch.cat([o.unnormed for o in outputs]))
 
     def _page_table(self, context: Context, own: int) -> list[int]:
@@ -173,7 +180,9 @@ class Reader:
 
 def _last_pairs(contexts: Seq[Context]) -> DecoderOutput:
     """The MTP layer's outputs [n, H] for the last pair of each context."""
-    return DecoderOutput(
-        torch.stack([c.text.pairs.normed[c.start - 2] for c in contexts]),
-        torch.stack([c.text.pairs.unnormed[c.start - 2] for c in contexts]),
-    )
+    normed, unnormed = [], []
+    for c in contexts:
+        assert c.text.pairs is not None, "the text was read without the MTP layer"
+        normed.append(c.text.pairs.normed[c.start - 2])
+        unnormed.append(c.text.pairs.unnormed[c.start - 2])
+    return DecoderOutput(torch.stack(normed), torch.stack(unnormed))

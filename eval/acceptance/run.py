@@ -21,6 +21,7 @@ from specdec.errors import CheckpointError
 from specdec.eval.acceptance.experts import measure_experts
 from specdec.eval.acceptance.generate import analysed, fits, prompt_text, run_round
 from specdec.eval.acceptance.metrics import CellMetrics, Check, cell_metrics
+from specdec.eval.acceptance.own_drafter import DrafterSource, load_drafter
 from specdec.eval.acceptance.plan import AcceptanceOptions, Cell, rounds
 from specdec.eval.acceptance.records import RequestRecord
 from specdec.eval.acceptance.replay import Reader
@@ -31,6 +32,7 @@ from specdec.eval.machine import describe_machine, git_revision
 from specdec.eval.prompts import Prompt, PromptSet, load_prompts
 from specdec.kernels.progress import Progress as Loading
 from specdec.kernels.progress import silent
+from specdec.step.drafter import OwnDrafts
 
 EXPERTS_NAME = "experts"
 EXPERT_PROMPTS, EXPERT_TOKENS = 32, 48
@@ -74,8 +76,9 @@ def run_acceptance(
 
     folder: keeps what is finished; resume: goes on from what it holds. command: as typed.
     loading: hears how far the model is loaded, before `progress` hears anything.
-    Raises ValueError for options that do not fit the checkpoint, prompts that do not fit the context, and a folder with
-    other results; CheckpointError for a checkpoint without an MTP layer.
+    Raises ValueError for options that do not fit the checkpoint, a drafter that cannot be used, prompts that do not fit
+    the context, and a folder with other results; CheckpointError for a checkpoint that has no MTP layer where no other
+    drafter is given.
     """
     run = Run(options, folder, resume=resume, progress=progress, loading=loading)
     cells, experts = run.cells(), run.experts()
@@ -103,11 +106,10 @@ class Run:
         loading: Loading,
     ) -> None:
         self.options, self.progress = options, progress
-        self.engine = _load(options, loading)
-        self.engines = {
-            b: Engine(self.engine.checkpoint, self.engine.runtime, replace(self.engine.config, max_num_seqs=b))
-            for b in options.batch_sizes
-        }
+        self.own = None if options.drafter is None else load_drafter(options.drafter)
+        self.engine = _load(options, self.own, loading)
+        self.engines = {b: self._engine(b) for b in options.batch_sizes}
+        self._drafts: dict[str, OwnDrafts] = {}
         self.prompts = _load_prompts(options, self.engine)
         self.sha256 = checkpoint_sha256(self.engine.checkpoint.index)
         self.store = Store.open(folder, self._identity(), resume=resume)
@@ -141,7 +143,7 @@ class Run:
                 if (c.num_speculative_tokens, c.batch_size) == (k, batch_size)
             )  # fmt: skip
             prompts = list(enumerate(self.prompts.prompts))[:EXPERT_PROMPTS]
-            done = run_round(self.engines[batch_size], options, cell, prompts, 0)
+            done = run_round(self._drafting(batch_size, EXPERTS_NAME), options, cell, prompts, 0)
             experts = measure_experts(self.reader, done.completions, k)
             self.store.save(EXPERTS_NAME, {"experts": None if experts is None else experts.as_dict()})
         experts_document: dict[str, Any] | None = self.store.load(EXPERTS_NAME)["experts"]
@@ -159,7 +161,8 @@ class Run:
     def _finished(self, part: Part) -> dict[str, Any]:
         """The part's document, made if it is not there."""
         if not self.store.has(part.name):
-            engine = self._warmed(part.cell.batch_size)
+            self._warm_up(part.cell.batch_size)
+            engine = self._drafting(part.cell.batch_size, part.cell.name)
             prompts = [(i, self.prompts.prompts[i]) for i in part.prompts]
             done = run_round(engine, self.options, part.cell, prompts, part.repeat)
             records = analysed(done, self.reader, part.cell, self._num_contexts(part))
@@ -173,14 +176,30 @@ class Run:
         share = self.options.check_contexts / (len(self.prompts.prompts) * self.options.repeats)
         return int(share * len(part.prompts))
 
-    def _warmed(self, batch_size: int) -> Engine:
-        engine = self.engines[batch_size]
+    def _engine(self, batch_size: int) -> Engine:
+        """An engine that shares the model."""
+        config = replace(self.engine.config, max_num_seqs=batch_size)
+        drafter = None if self.own is None else self.own.make()
+        return Engine(self.engine.checkpoint, self.engine.runtime, config, drafter)
+
+    def _warm_up(self, batch_size: int) -> None:
         if batch_size not in self._warm:
             options = replace(self.options, max_tokens=min(WARM_UP_TOKENS, self.options.max_tokens))
             for cell in self.options.cells:
                 if cell.batch_size == batch_size:
-                    run_round(engine, options, cell, [(0, self.prompts.prompts[0])], 0)
+                    run_round(self.engines[batch_size], options, cell, [(0, self.prompts.prompts[0])], 0)
             self._warm.add(batch_size)
+
+    def _drafting(self, batch_size: int, name: str) -> Engine:
+        """The engine, with the drafter made for what bears this name, a cell or the experts.
+
+        Cells draw with the same noise: a drafter that learns from what it sees would know what comes in the next one.
+        """
+        engine = self.engines[batch_size]
+        if self.own is not None:
+            if name not in self._drafts:
+                self._drafts[name] = OwnDrafts(self.own.make(), engine.checkpoint.config.vocab_size)
+            engine.core.drafter = self._drafts[name]
         return engine
 
     def _metrics(self, cell: Cell, done: dict[Cell, Records]) -> CellMetrics:
@@ -193,6 +212,7 @@ class Run:
         """All that results depend on."""
         return {
             **asdict(self.options),
+            "drafter_sha256": None if self.own is None else self.own.sha256,
             "prompts": {"name": self.prompts.name, "sha256": _prompts_sha256(self.prompts)},
             "checkpoint": self.sha256,
             "machine": describe_machine(self.engine),
@@ -226,15 +246,16 @@ def _prompts_sha256(prompts: PromptSet) -> str:
     return hashlib.sha256(turns.encode()).hexdigest()
 
 
-def _load(options: AcceptanceOptions, loading: Loading) -> Engine:
+def _load(options: AcceptanceOptions, own: DrafterSource | None, loading: Loading) -> Engine:
     engine = Engine.from_pretrained(
         options.model, kernels=options.kernels, dtype=options.dtype, num_threads=options.num_threads,
         max_num_seqs=max(options.batch_sizes), mtp_recycling=options.mtp_recycling, prefix_caching=False,
-        progress=loading,
+        drafter=None if own is None else own.make(), progress=loading,
     )  # fmt: skip
-    if engine.runtime.model.mtp is None:
+    if own is None and engine.runtime.model.mtp is None:
         raise CheckpointError(
-            f"{engine.checkpoint.folder} has no MTP layer: it does not speculate, there is no acceptance to measure"
+            f"{engine.checkpoint.folder} has no MTP layer: it does not speculate, there is no acceptance to measure; "
+            "give a drafter of your own with --drafter"
         )
     activations = engine.runtime.model.target.kernels.activation_dtype
     if options.check_contexts > 0 and activations not in (torch.float32, torch.float64):

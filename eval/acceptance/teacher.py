@@ -16,6 +16,7 @@ import numpy as np
 
 from specdec import Engine
 from specdec.config import DraftSampling
+from specdec.errors import CheckpointError
 from specdec.eval.acceptance.plan import Settings, check_number, derived_seed
 from specdec.eval.acceptance.replay import Chains, Context, Reader
 from specdec.eval.acceptance.results import provenance, utc_now
@@ -97,6 +98,9 @@ class Teacher:
             options.model, kernels=options.kernels, dtype=options.dtype, num_threads=options.num_threads,
             max_num_seqs=1, mtp_recycling=options.mtp_recycling, progress=progress,
         )  # fmt: skip
+        if self.engine.runtime.model.mtp is None:
+            folder = self.engine.checkpoint.folder
+            raise CheckpointError(f"{folder} has no MTP layer: there are no drafts whose acceptance could be computed")
         self.reader = Reader(self.engine, options.num_drafts)
         self.proposals = proposals(options.temperatures, options.draft_sampling)
         self.prompts = load_prompts(options.prompts, skip_bad=options.skip_bad).up_to(options.num_prompts)

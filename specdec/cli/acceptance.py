@@ -51,7 +51,21 @@ def acceptance(
     num_speculative_tokens: Lengths = "1,2,3,5",
     temperature: Temperatures = "0,0.6,1",
     verification: Rules = "coupled,block,token",
-    draft_sampling: Drafts = "sampled",
+    draft_sampling: Annotated[
+        str | None,
+        typer.Option(
+            help="Drafts at temperature > 0: sampled, greedy.", show_default="sampled, or greedy with --drafter"
+        ),
+    ] = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE:NAME",
+            help="Draft with a class, function or object of your own, from a Python file or module, in place of the "
+            "MTP layer.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="Requests at once.")] = "1,8",
     max_tokens: Annotated[int, typer.Option(help="Tokens generated per turn, at most.")] = 256,
     repeats: Annotated[int, typer.Option(help="Passes through everything, with other seeds.")] = 1,
@@ -85,12 +99,15 @@ def acceptance(
 
         check_backend("auto", dtype, kernels, threads)
         check_folder_of("--output", output)
+        if draft_sampling is None:
+            draft_sampling = "sampled" if drafter is None else "greedy"
         with option_errors():
             options = AcceptanceOptions(
                 model=model,
                 prompts=tuple(prompts or ("stdlib",)),
                 num_prompts=num_prompts,
                 **_grid(num_speculative_tokens, temperature, verification, draft_sampling, mtp_recycling),
+                drafter=drafter,
                 batch_sizes=as_numbers("--batch-size", batch_size, int),
                 max_tokens=max_tokens,
                 repeats=repeats,

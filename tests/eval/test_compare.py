@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -258,6 +259,39 @@ def test_what_else_is_not_the_same_is_said(other: Document, warning: str) -> Non
 )
 def test_what_must_not_be_the_same_is_not_said(other: Document) -> None:
     assert compare(document(), other).warnings == []
+
+
+def own(*cells: Document) -> Document:
+    """A run with a drafter of the user's own."""
+    made = document(*cells)
+    made["options"]["drafter"] = "mine.py:Drafter"
+    return made
+
+
+def test_drafters_are_compared_whose_drafts_are_drawn_in_other_ways() -> None:
+    """Greedy drafts with greedy ones where there are such, else with sampled ones; at temperature 0 all are greedy."""
+    sampled, greedy = cell(), cell(draft_sampling="greedy")
+    zero = cell(temperature=0.0, verification="greedy", draft_sampling="greedy")
+    made = compare(document(zero, sampled), own(zero, greedy))
+    assert [(c.settings["draft_sampling"], c.draft_sampling_in_b) for c in made.cells] == [
+        ("greedy", "greedy"), ("sampled", "greedy"),
+    ]  # fmt: skip
+    assert (made.only_in_a, made.only_in_b) == ([], [])
+    assert made.warnings == ["other drafters: the MTP layer and mine.py:Drafter"]
+    text = printed(made)
+    assert "Temperature 1, batch size 8, token verification, K = 2 (sampled drafts in A, greedy in B)" in text
+    assert "Temperature 0, batch size 8, greedy verification, K = 2\n" in re.sub(" +\n", "\n", text)
+    turned = compare(own(greedy), document(sampled, cell(num_speculative_tokens=1)))
+    assert [(c.settings["draft_sampling"], c.draft_sampling_in_b) for c in turned.cells] == [("greedy", "sampled")]
+    assert [c["num_speculative_tokens"] for c in turned.only_in_b] == [1]
+    both = compare(document(sampled, greedy), own(greedy))
+    assert [c.settings["draft_sampling"] for c in both.cells] == ["greedy"]
+    assert [c["draft_sampling"] for c in both.only_in_a] == ["sampled"]
+
+
+def test_of_the_same_drafter_other_ways_of_drawing_are_other_cells() -> None:
+    with pytest.raises(ValueError, match="no cell with drafts in common"):
+        compare(document(cell()), document(cell(draft_sampling="greedy")))
 
 
 def test_what_is_printed() -> None:

@@ -19,7 +19,7 @@ from specdec.eval.acceptance.analyse import Completion, Drawing, analyse, laws_o
 from specdec.eval.acceptance.replay import Context, Reader
 from specdec.kernels.cpu import CpuKernels
 from specdec.kernels.rules import Proposal, verify_by_rejection
-from support.fakes import EXACT_DTYPES, KERNELS, NEEDS_COMPILER, write_checkpoint, write_planted_checkpoint
+from support.fakes import EXACT_DTYPES, KERNELS, NEEDS_COMPILER, write_planted_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 K = 4
@@ -208,14 +208,33 @@ def test_greedy_laws_are_point_masses_and_confidence_is_of_the_softmax(planted: 
     (text,) = reader.read([completions[0].token_ids])
     start = completions[0].starts[0]
     chains = reader.chains([Context(text, start)], Drawing(0.0, speculation).rows([0], [start]), 2)
+    assert chains.draft is not None
     largest = softmax(reader.kernels, chains.draft, 1.0).amax(-1)[0]
     assert analyses[0].confidence[0].tolist() == pytest.approx(largest.tolist(), rel=1e-5)
     assert 0.05 < analyses[0].confidence[0, 0] < 1
 
 
-def test_a_checkpoint_without_an_mtp_layer_has_no_drafts(tmp_path: Path) -> None:
-    engine = Engine.from_pretrained(
-        write_checkpoint(tmp_path / "plain", with_mtp=False), kernels="reference", speculation=SpeculationParams(0)
+class Silent:
+    def draft(self, requests: Any) -> list[list[int]]:
+        return [[] for _ in requests]
+
+
+def test_without_an_mtp_layer_there_are_the_targets_laws_after_given_drafts(planted: Path) -> None:
+    own, usual = (
+        Reader(Engine.from_pretrained(planted, kernels="reference", dtype="float64", drafter=drafter), 2)
+        for drafter in (Silent(), None)
     )
-    with pytest.raises(ValueError, match="no MTP layer"):
-        Reader(engine, 3)
+    tokens, starts = list(range(3, 20)), [2, 9, 17]
+    rows = Drawing(0.8, SpeculationParams(2, "token", "greedy")).rows([0, 1, 2], starts)
+    given = torch.tensor([[7, 8], [100, 3], [5, 5]])
+    found, expected = (
+        reader.chains([Context(text, start) for start in starts], rows, 2, given)
+        for reader in (own, usual)
+        for (text,) in [reader.read([tokens])]
+    )
+    assert torch.equal(found.drafts, given)
+    assert torch.allclose(found.target, expected.target, rtol=0, atol=1e-12)
+    assert (found.draft, found.choices) == (None, None)
+    assert own.cache.shape[0] == usual.cache.shape[0] - 1
+    with pytest.raises(AssertionError, match="give drafts"):
+        own.chains([Context(own.read([tokens])[0], 9)], rows.select([0], [0]), 2)

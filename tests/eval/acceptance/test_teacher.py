@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from specdec import Engine
+from specdec.errors import CheckpointError
 from specdec.eval.acceptance import replay, teacher
 from specdec.eval.acceptance.laws import unconditional_acceptance
 from specdec.eval.acceptance.tally import Row, Setting, proposals
@@ -164,3 +165,12 @@ def test_texts_without_a_context_are_refused(folder: Path, tmp_path: Path) -> No
     found = Teacher(replace(options_of(folder, stride=1), prompts=(str(tmp_path / "long.jsonl"),)))
     assert max(p.start for p in found.places) == 256 - 3
     assert teacher_forced(replace(options_of(folder, stride=50), prompts=(str(tmp_path / "long.jsonl"),))).rows
+
+
+def test_a_checkpoint_without_an_mtp_layer_has_no_drafts(folder: Path, tmp_path: Path) -> None:
+    plain = write_checkpoint(tmp_path / "plain", with_mtp=False)
+    with (
+        pytest.warns(match="no MTP layer"),
+        pytest.raises(CheckpointError, match="has no MTP layer: there are no drafts whose acceptance"),
+    ):
+        teacher_forced(replace(options_of(folder), model=str(plain)))
