@@ -57,8 +57,8 @@ def acceptance(
     repeats: Annotated[int, typer.Option(help="Passes through everything, with other seeds.")] = 1,
     seed: Annotated[int, typer.Option(help="Another one draws other samples.")] = 0,
     check_contexts: Annotated[
-        int, typer.Option(help="Verifications per cell that are compared with the model's exact distributions; 0:
-        none.")
+        int,
+        typer.Option(help="Verifications per cell that are compared with the model's exact distributions; 0: none."),
     ] = 800,
     mtp_recycling: Recycling = "post_norm",
     chat: Chat = False,

@@ -21,13 +21,17 @@ _MASK = 2**64 - 1
 
 
 def draw_seed() -> int:
-    """A fresh seed for a request that brings none."""
+    """Draws a seed for a request that brings none."""
     return secrets.randbits(64)
 
 
 def sample_seed(seed: int, sample: int) -> int:
-    """Of sample 0, 1, ... of a request with this seed, which is sample 0's own: SplitMix64 (Steele et al. 2014), whose
-    numbers differ for different samples."""
+    """Returns the seed of a sample: the request's own for sample 0, else a number by SplitMix64 (Steele et al. 2014),
+    which differs for different samples.
+
+    seed: the request's.
+    sample: the number of the sample, from 0.
+    """
     if sample == 0:
         return seed
     z = (seed + sample * 0x9E3779B97F4A7C15) & _MASK
