@@ -27,7 +27,7 @@ class MemoryLine:
     weight_bytes: int
     """Bytes of all weights."""
     mtp_weight_bytes: int
-    """Those of them that are the MTP layer's."""
+    """Bytes of the MTP layer's weights among them."""
     kv_bytes_per_token: int
     """Bytes of the KV cache per token, in the same dtype; in bfloat16 where the weights are in FP8."""
 
@@ -61,8 +61,8 @@ GPUS = (
 )
 NUM_GPUS = (1, 2, 4, 8)
 # Bytes of each GPU that are set aside for what is neither weights nor cache. An estimate: CUDA's context 0.5 GiB,
-# workspaces of attention and experts 0.5, CUDA graphs 1, activations of 8,192 rows and logits of 256 rows in fp32, a few
-# copies of each, 2.
+# workspaces of attention and experts 0.5, CUDA graphs 1, activations of 8,192 rows and logits of 256 rows in fp32, a
+# few copies of each, 2.
 RESERVE_BYTES = 4 * GIB
 NOTHING: frozenset[Fp8Kind] = frozenset()
 

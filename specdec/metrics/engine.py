@@ -47,9 +47,9 @@ class EngineStats:
     num_output_tokens: int = 0
     """Tokens generated."""
     num_prefix_queries: int = 0
-    """Those of num_prompt_tokens that the prefix cache was asked for."""
+    """Tokens among num_prompt_tokens that were looked up in the prefix cache."""
     num_prefix_hits: int = 0
-    """Those of num_prefix_queries that the prefix cache had."""
+    """Tokens among num_prefix_queries that the prefix cache had."""
     num_preemptions: int = 0
     """How often requests that have ended had lost their pages."""
     num_steps: int = 0
