@@ -12,7 +12,7 @@ Method = Callable[..., Any]
 
 @contextmanager
 def wrapped(owner: object, name: str, wrap: Callable[[Method], Method]) -> Iterator[None]:
-    """Replaces an object's method by `wrap` of it while the context is entered; other objects of its class keep theirs."""
+    """Replaces an object's method by `wrap` of it while the context is entered; others of its class keep theirs."""
     setattr(owner, name, wrap(getattr(owner, name)))
     try:
         yield

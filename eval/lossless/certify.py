@@ -1,4 +1,4 @@
-"""All parts, one after the other."""
+"""Runs all parts of a certificate, one after the other."""
 
 from __future__ import annotations
 
