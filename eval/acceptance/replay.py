@@ -1,4 +1,5 @@
-"""The model's laws after given contexts, without generating: the target's p and the MTP layer's q of chains of drafts.
+"""Computes the model's distributions after given contexts, without generating: the target's p and the MTP layer's q of
+chains of drafts.
 
 A text is run once through target and MTP layer, with true hidden states, into a cache of its own whose pages hold one
 token each (on row-invariant kernels the page size changes no bit). A context, the first `start` tokens of a text,
@@ -29,35 +30,43 @@ from specdec.step.batch import Extend, build_batch
 
 PREFILL_ROWS = 1024
 CACHE_BYTES = 2**28
-LOGITS_ELEMENTS = 2**22  # of one chunk of contexts
+LOGITS_ELEMENTS = 2**22  # the most logits of one chunk of contexts
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Tokens whose rows lie in the reader's pages from `first_page` on. pairs [len - 1, H]: the MTP layer's outputs."""
+    """A text that was read, whose rows lie in the reader's pages."""
 
     token_ids: list[int]
+    """Its tokens."""
     first_page: int
+    """The page of its first token; those of the others follow."""
     pairs: DecoderOutput
+    """[len - 1, H]: the MTP layer's outputs."""
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """The first `start` >= 2 tokens of a text; draft 1 is a guess for token number `start`, counted from 0."""
+    """The first tokens of a text."""
 
     text: Text
+    """The text."""
     start: int
+    """How many tokens, at least 2. Draft 1 is a guess for token number `start`, counted from 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """target, draft [n, K, V]: logits before each draft, in at least fp32. drafts [n, K]. choices [n, K]: what the MTP
-    layer drafts after the drafts before; equal to `drafts` unless those were given."""
+    """Chains of K drafts after n contexts."""
 
     target: Tensor
+    """[n, K, V]: the target's logits before each draft, in at least fp32."""
     draft: Tensor
+    """[n, K, V]: the MTP layer's logits before each draft, in at least fp32."""
     drafts: Tensor
+    """[n, K]: the drafts."""
     choices: Tensor
+    """[n, K]: what the MTP layer drafts after the drafts before; equal to `drafts` unless those were given."""
 
 
 class Reader:
@@ -82,7 +91,7 @@ class Reader:
 
     @torch.inference_mode()
     def read(self, texts: Seq[list[int]]) -> list[Text]:
-        """Runs texts of 2 to `max_len` tokens, `capacity` in all; those read before are lost."""
+        """Runs texts of 2 to `max_len` tokens, `capacity` tokens in all; texts that were read before are lost."""
         assert sum(map(len, texts)) <= self.capacity, "more tokens than pages"
         read, page = [], self._own_pages
         for token_ids in texts:
@@ -91,7 +100,7 @@ class Reader:
         return read
 
     def groups(self, texts: Seq[list[int]]) -> Iterator[range]:
-        """Runs of texts, by number, that can be read together."""
+        """Yields the numbers of consecutive texts that can be read together."""
         first, used = 0, 0
         for number, token_ids in enumerate(texts):
             if used + len(token_ids) > self.capacity:
@@ -103,10 +112,14 @@ class Reader:
 
     @torch.inference_mode()
     def chains(self, contexts: Seq[Context], rows: RowSampling, num_drafts: int, given: Tensor | None = None) -> Chains:
-        """Chains of `num_drafts` >= 1 after up to `max_contexts` contexts; start + num_drafts <= `max_len`.
+        """Returns chains of drafts after contexts, with the logits before each draft.
 
-        rows: how each draws draft 1; positions advance by one per draft. given [n, K]: drafts to take instead, so that
-        every law is that after the given drafts before.
+        contexts: up to `max_contexts`.
+        rows: [n], how draft 1 is drawn; positions advance by one per draft.
+        num_drafts: K >= 1; start + num_drafts is at most `max_len`.
+        given: [n, K], drafts to take instead, so that every distribution is that after the given drafts before.
+
+        Raises ModelError where the MTP layer's logits are not finite.
         """
         tables = [self._page_table(c, own) for own, c in enumerate(contexts)]
         draft, drafts, choices = self._draft(contexts, tables, rows, num_drafts, given)
@@ -116,7 +129,8 @@ class Reader:
 
     @torch.inference_mode()
     def run_target(self, contexts: Seq[Context], token_ids: Seq[list[int]]) -> Tensor:
-        """One forward over tokens [n] of up to K + 1 from the contexts' last ones on -> hidden states [T, H]."""
+        """Runs one forward of the target; returns hidden states [T, H]. token_ids: [n] of up to K + 1, the tokens of
+        each context from its last one on."""
         extends = [
             Extend(ids, c.start - 1, self._page_table(c, own))
             for own, (c, ids) in enumerate(zip(contexts, token_ids, strict=True))
@@ -127,8 +141,8 @@ class Reader:
     def _draft(
         self, contexts: Seq[Context], tables: list[list[int]], rows: RowSampling, num_drafts: int, given: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> logits [n, K, V], drafts, choices [n, K]. Step by step, unlike the engine's fused chain: so drafts can be
-        given, and each of the two is checked by the other."""
+        """Returns logits [n, K, V], drafts and choices [n, K]. It goes step by step, unlike the engine's fused chain:
+        so drafts can be given, and each of the two is checked by the other."""
         last = _last_pairs(contexts)
         drafts = torch.empty(len(contexts), num_drafts, dtype=torch.int64, device=self.cache.device)
         logits, choices = [], []
@@ -149,7 +163,7 @@ class Reader:
         return torch.stack(logits, 1), drafts, torch.stack(choices, 1)
 
     def _pairs(self, token_ids: list[int], page: int) -> DecoderOutput:
-        """The MTP layer's outputs for all pairs of a text, and the rows of both in the cache."""
+        """Returns the MTP layer's outputs for all pairs of a text; leaves the rows of both layers in the cache."""
         table = list(range(page, page + len(token_ids)))
         outputs = []
         for start in range(0, len(token_ids), PREFILL_ROWS):
@@ -164,7 +178,7 @@ class Reader:
         return DecoderOutput(torch.cat([o.normed for o in outputs]), torch.cat([o.unnormed for o in outputs]))
 
     def _page_table(self, context: Context, own: int) -> list[int]:
-        """The text's pages before the context's last token, then those of the `own`-th context."""
+        """Returns the text's pages before the context's last token, then those of the `own`-th context."""
         shared = context.text.first_page
         per_context = self._own_pages // self.max_contexts
         first = own * per_context
@@ -172,7 +186,7 @@ class Reader:
 
 
 def _last_pairs(contexts: Seq[Context]) -> DecoderOutput:
-    """The MTP layer's outputs [n, H] for the last pair of each context."""
+    """Returns the MTP layer's outputs [n, H] for the last pair of each context."""
     return DecoderOutput(
         torch.stack([c.text.pairs.normed[c.start - 2] for c in contexts]),
         torch.stack([c.text.pairs.unnormed[c.start - 2] for c in contexts]),
