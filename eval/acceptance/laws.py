@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.config import Verification
+from specdec.config import VerificationRule
 
 ROWS = 8  # rows that are sorted and summed together: they stay in the processor's cache
 
@@ -71,7 +71,7 @@ def at_drafts(values: Tensor, drafts: Tensor) -> Tensor:
     return values.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
 
 
-def conditional_acceptance(rule: Verification, p: Tensor, q: Tensor | None, drafts: Tensor) -> Tensor:
+def conditional_acceptance(rule: VerificationRule, p: Tensor, q: Tensor | None, drafts: Tensor) -> Tensor:
     """Returns alpha_i, [n, K], see the module. rule: the verification rule; p, q, drafts: see the module."""
     if q is None:
         return at_drafts(p, drafts)
@@ -83,7 +83,7 @@ def conditional_acceptance(rule: Verification, p: Tensor, q: Tensor | None, draf
     return (overlap(reached.unsqueeze(-1) * p, q) / reached).nan_to_num(0.0)
 
 
-def unconditional_acceptance(rule: Verification, p: Tensor, q: Tensor | None, drafts: Tensor) -> Tensor:
+def unconditional_acceptance(rule: VerificationRule, p: Tensor, q: Tensor | None, drafts: Tensor) -> Tensor:
     """Returns A_i given the context, [n, K]: for sampled drafts an unbiased estimate, between 0 and 1. Parameters: as
     of `conditional_acceptance`."""
     if q is None:

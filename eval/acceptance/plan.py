@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, get_args
 
 from specdec import SpeculationParams
-from specdec.config import MAX_SPECULATIVE_TOKENS, MIN_TEMPERATURE, DraftSampling, Recycling, Verification
+from specdec.config import MAX_SPECULATIVE_TOKENS, MIN_TEMPERATURE, DraftMode, Recycling, VerificationRule
 
 MAX_BATCH_SIZE, MAX_TEMPERATURE, MAX_SEED = 256, 100.0, 2**32
 LEAST_PROMPTS_PER_ROUND, BATCHES_PER_ROUND = 4, 2
@@ -29,9 +29,9 @@ class Settings:
     """Draft lengths, K."""
     temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
     """Temperatures; 0 is greedy."""
-    verification: tuple[Verification, ...] = ("coupled", "block", "token")
+    verification: tuple[VerificationRule, ...] = ("coupled", "block", "token")
     """Rules at temperature > 0."""
-    draft_sampling: tuple[DraftSampling, ...] = ("sampled",)
+    draft_sampling: tuple[DraftMode, ...] = ("sampled",)
     """Ways of drafting at temperature > 0."""
     seed: int = 0
     """Seed of everything that is drawn."""
@@ -61,8 +61,8 @@ class Settings:
         for value in self.temperatures:
             if value != 0:
                 check_number("temperatures", value, MIN_TEMPERATURE, MAX_TEMPERATURE, ", or 0 for greedy decoding")
-        _check_choices("verification", self.verification, get_args(Verification))
-        _check_choices("draft_sampling", self.draft_sampling, get_args(DraftSampling))
+        _check_choices("verification", self.verification, get_args(VerificationRule))
+        _check_choices("draft_sampling", self.draft_sampling, get_args(DraftMode))
         _check_choices("mtp_recycling", (self.mtp_recycling,), get_args(Recycling))
 
 

@@ -237,7 +237,7 @@ def with_exact_drafts(check: Check) -> Check:
 
 
 def _prompts_sha256(prompts: PromptSet) -> str:
-    """Returns a hash of all turns and categories, in order: prompt number i of two sets with the same hash is the same."""
+    """Returns a hash of all turns and categories, in order: sets with the same hash have the same prompts."""
     turns = json.dumps([[p.turns, p.category] for p in prompts.prompts])
     return hashlib.sha256(turns.encode()).hexdigest()
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, get_args
 
-from specdec.config import Verification
+from specdec.config import VerificationRule
 
-RULES = get_args(Verification)
+RULES = get_args(VerificationRule)
 Cell = dict[str, Any]
 SeriesKey = tuple[str, str]  # verification, draft sampling
 Estimate = dict[str, float | None]

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from specdec import SpeculationParams
-from specdec.config import DraftSampling, Verification
+from specdec.config import DraftMode, VerificationRule
 from specdec.eval.acceptance.analyse import Drawing, laws_of
 from specdec.eval.acceptance.intervals import Estimate, ratios
 from specdec.eval.acceptance.laws import unconditional_acceptance
@@ -30,7 +30,7 @@ from specdec.kernels.operations import Operations
 class Proposal:
     """One way of drafting at every context."""
 
-    draft_sampling: DraftSampling
+    draft_sampling: DraftMode
     """Whether drafts are drawn or argmaxes."""
     temperatures: tuple[float, ...]
     """Temperatures of the target that its drafts serve; for sampled ones the one that they were drawn at."""
@@ -46,7 +46,7 @@ class Proposal:
         return Drawing(temperature, SpeculationParams(1, "token", self.draft_sampling))
 
 
-def proposals(temperatures: Seq[float], draft_sampling: Seq[DraftSampling]) -> list[Proposal]:
+def proposals(temperatures: Seq[float], draft_sampling: Seq[DraftMode]) -> list[Proposal]:
     """Returns the ways of drafting that these settings need; at temperature 0 drafts are greedy in any case."""
     greedy = tuple(t for t in temperatures if t == 0 or "greedy" in draft_sampling)
     found = [Proposal("greedy", greedy)] if greedy else []
@@ -98,7 +98,7 @@ class Tally:
         self._sums: dict[Setting, Floats] = {}  # [texts, K]
 
     def add(
-        self, proposal: Proposal, chains: Chains, texts: Ints, rules: Seq[Verification], kernels: Operations
+        self, proposal: Proposal, chains: Chains, texts: Ints, rules: Seq[VerificationRule], kernels: Operations
     ) -> None:
         """Adds chains of drafts.
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from specdec import Engine
-from specdec.config import DraftSampling
+from specdec.config import DraftMode
 from specdec.eval.acceptance.plan import Settings, check_number, derived_seed
 from specdec.eval.acceptance.replay import Chains, Context, Reader
 from specdec.eval.acceptance.results import provenance, utc_now
@@ -31,7 +31,7 @@ SCHEMA, VERSION = "specdec.teacher_forced", 1
 class TeacherOptions(Settings):
     """What to compute. Texts are the prompts' first turns, cut at the context's length."""
 
-    draft_sampling: tuple[DraftSampling, ...] = ("sampled", "greedy")
+    draft_sampling: tuple[DraftMode, ...] = ("sampled", "greedy")
     """Ways of drafting."""
     stride: int = 4
     """Contexts are those of every so many positions."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from specdec import Engine, SamplingParams, SpeculationParams
-from specdec.config import Verification as Rule
+from specdec.config import VerificationRule as Rule
 from specdec.eval.calls import Method, timed_calls, wrapped
 from specdec.kernels import AnyBackend, AttentionMetadata, RoutingConfig
 from specdec.kernels.data import DecoderShape, DecoderWeights, Drafts, RowSampling, VerifyBatch

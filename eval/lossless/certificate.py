@@ -8,11 +8,11 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from specdec.config import MAX_SPECULATIVE_TOKENS, MIN_TEMPERATURE, Verification
+from specdec.config import MAX_SPECULATIVE_TOKENS, MIN_TEMPERATURE, VerificationRule
 
 Ints = NDArray[np.int64]
 
-RULES = get_args(Verification)
+RULES = get_args(VerificationRule)
 DRAFT_LENGTHS = tuple(range(MAX_SPECULATIVE_TOKENS + 1))  # K of the comparisons with plain decoding
 BATCH_SIZES = (1, 7, 32)
 TEMPERATURES = (0.3, 0.7, 1.0, 1.5)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from specdec import Engine, SamplingParams, SpeculationParams
-from specdec.config import DraftSampling, Verification
+from specdec.config import DraftMode, VerificationRule
 from specdec.errors import CheckpointError
 from specdec.eval.lossless.certificate import (
     MAX_SAMPLES,
@@ -38,14 +38,16 @@ class Combination:
     """A name for reports."""
     params: SamplingParams
     """The parameters, without seed and speculation."""
-    draft_sampling: DraftSampling = "sampled"
+    draft_sampling: DraftMode = "sampled"
     """Whether drafts are drawn or argmaxes."""
     min_draft_confidence: float = 0.0
     """Confidence below which a step drafts no further."""
 
     def speculation(self, rule: str, num_tokens: int) -> SpeculationParams:
         """Returns the speculation of its requests, with this rule and draft length."""
-        return SpeculationParams(num_tokens, cast(Verification, rule), self.draft_sampling, self.min_draft_confidence)
+        return SpeculationParams(
+            num_tokens, cast(VerificationRule, rule), self.draft_sampling, self.min_draft_confidence
+        )
 
     def described(self) -> dict[str, Any]:
         """Returns the parameters that are not defaults, as JSON."""
@@ -114,7 +116,7 @@ class Plan:
 
     def seed(self, rule: str, sample: int) -> int:
         """Returns the seed of a sample."""
-        return (self.options.seed * len(RULES) + RULES.index(cast(Verification, rule))) * MAX_SAMPLES + sample
+        return (self.options.seed * len(RULES) + RULES.index(cast(VerificationRule, rule))) * MAX_SAMPLES + sample
 
     @property
     def num_pooled(self) -> int:

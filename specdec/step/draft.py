@@ -28,7 +28,7 @@ class Drafter(Protocol):
     """
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
-        """Drafts of all scheduled sequences [B], in their order.
+        """Returns the drafts of all scheduled sequences, [B], in their order.
 
         At most `num_draft_tokens` each, which is 0 for prompts that are still being computed. The tokens to go on from
         are `sequence.token_ids`. `Drafts.of` makes the result from lists of token ids.
@@ -69,7 +69,7 @@ class MTPDrafter:
         return drafts.select([place.get(b, -1) for b in range(len(scheduled))])
 
     def _chain(self, scheduled: list[ScheduledSequence]) -> DraftChain:
-        """The pending pairs, with true hidden states, and how many drafts follow the last one of each sequence."""
+        """Returns the pending pairs, with true hidden states, and how many drafts follow each sequence's last one."""
         extends, pending = [], []
         for s in scheduled:
             sequence, first = s.sequence, s.sequence.num_mtp_tokens
