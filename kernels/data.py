@@ -58,7 +58,7 @@ class AttentionMetadata:
 
     @property
     def slots(self) -> list[int]:
-        """[T]: page * page_size + offset of each token."""
+        """[T]: each token's place in the cache, page * page_size + offset."""
         size, spans = self.page_size, zip(self.query_lens, self.kv_lens, self.page_tables)
         return [pages[at // size] * size + at % size for n, end, pages in spans for at in range(end - n, end)]
 
@@ -221,7 +221,7 @@ class LogitEdits:
     end_ids: array[int] = field(default_factory=lambda: array("q"))
     """Tokens that become impossible in rows after fewer than ends_banned drafts."""
     ends_banned: int = 0
-    """How many more tokens must come before one may end the output."""
+    """Number of tokens that must still come before one of end_ids may end the output."""
     word_starts: array[int] = field(default_factory=lambda: array("q", [0]))
     """[words + 1]: bad word i is word_tokens[word_starts[i] : word_starts[i + 1]]. Its last token becomes impossible
     where the tokens before the row end with its others."""

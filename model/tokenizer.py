@@ -19,7 +19,7 @@ class TokenText(NamedTuple):
     """What one token stands for, decoded alone."""
 
     text: str
-    """Bytes that are no whole character are U+FFFD here; a special token's text is its name."""
+    """The token's text. Bytes that are no whole character are U+FFFD in it; a special token's text is its name."""
     bytes: list[int] | None
     """The token's bytes in UTF-8; None where they are part of a character and the tokenizer does not tell which."""
 

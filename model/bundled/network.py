@@ -190,7 +190,7 @@ class Router(Linear):
 
 
 class SharedHead(nn.Module):
-    """Only the norm: the head itself is the target's."""
+    """The norm before the head; the head itself is the target's."""
 
     def __init__(self, cfg: NetworkConfig) -> None:
         super().__init__()

@@ -192,7 +192,12 @@ class SequenceStats(RequestFigures, DraftStats):
     def record_commit(
         self, now: float, num_draft_tokens: int, num_accepted_tokens: int, num_tokens: int
     ) -> CommitRecord:
-        """A verification, and how many tokens of its outcome the output kept. now: time.perf_counter."""
+        """Counts a commit, and returns what it added.
+
+        now: seconds of time.perf_counter.
+        num_draft_tokens, num_accepted_tokens: of the verification.
+        num_tokens: tokens of its outcome that the output kept, which an end may have cut.
+        """
         interval_s = None if self.last_token_s is None else now - self.last_token_s
         if self.first_token_s is None:
             self.first_token_s, self.num_first_tokens = now, num_tokens

@@ -88,7 +88,7 @@ class MTPDrafter:
         )
 
     def _sampling(self, scheduled: list[ScheduledSequence]) -> ChainSampling | None:
-        """How the chain draws; None where it takes every argmax."""
+        """Returns how the chain draws; None where every draft is the argmax."""
         sequences = [s.sequence for s in scheduled]
         streams = [draft_stream(s) for s in sequences]
         confidences = [s.speculation.min_draft_confidence for s in sequences]
