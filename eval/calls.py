@@ -1,4 +1,4 @@
-"""Calls of an object's methods, watched while they are made."""
+"""Watches calls of an object's methods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Method = Callable[..., Any]
 
 @contextmanager
 def wrapped(owner: object, name: str, wrap: Callable[[Method], Method]) -> Iterator[None]:
-    """The object's method in a wrapping of its own while it is entered; other objects of its class keep theirs."""
+    """Replaces an object's method by `wrap` of it while the context is entered; others of its class keep theirs."""
     setattr(owner, name, wrap(getattr(owner, name)))
     try:
         yield
@@ -22,7 +22,7 @@ def wrapped(owner: object, name: str, wrap: Callable[[Method], Method]) -> Itera
 
 @contextmanager
 def timed_calls(owner: object, *names: str) -> Iterator[list[float]]:
-    """Seconds of every call of these methods while it is entered."""
+    """Yields a list that receives the seconds of every call of these methods while the context is entered."""
     seconds: list[float] = []
 
     def timed(method: Method) -> Method:

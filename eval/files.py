@@ -1,4 +1,4 @@
-"""Files that are there complete or not at all, and JSON without NaN and infinity."""
+"""Writes files that are there complete or not at all, and JSON without NaN and infinity."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place at the end: whoever reads it, also after a kill, sees the
-    old content or the new. Where writing fails the old one stays."""
+    """Yields a file beside `path` to write to, which takes its place at the end: whoever reads it, also after a kill,
+    sees the old content or the new. Where writing fails the old one stays."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """The file's new content, all of it or nothing.
+    """Replaces a file's content, all of it or nothing.
 
     Text is UTF-8; halves of surrogate pairs, which JSON allows and UTF-8 does not, become "?".
     """
@@ -32,7 +32,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same in lists and dicts, null for numbers that JSON does not have."""
+    """Returns a copy in lists and dicts, with None for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

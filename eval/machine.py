@@ -1,4 +1,4 @@
-"""What a measurement ran on and with: processor, versions, kernels, source."""
+"""Describes what a measurement ran on and with: processor, versions, kernels, source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specdec import Engine
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Returns the processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -24,7 +24,7 @@ def processor() -> str:
 
 
 def describe_machine(engine: Engine) -> dict[str, str]:
-    """What the speed of `engine` depends on, beside the checkpoint. weights: their dtype."""
+    """Returns what the speed of an engine depends on, beside the checkpoint. "weights" is their dtype."""
     kernels = engine.runtime.model.target.kernels
     return {
         "processor": processor(),
@@ -38,15 +38,15 @@ def describe_machine(engine: Engine) -> dict[str, str]:
 
 
 def git_revision(folder: Path = Path(specdec.__file__).parent) -> str | None:
-    """The commit of the files in `folder`, with "-dirty" where tracked ones were changed; None where git tracks none of
-    them, in an installed package for one."""
+    """Returns the commit of the files in `folder`, with "-dirty" where tracked ones were changed; None where git tracks
+    none of them, in an installed package for one."""
     if not _git(folder, "ls-files", "--", "*.py"):
         return None
     return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*") or None
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """Standard output; empty where there is no git or it refuses."""
+    """Returns git's standard output; empty where there is no git or it refuses."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -37,7 +37,8 @@ def main() -> None:
     for name, output in zip(SPECULATION, outputs):
         length = output.stats.mean_acceptance_length
         shown = "no drafts" if length is None else f"{length:.2f} tokens per verification"
-        same = "the same tokens" if output.token_ids == outputs[0].token_ids else "other tokens, of the same law"
+        is_same = output.token_ids == outputs[0].token_ids
+        same = "the same tokens" if is_same else "other tokens, of the same distribution"
         print(f"{name:28} {output.stats.num_target_forwards:3} target forwards, {shown}, {same}")
 
 

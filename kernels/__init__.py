@@ -44,15 +44,19 @@ def select(
     *,
     progress: Progress = silent,
 ) -> AnyBackend:
-    """The backend for `device` with matrices in `dtype`; `requested` is one of `BACKENDS`.
+    """Returns the backend for a device.
 
-    dtype None leaves it to the backend: float32; bfloat16 on CUDA, and where it computes in float32 all the same and
-    the checkpoint has no more. "auto" is the C++ backend on a CPU with a compiler, FlashInfer in bfloat16 on CUDA, else
-    the reference, with a SpecdecWarning. What was asked for by name is used or refused, never replaced. int8 quantises
-    the checkpoint's matrices as they are loaded, for the C++ backend only. `progress` hears of a compilation.
+    device: where it computes.
+    dtype: of matrices. None leaves it to the backend: float32; bfloat16 on CUDA, and where it computes in float32 all
+        the same and the checkpoint has no more. int8 quantises the checkpoint's matrices as they are loaded, for the
+        C++ backend only.
+    requested: one of `BACKENDS`. "auto" is the C++ backend on a CPU with a compiler, FlashInfer in bfloat16 on CUDA,
+        else the reference, with a SpecdecWarning. What is asked for by name is used or refused, never replaced.
+    checkpoint_dtype: of the checkpoint's tensors.
+    progress: hears of a compilation.
 
-    Raises ValueError for an unknown name or a dtype that the backend does not store,
-    KernelsUnavailableError where it cannot run.
+    Raises ValueError for an unknown name or a dtype that the backend does not store, KernelsUnavailableError where it
+    cannot run.
     """
     check_name(requested)
     chosen = _fast(device, dtype) if requested == "auto" else requested
@@ -78,7 +82,7 @@ _FAST: dict[str, tuple[str, tuple[torch.dtype | None, ...]]] = {
 
 
 def _fast(device: torch.device, dtype: torch.dtype | None) -> str:
-    """The device's own backend where it stores `dtype`, else the reference."""
+    """Returns the name of the device's own backend where it stores `dtype`, else "reference"."""
     name, dtypes = _FAST.get(device.type, ("reference", (dtype,)))
     if dtype in dtypes:
         return name

@@ -30,37 +30,45 @@ Prepared = TypeVar("Prepared")  # a decoder as the backend reads it
 
 
 class Backend(Protocol[Packed, Prepared]):
-    """Chosen once by `specdec.kernels.select`, then called without further questions."""
+    """What computes a model's forwards: chosen once by `specdec.kernels.select`, then called without further
+    questions."""
 
     name: str
+    """One of `specdec.kernels.BACKENDS`."""
     device: torch.device
+    """Where all tensors are."""
     dtype: torch.dtype
-    """Matrices, as they are loaded."""
+    """Dtype of matrices as they are loaded."""
     activation_dtype: torch.dtype
-    """Everything else that flows through the model, biases and norm weights included."""
+    """Dtype of everything else that flows through the model, biases and norm weights included."""
     cache_dtypes: tuple[torch.dtype, ...]
-    """What a KV cache may be stored in."""
+    """Dtypes that a KV cache may be stored in."""
     fp8: frozenset[Fp8Kind]
     """The kinds of matrices of an FP8 checkpoint that stay in FP8; `pack` dequantises the others."""
     num_scratch_pages: int
-    """So many pages at the end of an engine's KV cache are the backend's own."""
+    """Number of pages at the end of an engine's KV cache that are the backend's own."""
 
     def pack(self, weight: Tensor | Fp8Matrix, *, full_precision: bool = False) -> Packed:
-        """A matrix [out, in], or a stack of experts [E, out, in], in the form that this backend reads.
+        """Returns a matrix in the form that this backend reads.
 
-        full_precision: never quantised (the router), and never an Fp8Matrix."""
+        weight: [out, in], or a stack of experts [E, out, in].
+        full_precision: it is never quantised (the router), and never an Fp8Matrix.
+        """
         ...
 
     def pack_gate_up(self, weight: Tensor | Fp8Matrix) -> Packed:
-        """The same for gate and up projections [2I, H], or [E, 2I, H], the gate rows first: for gated MLPs."""
+        """Returns the gate and up projections of gated MLPs in the form that this backend reads.
+
+        weight: [2I, H], or [E, 2I, H] for a stack of experts; the gate rows come first.
+        """
         ...
 
     def num_bytes(self, packed: Packed) -> int:
-        """Bytes of a packed weight."""
+        """Returns the bytes of a packed weight."""
         ...
 
     def prepare(self, decoder: DecoderWeights) -> Prepared:
-        """A decoder in the form that `decode` reads. It refers to the weights, so they must stay as they are."""
+        """Returns a decoder in the form that `decode` reads. It refers to the weights, which must stay as they are."""
         ...
 
     def decode(
@@ -72,25 +80,34 @@ class Backend(Protocol[Packed, Prepared]):
         kv_cache: Tensor,
         expert_ids: Tensor | None = None,
     ) -> DecoderOutput:
-        """The whole of a prepared decoder: embed, fuse (MTP), layers, final norm.
+        """Runs the whole of a prepared decoder: embedding, fusion (MTP layer), layers, final norm.
 
-        input_ids [T]; previous, T rows, if and only if the decoder has a fusion; kv_cache
-        [layers, pages, 2, page_size, Hkv, D], appended to. expert_ids [layers, T, k] int64 is filled with every
-        row's choices, where a layer has experts. Equals `specdec.kernels.decoder.run_decoder`, to the bit where the
-        backend is row-invariant.
+        Equals `specdec.kernels.decoder.run_decoder`, to the bit where the backend is row-invariant.
+
+        decoder: what `prepare` returned.
+        input_ids: [T], the packed tokens.
+        previous: T rows of hidden states, given if and only if the decoder has a fusion.
+        metadata: where the tokens live in the cache.
+        kv_cache: [layers, pages, 2, page_size, Hkv, D], which is appended to.
+        expert_ids: [layers, T, k] int64, filled with every row's choices where a layer has experts; None for none.
         """
         ...
 
     def draft_chain(
         self, decoder: Prepared, head: Packed, chain: DraftChain, expert_ids: Tensor | None = None
     ) -> Drafts:
-        """Drafts of a prepared MTP layer: draft 1 comes from the last pair's row; each later one from one more row,
-        which takes the draft before and the output before.
+        """Drafts with a prepared MTP layer.
 
-        expert_ids [1, T + (K-1) B, k] int64 is filled with the experts of the pairs, then at the beginning of every
-        B rows with those of the sequences that still draft. Fewer than `chain.counts` drafts where
-        its confidence ended a chain; where logits are not finite a sequence's last draft is NOT_FINITE, and other
-        chains may end, too. Equals `specdec.kernels.speculation.draft_chain`.
+        Draft 1 comes from the row of a sequence's last pair; each later one from one more row, which takes the draft
+        before and the output before. There are fewer than `chain.counts` drafts where the confidence ended a chain.
+        Where logits are not finite a sequence's last draft is NOT_FINITE, and other chains may end, too. Equals
+        `specdec.kernels.speculation.draft_chain`.
+
+        decoder: what `prepare` returned.
+        head: the packed head [V, H].
+        chain: the pairs to run over, and how many drafts follow.
+        expert_ids: [1, T + (K - 1) B, k] int64, filled with the experts of the pairs, then at the beginning of every
+            B rows with those of the sequences that still draft; None for none.
         """
         ...
 
@@ -104,15 +121,19 @@ class Backend(Protocol[Packed, Prepared]):
         batch: VerifyBatch,
         expert_ids: Tensor | None = None,
     ) -> Verified:
-        """`decode`, then for the rows that decide: logits -> edits -> truncation -> rules.
+        """Runs `decode`, then for the rows that decide: logits -> edits -> truncation -> rules.
 
-        input_ids [T]: any token stands in the places of drafts, which the backend fills. Equals
-        `specdec.kernels.speculation.verify`.
+        Equals `specdec.kernels.speculation.verify`.
+
+        decoder, metadata, kv_cache, expert_ids: see `decode`.
+        head: the packed head [V, H].
+        input_ids: [T], with any token in the places of drafts, which the backend fills.
+        batch: which rows decide, after which drafts and by which rules.
         """
         ...
 
     def compute_logits(self, hidden: Tensor, head: Packed) -> Tensor:
-        """hidden [R, H], packed head [V, H] -> logits [R, V] in at least fp32."""
+        """Returns logits [R, V], in at least fp32, of hidden states [R, H] and a packed head [V, H]."""
         ...
 
 
@@ -134,7 +155,13 @@ class CapturesGraphs(Protocol):
         max_model_len: int,
         progress: Progress = silent,
     ) -> None:
-        """Prepared decoders; kv_cache with the backend's scratch pages, its last layer the MTP layer's if there is
-        one. What decodes up to max_num_seqs sequences with no drafts, or up to one of draft_lengths each, is replayed
-        from then on, everything else runs as before. `progress` hears of each graph."""
+        """Records the forwards of decode steps, which are replayed from then on; everything else runs as before.
+
+        target, mtp: prepared decoders; mtp None without an MTP layer.
+        kv_cache: the engine's, scratch pages included; its last layer is the MTP layer's if there is one.
+        max_num_seqs: the most sequences of a recorded step.
+        draft_lengths: a recorded step has no drafts, or up to one of these lengths in each sequence.
+        max_model_len: the most tokens of a sequence.
+        progress: hears of each graph.
+        """
         ...

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 GREEDY = -1
-"""In place of a noise stream: the token is the argmax."""
+"""Stands in place of a noise stream: the token is the argmax."""
 NOT_DRAFTED = -1
-"""In place of a draft's id: the chain ended before it."""
+"""Stands in place of a draft's id: the chain ended before it."""
 NOT_FINITE = -2
-"""In place of a draft's id: the draft model's logits were not finite."""
+"""Stands in place of a draft's id: the draft model's logits were not finite."""
 EXACT_MATCH, TOKEN_REJECTION, BLOCK_VERIFICATION = 0, 1, 2
 """Verification rules, see `specdec.kernels.rules`."""
 
@@ -38,13 +38,13 @@ class AttentionMetadata:
     """
 
     query_lens: list[int]
-    """[B], sum = T"""
+    """[B]: new tokens of each sequence; their sum is T."""
     kv_lens: list[int]
-    """[B]: cached tokens, those being attended included (keys and values are appended first)"""
+    """[B]: cached tokens of each sequence, the new ones included (keys and values are appended first)."""
     page_tables: list[list[int]]
-    """[B], at least ceil(kv_len / page_size) pages each"""
+    """[B]: each sequence's pages in order, at least ceil(kv_len / page_size) of them."""
     page_size: int
-    """Tokens of a page."""
+    """Number of tokens that a page holds."""
 
     @property
     def query_starts(self) -> list[int]:
@@ -58,7 +58,7 @@ class AttentionMetadata:
 
     @property
     def slots(self) -> list[int]:
-        """[T]: page * page_size + offset of each token."""
+        """[T]: each token's place in the cache, page * page_size + offset."""
         size, spans = self.page_size, zip(self.query_lens, self.kv_lens, self.page_tables)
         return [pages[at // size] * size + at % size for n, end, pages in spans for at in range(end - n, end)]
 
@@ -68,75 +68,81 @@ class RoutingConfig:
     """How a router chooses experts (Glm4Moe: sigmoid scores, bias-corrected grouped top-k)."""
 
     num_experts_per_tok: int
+    """Experts that each token chooses."""
     n_group: int
-    """Groups of experts; experts are chosen from the best topk_group of them."""
+    """Number of groups that the experts are divided into."""
     topk_group: int
+    """Number of groups, the best ones, that a token's experts are chosen from."""
     norm_topk_prob: bool
-    """The chosen experts' weights are made to sum to 1."""
+    """Whether the chosen experts' weights are made to sum to 1."""
     routed_scaling_factor: float
-    """What the weights are multiplied by in the end."""
+    """Factor that the weights are multiplied by in the end."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionWeights:
-    """One attention block."""
+    """Weights of one attention block."""
 
     qkv: Any
-    """Packed [(Hq + 2 Hkv) D, H]"""
+    """Packed [(Hq + 2 Hkv) D, H]: projections of queries, keys and values, in this order."""
     qkv_bias: Tensor | None
-    """[(Hq + 2 Hkv) D]"""
+    """[(Hq + 2 Hkv) D]: their bias; None where there is none."""
     o: Any
-    """Packed [H, Hq D]"""
+    """Packed [H, Hq D]: output projection."""
     q_norm: Tensor | None
-    """[D], where queries and keys are normed"""
+    """[D]: weight of the queries' norm; None where queries are not normed."""
     k_norm: Tensor | None
-    """[D]"""
+    """[D]: weight of the keys' norm; None where keys are not normed."""
 
 
 @dataclass(frozen=True, eq=False)
 class MLPWeights:
-    """One gated MLP, or a stack of E of them."""
+    """Weights of one gated MLP, or of a stack of E of them."""
 
     gate_up: Any
-    """[2I, H] by `Backend.pack_gate_up`, the gate rows first"""
+    """[2I, H] or [E, 2I, H], packed by `Backend.pack_gate_up`: the gate rows first."""
     down: Any
-    """Packed [H, I]"""
+    """Packed [H, I] or [E, H, I]: down projection."""
 
 
 @dataclass(frozen=True, eq=False)
 class MoEWeights:
-    """A mixture of routed experts, plus shared experts whose output is not scaled."""
+    """Weights of a mixture of routed experts, plus shared experts whose output is not scaled."""
 
     router: Any
-    """Packed [E, H], in at least fp32"""
+    """Packed [E, H], in at least fp32: gives the experts' logits."""
     correction_bias: Tensor
-    """[E], in at least fp32"""
+    """[E], in at least fp32: added to the scores for the choice of experts only."""
     experts: MLPWeights
+    """Stack of the E routed experts."""
     shared: MLPWeights
+    """The shared experts, as one MLP."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """One decoder layer: x += attention(norm(x)); x += mlp(norm(x))."""
+    """Weights of one decoder layer: x += attention(norm(x)); x += mlp(norm(x))."""
 
     input_norm: Tensor
-    """[H]"""
+    """[H]: weight of the norm before attention."""
     attention: AttentionWeights
+    """The layer's attention block."""
     post_attention_norm: Tensor
-    """[H]"""
+    """[H]: weight of the norm before the MLP."""
     mlp: MLPWeights | MoEWeights
+    """The dense MLP, or the mixture of experts."""
 
 
 @dataclass(frozen=True, eq=False)
 class FusionWeights:
-    """The MTP layer's input: eh_proj(concat[enorm(embedding), hnorm(previous)])."""
+    """Weights of the MTP layer's input: eh_proj(concat[enorm(embedding), hnorm(previous)])."""
 
     enorm: Tensor
-    """[H]"""
+    """[H]: weight of the norm of the token's embedding."""
     hnorm: Tensor
-    """[H]"""
+    """[H]: weight of the norm of the previous hidden state."""
     eh_proj: Any
-    """Packed [H, 2H]"""
+    """Packed [H, 2H]: projection of both, the embedding first."""
 
 
 @dataclass(frozen=True)
@@ -144,80 +150,95 @@ class DecoderShape:
     """The sizes of a decoder that its weights do not tell."""
 
     num_heads: int
+    """Query heads, Hq."""
     num_kv_heads: int
+    """Key and value heads, Hkv."""
     head_dim: int
+    """Size of a head, D."""
     rms_norm_eps: float
+    """Number that every norm adds to the mean of squares."""
     num_experts: int
+    """Routed experts of a layer, E."""
     routing: RoutingConfig
+    """How a layer's experts are chosen."""
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderWeights:
-    """A whole decoder: the target model, or its MTP layer."""
+    """Weights of a whole decoder: the target model, or its MTP layer."""
 
     shape: DecoderShape
+    """Sizes that the tensors do not tell."""
     embedding: Tensor
-    """[V, H], not packed"""
+    """[V, H], not packed: one row per token id."""
     fusion: FusionWeights | None
-    """Given for the MTP layer."""
+    """Fusion of the MTP layer's input; None for the target model."""
     layers: tuple[LayerWeights, ...]
+    """The layers, first to last."""
     norm: Tensor
-    """[H], the final norm"""
+    """[H]: weight of the final norm."""
     cos_sin: Tensor
-    """[max_positions, rotary_dim] fp32: cosines, then sines"""
+    """[max_positions, rotary_dim] fp32: RoPE's cosines, then its sines."""
 
 
 class DecoderOutput(NamedTuple):
-    """Hidden states [T, H] after the final norm, and before it."""
+    """What a decoder's forward returns."""
 
     normed: Tensor
+    """[T, H]: hidden states after the final norm."""
     unnormed: Tensor
+    """[T, H]: hidden states before the final norm."""
 
 
 class HiddenRows(NamedTuple):
-    """`num_rows` rows of `hidden` [T, H] from `first` on; T may be much larger."""
+    """A view of some rows of hidden states, which keeps the whole tensor alive."""
 
     hidden: Tensor
+    """[T, H]: the tensor that has the rows; T may be much larger than num_rows."""
     first: int
+    """Index of the first row."""
     num_rows: int
+    """Number of rows, `first` included."""
 
     def tensor(self) -> Tensor:
-        """[num_rows, H]"""
+        """Returns the rows alone, [num_rows, H]."""
         return self.hidden[self.first : self.first + self.num_rows]
 
 
 @dataclass(eq=False)
 class LogitEdits:
-    """What a request does to single logits, as of its committed tokens; a row after drafts counts these as well.
+    """What a request's parameters do to single logits, as of its committed tokens.
 
-    Its owner keeps it up to date. Applied in the order of the fields: biases, bans, penalties. Penalties apply to the
-    tokens of prompt, output and drafts, where counted_ids is not empty.
+    Its owner keeps it up to date. A row that comes after drafts counts the drafts before it as well. Edits are applied
+    in the order of the fields: biases, bans, penalties. Penalties apply to the tokens of prompt, output and drafts,
+    and only where counted_ids is not empty.
     """
 
     bias_ids: array[int] = field(default_factory=lambda: array("q"))
-    """[n]: tokens whose logits get a bias"""
+    """[n]: tokens whose logits get a bias."""
     biases: array[float] = field(default_factory=lambda: array("d"))
-    """[n]: what is added to these logits"""
+    """[n]: what is added to these logits."""
     end_ids: array[int] = field(default_factory=lambda: array("q"))
     """Tokens that become impossible in rows after fewer than ends_banned drafts."""
     ends_banned: int = 0
-    """How many more tokens must come before one may end the output."""
+    """Number of tokens that must still come before one of end_ids may end the output."""
     word_starts: array[int] = field(default_factory=lambda: array("q", [0]))
     """[words + 1]: bad word i is word_tokens[word_starts[i] : word_starts[i + 1]]. Its last token becomes impossible
     where the tokens before the row end with its others."""
     word_tokens: array[int] = field(default_factory=lambda: array("q"))
+    """Tokens of all bad words, one word after the other."""
     recent: array[int] = field(default_factory=lambda: array("q"))
     """The last committed tokens, as many as a bad word can need."""
     counted_ids: array[int] = field(default_factory=lambda: array("q"))
     """Tokens of prompt and output, each once."""
     counts: array[int] = field(default_factory=lambda: array("q"))
-    """How often each of counted_ids occurs in the output."""
+    """How often each of counted_ids occurs in the output; 0 for tokens of the prompt alone."""
     repetition: float = 1.0
-    """Divides positive logits, multiplies others."""
+    """Factor that positive logits are divided by and others multiplied by, where a token occurs anywhere."""
     presence: float = 0.0
-    """Subtracted where a token occurs in output or drafts."""
+    """Subtracted once where a token occurs in output or drafts."""
     frequency: float = 0.0
-    """Subtracted once for each occurrence."""
+    """Subtracted for each occurrence in output and drafts."""
 
 
 @dataclass(eq=False, slots=True)
@@ -230,30 +251,33 @@ class RowSampling:
     """
 
     scales: list[float]
-    """1 / temperature"""
+    """[R]: 1 / temperature."""
     top_k: list[int]
-    """0: all"""
+    """[R]: number of tokens that stay; 0 keeps all."""
     top_p: list[float]
-    """1: all"""
+    """[R]: probability that the tokens that stay must reach; 1 keeps all."""
     min_p: list[float]
-    """0: all"""
+    """[R]: share of the largest probability that a token must have to stay; 0 keeps all."""
     seeds: list[int]
-    """These four are the key of the row's noise, see `specdec.kernels.philox`."""
+    """[R]: 64-bit seeds. Seed, stream, position and start are the key of the noise, see `specdec.kernels.philox`."""
     streams: list[int]
-    """GREEDY: no noise, the token is the argmax."""
+    """[R]: a `Stream`, or GREEDY: no noise, the token is the argmax."""
     positions: list[int]
+    """[R]: absolute position of the token that the row decides."""
     starts: list[int]
+    """[R]: position at which the iteration that decides it began; 0 where noise is keyed by position alone."""
 
     def __len__(self) -> int:
         return len(self.scales)
 
     @property
     def cuts(self) -> bool:
-        """Whether top_k, top_p or min_p leave out any token."""
+        """Whether any row asks for top_k, top_p or min_p."""
         return any(self.top_k) or any(self.min_p) or any(p < 1 for p in self.top_p)
 
     def packed(self) -> tuple[array[float], array[int], array[int]]:
-        """scales, top_p, min_p as doubles; top_k, streams, positions, starts as int64; seeds as uint64."""
+        """Returns three arrays: scales, top_p, min_p as doubles; top_k, streams, positions, starts as int64; seeds as
+        uint64."""
         return (
             array("d", self.scales + self.top_p + self.min_p),
             array("q", self.top_k + self.streams + self.positions + self.starts),
@@ -261,7 +285,11 @@ class RowSampling:
         )
 
     def select(self, rows: list[int], advance: list[int] | None = None) -> RowSampling:
-        """Some of the rows, with noise for positions `advance` [n] further on."""
+        """Returns the sampling of some rows.
+
+        rows: [n], indices of the rows.
+        advance: [n], added to their positions, and so to the key of their noise; None adds nothing.
+        """
         values = {f.name: [getattr(self, f.name)[r] for r in rows] for f in fields(self)}
         if advance is not None:
             values["positions"] = [position + more for position, more in zip(values["positions"], advance)]
@@ -270,12 +298,12 @@ class RowSampling:
 
 @dataclass(eq=False, slots=True)
 class ChainSampling:
-    """How the drafts of a chain's B sequences are drawn, where not all of them are argmaxes whatever happens."""
+    """How the drafts of a chain's B sequences are drawn, where some are sampled, edited or subject to a confidence."""
 
     rows: RowSampling
-    """[B], for the first draft; positions advance by one per draft."""
+    """[B]: sampling of the first draft; positions advance by one per draft."""
     edits: list[LogitEdits | None]
-    """[B]: what is done to the logits before."""
+    """[B]: edits of the logits before they are sampled from; None for none."""
     min_confidence: list[float]
     """[B]: a sequence's chain ends before a draft whose distribution gives no token this probability. That looks at
     the distribution, never at the token drawn from it."""
@@ -288,18 +316,19 @@ class DraftChain:
     """What the MTP layer runs in one step of B sequences: their pending pairs, then drafts after the last ones."""
 
     input_ids: list[int]
-    """[T]: the pairs' tokens, at `metadata`'s positions"""
+    """[T]: the pairs' tokens, at `metadata`'s positions."""
     previous: list[HiddenRows]
     """The pairs' hidden states, T rows in any number of pieces."""
     metadata: AttentionMetadata
+    """Where the pairs live in the MTP layer's cache."""
     kv_cache: Tensor
-    """[1, pages, 2, page_size, Hkv, D], appended to"""
+    """[1, pages, 2, page_size, Hkv, D]: the MTP layer's cache, which is appended to."""
     counts: list[int]
-    """[B]: the most drafts of each sequence, at least 0"""
+    """[B]: the most drafts of each sequence, at least 0."""
     recycle_unnormed: bool
-    """Feed back the output before the final norm instead of after it."""
+    """Whether later drafts are fed the layer's output before the final norm instead of after it."""
     sampling: ChainSampling | None = None
-    """None where every draft is an argmax."""
+    """How drafts are drawn; None where every draft is the argmax."""
 
 
 @dataclass(eq=False, slots=True)
@@ -316,16 +345,19 @@ class Drafts:
     """[B]: draft i of sequence b was drawn from probs[prob_rows[b], i]; -1: it is a point mass, or its rule needs no
     distributions."""
     probs: Tensor | None = None
-    """[Q, K, V]"""
+    """[Q, K, V]: the distributions of the drafts that were drawn from one; None where there are none."""
     on_device: Tensor | None = None
-    """[D, K] int64, padded with NOT_DRAFTED"""
+    """[D, K] int64: the drafts of D sequences, padded with NOT_DRAFTED; None where the host has them."""
     device_rows: list[int] = field(default_factory=list)
     """[B]: each sequence's row of on_device; -1: it has no drafts."""
 
     @classmethod
     def of(cls, token_ids: list[list[int]]) -> Drafts:
-        """token_ids [B] of up to K, chosen in any way that does not look at the noise of later tokens. Each draft is
-        verified as a point mass: it is accepted with the probability that the target gives it."""
+        """Returns drafts of given tokens, each verified as a point mass: it is accepted with the probability that the
+        target gives it.
+
+        token_ids: [B] of up to K, chosen in any way that does not look at the noise of later tokens.
+        """
         return cls(token_ids, [-1] * len(token_ids))
 
     @property
@@ -334,7 +366,7 @@ class Drafts:
         return [len(row) for row in self.token_ids]
 
     def select(self, sequences: list[int]) -> Drafts:
-        """The drafts of some sequences, by their numbers b; none at all for -1."""
+        """Returns the drafts of some sequences, by their numbers b; -1 gives a sequence without drafts."""
         return Drafts(
             [self.token_ids[b] if b >= 0 else [] for b in sequences],
             [self.prob_rows[b] if b >= 0 else -1 for b in sequences],
@@ -347,7 +379,13 @@ class Drafts:
 def room_for_probs(
     keep: list[bool], num_steps: int, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, list[int]]:
-    """Memory for the distributions of a chain's drafts, and each sequence's row in it: `Drafts.probs`, `prob_rows`."""
+    """Allocates memory for the distributions of a chain's drafts.
+
+    keep: [B], whether a sequence's distributions are kept.
+    num_steps: the most drafts of a sequence.
+    vocab_size, dtype, device: of the distributions.
+    Returns `Drafts.probs` [Q, num_steps, vocab_size], None where nothing is kept, and `Drafts.prob_rows` [B].
+    """
     numbers = iter(range(sum(keep)))
     rows = [next(numbers) if wanted else -1 for wanted in keep]
     if not any(keep):
@@ -362,19 +400,19 @@ class VerifyBatch:
     first_rows: list[int]
     """[B]: the forward's row that decides a sequence's next token; those of its drafts follow."""
     drafts: Drafts
-    """[B]"""
+    """Drafts of the B sequences."""
     rules: list[int]
-    """[B]: EXACT_MATCH, TOKEN_REJECTION or BLOCK_VERIFICATION"""
+    """[B]: EXACT_MATCH, TOKEN_REJECTION or BLOCK_VERIFICATION."""
     rows: RowSampling
     """[B]: sampling of each sequence's first deciding row. Its further rows use the next positions; for the rejection
     rules the first position is also the noise key's `start`."""
     edits: list[LogitEdits | None]
-    """[B]: what is done to the logits before."""
+    """[B]: edits of the logits before truncation; None for none."""
     keep_logits: bool = False
-    """Hand the logits back."""
+    """Whether `Verified.raw` and `processed` are filled."""
 
     def place(self, input_ids: list[int]) -> list[int]:
-        """The forward's tokens [T], with the drafts that the host knows in the places that were left for them."""
+        """Returns the forward's tokens [T], with the drafts that the host knows in the places left for them."""
         placed = list(input_ids)
         for first, drafts in zip(self.first_rows, self.drafts.token_ids):
             # Where a draft is NOT_FINITE the sequence is lost, but its row must name some token.
@@ -384,39 +422,39 @@ class VerifyBatch:
 
 
 class Verified(NamedTuple):
-    """What a target forward decided about B sequences.
-
-    hidden: the target's hidden states [T, H], after its final norm.
-    token_ids: [B], what each sequence emits, its accepted drafts and one token more, which is -1 where a row of logits
-        that decides is not finite.
-    draft_token_ids: [B], the drafts that there were, known by now wherever they were made; NOT_FINITE ends those of a
-        draft model whose logits were not finite.
-    raw, processed: None, or the logits [R, V] of all rows, one more per sequence than it had drafts at the most, before
-        and after edits and truncation; processed ones are valid for the rows of emitted tokens.
-    """
+    """What a target forward decided about B sequences. R rows decide: one more per sequence than it had drafts at the
+    most."""
 
     hidden: Tensor
+    """[T, H]: the target's hidden states, after its final norm."""
     token_ids: list[list[int]]
+    """[B]: what each sequence emits, its accepted drafts and one token more, which is -1 where a row of logits that
+    decides is not finite."""
     draft_token_ids: list[list[int]]
+    """[B]: the drafts that there were, known by now wherever they were made; NOT_FINITE ends those of a draft model
+    whose logits were not finite."""
     raw: Tensor | None = None
+    """[R, V]: logits of all rows before edits and truncation; None unless `VerifyBatch.keep_logits`."""
     processed: Tensor | None = None
+    """[R, V]: the same after edits and truncation, valid for the rows of emitted tokens."""
 
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
-    """n distributions over the vocabulary, up to a factor:
-    max(0, scales_i * p[p_rows_i, x] - q[q_rows_i, x]), and 0 at x = excluded_i.
+    """n residual distributions over the vocabulary, up to a factor.
+
+    Number i gives token x the mass max(0, scales[i] * p[p_rows[i], x] - q[q_rows[i], x]), and 0 at x = excluded[i].
     """
 
     p: Tensor
-    """[R, V]"""
+    """[R, V]: the target's probabilities."""
     p_rows: list[int]
-    """[n]"""
+    """[n]: rows of p."""
     scales: list[float]
-    """[n]"""
+    """[n]: factors of p."""
     q: Tensor | None
-    """[Q, V]"""
+    """[Q, V]: the probabilities that drafts were drawn from; None where every draft is a point mass."""
     q_rows: list[int]
-    """[n]; -1: q is 0"""
+    """[n]: rows of q; -1 subtracts nothing."""
     excluded: list[int]
-    """[n]; -1: no token is excluded"""
+    """[n]: a token that gets no mass; -1 for none."""

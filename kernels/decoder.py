@@ -1,6 +1,7 @@
 """What a decoder computes, out of single operations; the C++ kernels run the same as one call.
 
-`specdec.model.layers` has the weights, under a checkpoint's names; the mathematics is here.
+The architecture is GLM-4.5's (`Glm4MoeForCausalLM` in transformers). `specdec.model.layers` has the weights,
+under a checkpoint's names; the mathematics is here.
 
 Shapes: T packed tokens, H hidden, D head_dim, Hq/Hkv query/KV heads, E experts, k experts per token.
 """
@@ -29,23 +30,23 @@ from specdec.kernels.operations import Operations
 
 
 def gated_mlp(kernels: Operations, x: Tensor, gate_up: Any, down: Any) -> Tensor:
-    """`Operations.mlp`, for backends that do not rearrange gate and up."""
+    """Computes `Operations.mlp`, for backends that do not rearrange gate and up."""
     return kernels.linear(kernels.silu_and_mul(kernels.linear(x, gate_up)), down)
 
 
 class ForwardInputs(NamedTuple):
-    """What a forward reads, where the kernels read it."""
+    """What a forward reads, on the kernels' device."""
 
     tokens: Tensor
-    """[T]"""
+    """[T]: token ids."""
     positions: Tensor
-    """[T]"""
+    """[T]: each token's position in its sequence."""
     slots: Tensor
-    """[T], see `AttentionMetadata.slots`"""
+    """[T]: each token's place in the cache, see `AttentionMetadata.slots`."""
     previous: Tensor | None
-    """[T, H]: the states that a fusion takes"""
+    """[T, H]: the hidden states that a fusion takes; None without one."""
     attention: Any
-    """What the kernels' `paged_attention` takes for metadata."""
+    """What the kernels' `paged_attention` takes as its metadata."""
 
 
 def run_decoder(
@@ -57,7 +58,7 @@ def run_decoder(
     kv_cache: Tensor,
     expert_ids: Tensor | None = None,
 ) -> DecoderOutput:
-    """`Backend.decode`, for decoders that are not prepared."""
+    """Computes `Backend.decode` for decoders that are not prepared; its parameters are described there."""
     tokens, positions, slots = torch.tensor([input_ids, metadata.positions, metadata.slots], device=kv_cache.device)
     states = None if previous is None else torch.cat([rows.tensor() for rows in previous])
     return run_layers(kernels, decoder, ForwardInputs(tokens, positions, slots, states, metadata), kv_cache, expert_ids)
@@ -70,7 +71,11 @@ def run_layers(
     kv_cache: Tensor,
     expert_ids: Tensor | None = None,
 ) -> DecoderOutput:
-    """Embedding, fusion (MTP layer), layers and final norm, from inputs that are in place."""
+    """Runs embedding, fusion (MTP layer), layers and final norm over inputs that are on the device.
+
+    kv_cache: [layers, pages, 2, page_size, Hkv, D], which is appended to.
+    expert_ids: [layers, T, k] int64, filled with every row's choices where a layer has experts; None for none.
+    """
     assert (inputs.previous is None) == (decoder.fusion is None), "previous hidden states and a fusion belong together"
     x = F.embedding(inputs.tokens, decoder.embedding).to(kernels.activation_dtype)  # [T, H]
     if decoder.fusion is not None and inputs.previous is not None:
@@ -112,7 +117,8 @@ def _attention(
     inputs: ForwardInputs,
     kv_cache: Tensor,
 ) -> Tensor:
-    """GQA with optional bias and qk-norm; RoPE on the first rotary_dim dims of each head."""
+    """Computes grouped-query attention (Ainslie et al. 2023) with optional bias and qk-norm, and RoPE (Su et al. 2021)
+    on the first rotary_dim dims of each head."""
     shape = decoder.shape
     heads = kernels.linear(x, weights.qkv, weights.qkv_bias).view(x.shape[0], -1, shape.head_dim)  # [T, Hq + 2 Hkv, D]
     q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], 1)
@@ -127,7 +133,7 @@ def _attention(
 def _mixture(
     kernels: Operations, shape: DecoderShape, weights: MoEWeights, x: Tensor, expert_ids: Tensor | None
 ) -> Tensor:
-    """Routed experts plus the unscaled shared ones."""
+    """Computes the routed experts plus the unscaled shared ones."""
     logits = kernels.linear(x.to(weights.correction_bias.dtype), weights.router)  # [T, E]
     ids, expert_weights = kernels.route(logits, weights.correction_bias, shape.routing)
     if expert_ids is not None:

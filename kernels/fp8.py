@@ -25,10 +25,12 @@ FP8_KINDS: frozenset[Fp8Kind] = frozenset({"linear", "experts"})
 
 @dataclass(frozen=True, eq=False)
 class Fp8Matrix:
-    """values [..., out, in] in e4m3, scales [..., out] in fp32; scale * value is what is meant."""
+    """A matrix, or a stack of them, in FP8: scale * value is what is meant."""
 
     values: Tensor
+    """[..., out, in] in e4m3."""
     scales: Tensor
+    """[..., out] in fp32, one per output channel."""
 
     def __post_init__(self) -> None:
         assert self.values.dtype == E4M3
@@ -41,7 +43,7 @@ class Fp8Matrix:
 
 
 def dequantise(matrix: Fp8Matrix, dtype: torch.dtype) -> Tensor:
-    """scale * value in `dtype`, rounded once from at least fp32; one matrix of a stack at a time.
+    """Returns scale * value in `dtype`, rounded once from at least fp32; works on one matrix of a stack at a time.
 
     Exact in fp32 where the scales have at most 20 significant bits, as those stored in bf16 do.
     """
@@ -55,12 +57,12 @@ def dequantise(matrix: Fp8Matrix, dtype: torch.dtype) -> Tensor:
 
 
 def plain(weight: Tensor | Fp8Matrix, dtype: torch.dtype) -> Tensor:
-    """For backends that do not compute in FP8: a plain weight as it is, an FP8 one in `dtype`."""
+    """Returns a plain weight as it is, an FP8 one in `dtype`; for backends that do not compute in FP8."""
     return dequantise(weight, dtype) if isinstance(weight, Fp8Matrix) else weight
 
 
 def quantise_rows(x: Tensor) -> Fp8Matrix:
-    """x [T, in] -> each row over its largest magnitude / 448.
+    """Quantises x [T, in] with one scale per row: its largest magnitude / 448.
 
     A quotient exceeds 448 by rounding at most, which the conversion to e4m3 rounds back (it would take 464 to become
     NaN); scales do not fall below the smallest normal number, where this would not hold.
@@ -71,7 +73,8 @@ def quantise_rows(x: Tensor) -> Fp8Matrix:
 
 
 def fp8_linear(x: Tensor, weight: Fp8Matrix, bias: Tensor | None = None) -> Tensor:
-    """x [T, in], weight [out, in], bias [out] bf16 -> [T, out] bf16. Compute capability 8.9, 9.0 or 10.0."""
+    """Returns x W^T + bias, [T, out] bf16, of x [T, in], weight [out, in], bias [out] bf16. Compute capability 8.9, 9.0
+    or 10.0."""
     rows = quantise_rows(x)
     return torch._scaled_mm(
         rows.values,
@@ -84,7 +87,11 @@ def fp8_linear(x: Tensor, weight: Fp8Matrix, bias: Tensor | None = None) -> Tens
 
 
 def fp8_grouped_linear(x: Tensor, weight: Fp8Matrix, ends: Tensor) -> Tensor:
-    """x [T, in] in groups, the rows of expert e before ends[e] ([E] int32), weight [E, out, in] -> [T, out] bf16.
+    """Returns rows x [T, in] times their experts' weights, [T, out] bf16.
+
+    x: [T, in], sorted by expert.
+    weight: [E, out, in].
+    ends: [E] int32, expert e's rows end before ends[e].
 
     Nothing is copied to the host, so it can be captured in a CUDA graph. Compute capability 9.0 alone: torch's kernel
     is built for no other, whatever its own check lets pass (pytorch/pytorch pull request 188063).

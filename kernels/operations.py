@@ -31,46 +31,56 @@ class Operations(Protocol):
     """One signature for each operation, on tensors of `device`; matrices are packed, see `Backend.pack`."""
 
     device: torch.device
+    """Where all tensors are."""
     activation_dtype: torch.dtype
+    """Dtype of what flows through the model."""
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        """x [T, in], packed weight [out, in], bias [out] -> [T, out]."""
+        """Returns x W^T + bias, [T, out], of x [T, in], packed weight [out, in], bias [out]."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., D], weight [D] -> x / rms(x) * weight, the mean of squares in at least fp32."""
+        """Returns x / rms(x) * weight of x [..., D], weight [D]; the mean of squares is taken in at least fp32."""
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """-> (rms_norm(x + residual), x + residual), perhaps in the memory of x and residual."""
+        """Returns (rms_norm(x + residual), x + residual), perhaps in the memory of x and residual, both [T, H]."""
         ...
 
     def rope_(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
         """Rotates in place the first `rotary_dim` dims of q [T, Hq, D] and k [T, Hkv, D], half-split.
 
-        positions [T] int64; cos_sin [max_positions, rotary_dim] fp32: cosines, then sines.
+        positions: [T] int64.
+        cos_sin: [max_positions, rotary_dim] fp32, cosines, then sines.
         """
         ...
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """gate_up [T, 2I], gate first -> silu(gate) * up [T, I]."""
+        """Returns silu(gate) * up, [T, I], of gate_up [T, 2I], the gate first."""
         ...
 
     def route(self, router_logits: Tensor, correction_bias: Tensor, config: RoutingConfig) -> tuple[Tensor, Tensor]:
-        """router_logits [T, E] fp32, correction_bias [E] fp32 -> expert ids [T, k] int64, weights [T, k] fp32.
+        """Chooses experts: returns their ids [T, k] int64 and weights [T, k] fp32.
 
-        The bias decides the choice only; the weights are the plain sigmoid scores.
+        The bias takes part in the choice only; the weights come from the plain sigmoid scores.
+
+        router_logits: [T, E] fp32.
+        correction_bias: [E] fp32.
+        config: how many are chosen, and from which groups.
         """
         ...
 
     def mlp(self, x: Tensor, gate_up: Any, down: Any) -> Tensor:
-        """x [T, H], gate_up by `pack_gate_up`, packed down -> down(silu(gate(x)) * up(x)) [T, H]."""
+        """Returns down(silu(gate(x)) * up(x)), [T, H], of x [T, H], gate_up from `pack_gate_up`, packed down."""
         ...
 
     def moe(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Any, down: Any) -> Tensor:
-        """x [T, H], ids and weights [T, k], stacks of gate_up by `pack_gate_up` and packed down -> [T, H].
+        """Returns each row's weighted sum of its experts' outputs, [T, H], added in ascending expert id.
 
-        A row's contributions are added in ascending expert id.
+        x: [T, H].
+        expert_ids, expert_weights: [T, k], from `route`.
+        gate_up: stack [E, 2I, H] from `pack_gate_up`.
+        down: packed stack [E, H, I].
         """
         ...
 
@@ -79,7 +89,7 @@ class Operations(Protocol):
         ...
 
     def paged_attention(self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """q [T, Hq, D] -> [T, Hq, D]: causal, scale D^-0.5, softmax in at least fp32.
+        """Returns causal attention [T, Hq, D] of q [T, Hq, D], with scale D^-0.5 and softmax in at least fp32.
 
         Query i of sequence b sits at position kv_lens[b] - query_lens[b] + i and sees the keys up to it.
         Cache slots beyond kv_lens are never read.
@@ -87,23 +97,28 @@ class Operations(Protocol):
         ...
 
     def head_argmax(self, x: Tensor, head: Any) -> Tensor:
-        """x [R, H], packed head [V, H] -> ids [R] int64: argmax of the logits, the lowest id among equals,
-        -1 where a logit is not finite."""
+        """Returns ids [R] int64 of x [R, H] and a packed head [V, H]: the argmax of the logits, the lowest id among
+        equals, -1 where a logit is not finite."""
         ...
 
     def edit_(self, logits: Tensor, edits: list[LogitEdits | None], drafts: list[list[int]]) -> None:
-        """logits [R, V], contiguous, in at least fp32; edits and the drafts before a row [R]: in place."""
+        """Applies edits in place.
+
+        logits: [R, V], contiguous, in at least fp32.
+        edits: [R], None where a row is not edited.
+        drafts: [R], the drafts before each row, which count as output.
+        """
         ...
 
     def truncate_(self, logits: Tensor, sampling: RowSampling) -> None:
-        """logits [R, V], contiguous, in at least fp32: tokens outside each row's distribution become -inf, in place. A
-        row with a NaN or +inf, or without a finite logit, becomes NaN throughout."""
+        """Truncates logits [R, V], contiguous, in at least fp32, in place: tokens outside each row's distribution
+        become -inf. A row with a NaN or +inf, or without a finite logit, becomes NaN throughout."""
         ...
 
     def choose(self, logits: Tensor, sampling: RowSampling) -> Tensor:
-        """logits [R, V] after `truncate_` -> ids [R] int64, the lowest among equals: the argmax, or with noise that of
-        scale * logits + Gumbel noise, which is a sample of softmax(scale * logits). -1 for a row with a NaN or +inf, or
-        without a finite logit.
+        """Returns ids [R] int64 of logits [R, V] after `truncate_`, the lowest among equals: the argmax, or where a row
+        has noise the argmax of scale * logits + Gumbel noise, which is a sample of softmax(scale * logits) (the
+        Gumbel-max trick, Gumbel 1954). -1 for a row with a NaN or +inf, or without a finite logit.
 
         Token v takes word v % 4 of the Philox call with counter (v // 4, position, start, stream) and
         G = -log(-log((word + 1/2) / 2^32)).
@@ -111,20 +126,26 @@ class Operations(Protocol):
         ...
 
     def softmax(self, logits: Tensor, scales: list[float]) -> Tensor:
-        """logits [R, V] -> softmax(scale * logits) [R, V]; -inf becomes 0."""
+        """Returns softmax(scale * logits) of logits [R, V], [R, V]; -inf becomes 0."""
         ...
 
     def residual_mass(self, laws: Residuals) -> list[float]:
-        """[n]: the sum of each law, in fp64."""
+        """Returns the sum of each residual distribution's masses, [n], in fp64."""
         ...
 
     def sample_residual(self, laws: Residuals, uniforms: list[float]) -> list[int]:
-        """[n]: a token of each law by inverse CDF in fp64, from numbers in [0, 1). A law without mass gives a token of
-        p[p_rows_i]. -1 where the sum is not finite."""
+        """Returns a token of each residual distribution, [n], by inverse CDF in fp64.
+
+        One without mass gives a token of p[p_rows[i]]; one whose sum is not finite gives -1.
+
+        laws: the n distributions.
+        uniforms: [n], numbers in [0, 1).
+        """
         ...
 
     def uniforms(self, seeds: list[int], stream: int, positions: list[int], starts: list[int]) -> list[float]:
-        """[n] in [0, 1): 53 bits of the first two words of the Philox call (0, position, start, stream)."""
+        """Returns numbers in [0, 1), [n]: 53 bits of the first two words of the Philox call (0, position, start,
+        stream), see `specdec.kernels.philox`."""
         ...
 
 
@@ -145,8 +166,8 @@ class ComposedOperations(Operations, Protocol):
 
 
 def operations_of(backend: object) -> Operations:
-    """The single operations of a backend, for measurements that repeat parts of a step. Raises TypeError where it has
-    none of its own."""
+    """Returns the single operations of a backend, for measurements that repeat parts of a step. Raises TypeError where
+    it has none of its own."""
     if not isinstance(backend, Operations):
         raise TypeError(f"{type(backend).__name__} runs whole decoders only, it has no single operations")
     return backend

@@ -19,16 +19,20 @@ _ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """Independent sources within a request."""
+    """Independent sources of random numbers within a request."""
 
     TARGET = 0
+    """Noise of the target's own tokens; in coupled verification that of the drafts, too."""
     DRAFT = 1
+    """Noise of drafts that a rejection rule verifies."""
     ACCEPT = 2
+    """Uniforms that decide whether drafts are accepted."""
     RESIDUAL = 3
+    """Uniforms that draw the token after the accepted drafts, under a rejection rule."""
 
 
 def philox(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """counter [..., 4], key [..., 2] -> [..., 4], each word uniform on 0 .. 2**32 - 1."""
+    """Returns four words [..., 4], each uniform on 0 .. 2**32 - 1, of counter [..., 4] and key [..., 2]."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = (key[..., i].astype(np.uint64) for i in range(2))
     for _ in range(_ROUNDS):
@@ -39,22 +43,26 @@ def philox(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.u
 
 
 def split_seed(seeds: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """64-bit seeds [...] -> keys [..., 2], the low word first."""
+    """Returns the keys [..., 2] of 64-bit seeds [...], the low word first."""
     return np.stack([seeds & _LOW, seeds >> _SHIFT], -1).astype(np.uint32)
 
 
 def gumbel_noise(
     seeds: ArrayLike, streams: ArrayLike, positions: ArrayLike, starts: ArrayLike, vocab_size: int
 ) -> NDArray[np.float64]:
-    """Keys [R] -> standard Gumbel noise [R, V]: token v takes word v % 4 of call v // 4, and
-    G = -log(-log((word + 1/2) / 2^32))."""
+    """Returns standard Gumbel noise [R, V]: token v takes word v % 4 of call v // 4, and
+    G = -log(-log((word + 1/2) / 2^32)).
+
+    seeds, streams, positions, starts: [R], the keys and counters of the rows.
+    vocab_size: V.
+    """
     words = _words(np.arange(-(-vocab_size // 4)), seeds, streams, positions, starts)  # [R, calls, 4]
     uniforms = (words.reshape(len(words), -1)[:, :vocab_size] + 0.5) * 2.0**-32
     return -np.log(-np.log(uniforms))
 
 
 def uniforms(seeds: ArrayLike, streams: ArrayLike, positions: ArrayLike, starts: ArrayLike) -> NDArray[np.float64]:
-    """Keys [n] -> numbers in [0, 1) of 53 random bits, from the first two words of call 0."""
+    """Returns numbers in [0, 1) of 53 random bits, [n], from the first two words of call 0 of each key [n]."""
     words = _words(np.zeros(1), seeds, streams, positions, starts)[:, 0].astype(np.uint64)
     return ((words[:, 0] << np.uint64(21)) ^ (words[:, 1] >> np.uint64(11))).astype(np.float64) * 2.0**-53
 
@@ -62,7 +70,7 @@ def uniforms(seeds: ArrayLike, streams: ArrayLike, positions: ArrayLike, starts:
 def _words(
     calls: ArrayLike, seeds: ArrayLike, streams: ArrayLike, positions: ArrayLike, starts: ArrayLike
 ) -> NDArray[np.uint32]:
-    """Calls [c], keys [n] -> [n, c, 4]."""
+    """Returns the words [n, c, 4] of calls [c] of each key [n]."""
     words = np.broadcast_arrays(
         np.asarray(calls)[None], *(np.asarray(w)[:, None] for w in (positions, starts, streams))
     )

@@ -1,4 +1,5 @@
-"""How whatever takes seconds says how far it is. What becomes of that, a progress bar for instance, is the caller's."""
+"""Reports how far something is that takes seconds. What becomes of that, for instance a progress bar, is for the caller
+to say."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ nothing done, last with all of it. A total of 1 is a task whose parts are not kn
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The `Progress` that goes nowhere."""
+    """Ignores what it is told: the `Progress` of those who want none."""
 
 
 def tracked(items: Sequence[Item], what: str, progress: Progress) -> Iterator[Item]:
@@ -25,5 +26,5 @@ def tracked(items: Sequence[Item], what: str, progress: Progress) -> Iterator[It
 
 
 def as_text(what: str, done: int, total: int) -> str:
-    """What a `Progress` hears in one line, for instance "loading weights: 40 %"."""
+    """Returns what a `Progress` hears as one line, for instance "loading weights: 40 %"."""
     return what if total == 1 else f"{what}: {100 * done // total} %"

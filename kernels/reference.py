@@ -42,7 +42,8 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class ReferenceOperations:
     """Every operation in plain torch; `Operations` has the contracts. Packed matrices are plain tensors.
 
-    device, activation_dtype: where and in which dtype the model's activations are.
+    device: where tensors are.
+    activation_dtype: dtype of the model's activations.
     """
 
     def __init__(self, device: torch.device, activation_dtype: torch.dtype) -> None:
@@ -227,7 +228,7 @@ class ReferenceKernels(ReferenceOperations):
 
 
 def banned_tokens(e: LogitEdits, drafts: list[int]) -> list[int]:
-    """What may not follow the committed tokens and `drafts`."""
+    """Returns the tokens that may not follow the committed tokens and `drafts`."""
     banned = e.end_ids.tolist() if len(drafts) < e.ends_banned else []
     before = [*e.recent, *drafts]
     for start, end in pairwise(e.word_starts):
@@ -251,7 +252,8 @@ def _penalise_(row: Tensor, e: LogitEdits, drafts: list[int]) -> None:
 
 
 def _keep_top_p_(row: Tensor, scale: float, top_p: float) -> None:
-    """The smallest set of most probable tokens whose probability reaches top_p, at least one."""
+    """Keeps the smallest set of most probable tokens whose probability reaches top_p, at least one (nucleus sampling,
+    Holtzman et al. 2020); the others become -inf."""
     ordered, ids = row.sort(descending=True, stable=True)
     before = (ordered * scale).softmax(-1).cumsum(-1).roll(1)
     before[0] = 0
@@ -259,7 +261,7 @@ def _keep_top_p_(row: Tensor, scale: float, top_p: float) -> None:
 
 
 def residual_law(laws: Residuals, i: int) -> Tensor:
-    """Law i [V] in fp64, up to a factor; p where it has no mass."""
+    """Returns residual distribution i, [V] in fp64, up to a factor; p where it has no mass."""
     law = _residual(laws, i)
     return law if law.sum() != 0 else laws.p[laws.p_rows[i]].double()
 
@@ -274,8 +276,8 @@ def _residual(laws: Residuals, i: int) -> Tensor:
 
 
 def _inverse_cdf(law: Tensor, uniform: float) -> int:
-    """The first token where the CDF exceeds uniform * total: one of probability 0 never, as u <= 1 - 2**-53 keeps the
-    product below the total."""
+    """Returns the first token where the CDF exceeds uniform * total; -1 where the total is 0 or not finite. A token of
+    probability 0 is never returned, as uniform <= 1 - 2**-53 keeps the product below the total."""
     cdf = law.cumsum(-1)
     if not 0 < cdf[-1] < float("inf"):
         return -1
@@ -283,12 +285,13 @@ def _inverse_cdf(law: Tensor, uniform: float) -> int:
 
 
 def lowest_argmax(values: Tensor) -> Tensor:
-    """values [..., V] -> [...] int64: the argmax, the lowest id among equals (torch.argmax leaves that open)."""
+    """Returns the argmax [...] int64 of values [..., V], the lowest id among equals (torch.argmax leaves that open)."""
     ids = torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
     is_best = values == values.amax(-1, keepdim=True)
     return torch.where(is_best, ids, values.shape[-1] - 1).amin(-1).long()
 
 
 def _top_ids(scores: Tensor, k: int) -> Tensor:
-    """Ids of the k largest per row; the lowest id first among equals (a stable sort, unlike topk)."""
+    """Returns the ids [T, k] of each row's k largest scores; the lowest id first among equals (a stable sort, unlike
+    topk)."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]

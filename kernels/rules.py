@@ -1,13 +1,13 @@
 """Verification rules: which drafts to accept and what to emit after them. No model here.
 
-What `Backend.verify` decides with; backends may do the same in other ways.
+`Backend.verify` decides with them; backends may do the same in other ways.
 
-Glossary. *Draft tokens* d_1..d_k were proposed from laws q_1..q_k. The target's laws p_1..p_{k+1} are known before each
-draft and after the last, both after all of the request's transforms. *Accepted* tokens are a prefix of the drafts;
-after it one more token is always emitted: the *recovered* token where a draft was rejected, the *bonus* token where
-none was.
+Glossary. *Draft tokens* d_1..d_k were proposed from distributions q_1..q_k. The target's distributions p_1..p_{k+1} are
+known before each draft and after the last; p and q are both taken after all of the request's transforms. *Accepted*
+tokens are a prefix of the drafts; after it one more token is always emitted: the *recovered* token where a draft was
+rejected, the *bonus* token where none was. A *point mass* is a distribution that has one token only.
 
-Rules, all of which keep the target's law:
+Rules, all of which keep the target's distribution:
 
 - *exact match* (`match_choices`): accept drafts while they equal the target's own choice, and emit that choice. The
   choice is the argmax at temperature 0 ("greedy"), and a sample whose noise the drafts share in "coupled" verification
@@ -30,8 +30,12 @@ from specdec.kernels.philox import Stream
 
 
 def match_choices(choices: Seq[int], draft_token_ids: Seq[int]) -> list[int]:
-    """The target's choices [k+1] and one sequence's drafts [k] -> the tokens emitted, which are the choices up to and
-    including the first that the drafts did not foresee."""
+    """Returns the tokens that exact match emits: the target's choices up to and including the first that the drafts did
+    not foresee.
+
+    choices: [k+1], what the target chooses in each row.
+    draft_token_ids: [k], one sequence's drafts.
+    """
     accepted = 0
     while accepted < len(draft_token_ids) and draft_token_ids[accepted] == choices[accepted]:
         accepted += 1
@@ -40,30 +44,41 @@ def match_choices(choices: Seq[int], draft_token_ids: Seq[int]) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """One sequence's drafts before a rejection rule.
-
-    first_row: in target_probs, of p_1; p_2.. follow. prob_row: in draft_probs, of q_1..q_k; -1 where the drafts are
-    point masses. start: the absolute position of d_1.
-    """
+    """One sequence's drafts before a rejection rule."""
 
     draft_token_ids: list[int]
+    """[k]: d_1..d_k."""
     first_row: int
+    """Row of p_1 in target_probs; p_2, p_3, ... follow."""
     prob_row: int
+    """Row of q_1..q_k in draft_probs; -1 where the drafts are point masses."""
     block: bool
+    """Whether the rule is block verification; otherwise it is token rejection."""
     seed: int
+    """The request's seed."""
     start: int
+    """Absolute position of d_1."""
 
 
 def verify_by_rejection(
     kernels: Operations, target_probs: Tensor, draft_probs: Tensor | None, proposals: Seq[Proposal]
 ) -> list[list[int]]:
-    """target_probs [R, V], draft_probs [Q, K, V] or None -> the tokens that each sequence emits, [B] of 1 to k+1;
-    the last is -1 where a law is not finite."""
+    """Verifies drafts that may be rejected: returns the tokens that each sequence emits, [B] of 1 to k+1; the last is
+    -1 where a distribution is not finite.
+
+    kernels: draws the random numbers and the residual distributions' tokens.
+    target_probs: [R, V], the target's distributions.
+    draft_probs: [Q, K, V], the distributions that drafts were drawn from; None where all are point masses.
+    proposals: [B], each sequence's drafts and rule.
+    """
+    # 1) How likely the target finds each draft, against what it was drawn with.
     ratios = _ratios(target_probs, draft_probs, proposals)
     # r_i of block verification: how much of the drafts' mass the target still wants after i of them; r_0 = 1.
     reached = [_reached(row) if proposal.block else [1.0] * (len(row) + 1) for proposal, row in zip(proposals, ratios)]
+    # 2) How many drafts stay.
     thresholds = _thresholds(kernels, target_probs, draft_probs, proposals, ratios, reached)
     accepted = _accepted(kernels, proposals, thresholds)
+    # 3) The token after them, from what the target wanted more of than the drafts gave: that restores its distribution.
     laws = [(b, a) for b, a in enumerate(accepted)]
     residuals = _residuals(target_probs, draft_probs, proposals, reached, laws)
     last = kernels.sample_residual(residuals, _draw(kernels, proposals, Stream.RESIDUAL, laws))
@@ -71,14 +86,15 @@ def verify_by_rejection(
 
 
 def _ratios(target_probs: Tensor, draft_probs: Tensor | None, proposals: Seq[Proposal]) -> list[list[float]]:
-    """p_i(d_i) / q_i(d_i), [B] of [k]."""
+    """Returns p_i(d_i) / q_i(d_i), [B] of [k]."""
+    # Drafts of all sequences in one list, so that each tensor, which may be on a device, is read once.
     where = [(b, i, d) for b, proposal in enumerate(proposals) for i, d in enumerate(proposal.draft_token_ids)]
     ratios: list[list[float]] = [[] for _ in proposals]
     if not where:
         return ratios
     tokens = [d for _, _, d in where]
     p = target_probs[[proposals[b].first_row + i for b, i, _ in where], tokens].tolist()
-    q = [1.0] * len(where)
+    q = [1.0] * len(where)  # a point mass gives its token all
     drawn = [n for n, (b, _, _) in enumerate(where) if proposals[b].prob_row >= 0]
     if drawn and draft_probs is not None:
         rows, steps = [proposals[where[n][0]].prob_row for n in drawn], [where[n][1] for n in drawn]
@@ -90,7 +106,8 @@ def _ratios(target_probs: Tensor, draft_probs: Tensor | None, proposals: Seq[Pro
 
 
 def _reached(ratios: list[float]) -> list[float]:
-    """r_0..r_k: r_i = min(1, r_{i-1} p_i(d_i) / q_i(d_i)); NaN where a law is not finite, and nothing passes then."""
+    """Returns r_0..r_k of block verification (Sun et al. 2024): r_i = min(1, r_{i-1} p_i(d_i) / q_i(d_i)). NaN where a
+    distribution is not finite; nothing passes then."""
     reached = [1.0]
     for ratio in ratios:
         reached.append(min(reached[-1] * ratio, 1.0))  # in this order NaN stays
@@ -105,7 +122,8 @@ def _thresholds(
     ratios: list[list[float]],
     reached: list[list[float]],
 ) -> list[list[float]]:
-    """The probabilities that uniforms are compared with, [B] of [k]: min(1, p/q) of "token", h_i of "block"."""
+    """Returns the probabilities that uniforms are compared with, [B] of [k]: min(1, p/q) of "token" (Leviathan et al.
+    2023), h_i of "block" (Sun et al. 2024), which after the last draft is r_k."""
     thresholds = [
         reached[b][1:] if proposal.block else [min(ratio, 1.0) for ratio in ratios[b]]
         for b, proposal in enumerate(proposals)
@@ -120,8 +138,8 @@ def _thresholds(
 
 
 def _accepted(kernels: Operations, proposals: Seq[Proposal], thresholds: list[list[float]]) -> list[int]:
-    """How many drafts each sequence accepts: "token" up to the first uniform that fails, "block" up to the last that
-    does not."""
+    """Returns how many drafts each sequence accepts, [B]: "token" up to the first uniform that fails, "block" up to the
+    last that does not."""
     uniforms = iter(
         _draw(kernels, proposals, Stream.ACCEPT, [(b, i) for b, row in enumerate(thresholds) for i in range(len(row))])
     )
@@ -142,7 +160,8 @@ def _residuals(
     reached: list[list[float]],
     laws: list[tuple[int, int]],
 ) -> Residuals:
-    """For each (sequence, i): (r_i p_{i+1} - q_{i+1})+, the law after i accepted drafts; p_{k+1} after all."""
+    """Returns the residual distribution after i accepted drafts of a sequence, for each (sequence, i) in `laws`:
+    (r_i p_{i+1} - q_{i+1})+ up to a factor, and p_{k+1} after all k drafts."""
     p_rows, scales, q_rows, excluded = [], [], [], []
     num_steps = 0 if draft_probs is None else draft_probs.shape[1]
     for b, i in laws:
@@ -157,7 +176,7 @@ def _residuals(
 
 
 def _draw(kernels: Operations, proposals: Seq[Proposal], stream: Stream, places: list[tuple[int, int]]) -> list[float]:
-    """Uniforms for the tokens at each (sequence, i-th position of its block)."""
+    """Returns uniforms for the tokens at the given places, each a (sequence, number of drafts before the token)."""
     return kernels.uniforms(
         [proposals[b].seed for b, _ in places],
         stream,

@@ -33,7 +33,7 @@ from specdec.kernels.operations import ComposedOperations, Operations
 def draft_chain(
     kernels: ComposedOperations, decoder: Any, head: Any, chain: DraftChain, expert_ids: Tensor | None = None
 ) -> Drafts:
-    """`Backend.draft_chain`, out of single operations."""
+    """Computes `Backend.draft_chain` out of single operations; its parameters are described there."""
     metadata, num_pairs, num = chain.metadata, len(chain.input_ids), len(chain.counts)
     # 1) The pending pairs, whose hidden states are the target's own; draft 1 comes from each sequence's last one.
     traced = None if expert_ids is None else expert_ids[:, :num_pairs]
@@ -64,7 +64,7 @@ def draft_chain(
 
 
 def one_more_row(metadata: AttentionMetadata, sequences: list[int], step: int) -> AttentionMetadata:
-    """Metadata of one row of each of some sequences, `step` positions after the last one of `metadata`."""
+    """Returns the metadata of one row of each of some sequences, `step` positions after the last one of `metadata`."""
     return AttentionMetadata(
         query_lens=[1] * len(sequences),
         kv_lens=[metadata.kv_lens[b] + step for b in sequences],
@@ -84,7 +84,7 @@ class _Draws:
         self.probs: Tensor | None = None
 
     def draw(self, normed: Tensor, step: int, sequences: list[int]) -> list[int]:
-        """Hidden states [b, H] of some sequences -> their next drafts [b]; NOT_DRAFTED where the chain ends."""
+        """Returns the next drafts [b] of some sequences with hidden states [b, H]; NOT_DRAFTED where a chain ends."""
         if self._sampling is None:
             ids = self._kernels.head_argmax(normed, self._head).tolist()
             ids = [NOT_FINITE if token < 0 else token for token in ids]
@@ -114,7 +114,7 @@ class _Draws:
         return ids
 
     def _keep(self, sampling: ChainSampling, probs: Tensor, step: int, sequences: list[int]) -> None:
-        """Distributions [b, V] of some sequences' next drafts."""
+        """Keeps the distributions [b, V] of some sequences' next drafts, where they are wanted."""
         if self.probs is None and any(sampling.keep_probs):
             self.probs, self.prob_rows = room_for_probs(
                 sampling.keep_probs, self._num_steps, probs.shape[-1], probs.dtype, probs.device
@@ -134,13 +134,13 @@ def verify(
     batch: VerifyBatch,
     expert_ids: Tensor | None = None,
 ) -> Verified:
-    """`Backend.verify`, out of single operations."""
+    """Computes `Backend.verify` out of single operations; its parameters are described there."""
     hidden = kernels.decode(decoder, batch.place(input_ids), None, metadata, kv_cache, expert_ids).normed
     return decide(kernels, head, hidden, batch) if batch.rules else Verified(hidden, [], [])
 
 
 def decide(kernels: Operations, head: Any, hidden: Tensor, batch: VerifyBatch) -> Verified:
-    """What follows the target's hidden states [T, H], from drafts on the host."""
+    """Decides a batch whose drafts are on the host from the target's hidden states [T, H]."""
     drafts = batch.drafts.token_ids
     # 1) Rows of logits [R, V]: a sequence's rows follow each other, and row i of it comes after i drafts.
     rows = [(b, i) for b, row in enumerate(drafts) for i in range(len(row) + 1)]
@@ -169,7 +169,7 @@ def decide(kernels: Operations, head: Any, hidden: Tensor, batch: VerifyBatch) -
 
 
 def _proposal(batch: VerifyBatch, b: int, first_row: int) -> rules.Proposal:
-    """Sequence b's drafts before a rejection rule; first_row: its first row of probabilities."""
+    """Returns sequence b's drafts as a rejection rule takes them; first_row: its first row of probabilities."""
     return rules.Proposal(
         draft_token_ids=batch.drafts.token_ids[b],
         first_row=first_row,
@@ -181,6 +181,6 @@ def _proposal(batch: VerifyBatch, b: int, first_row: int) -> rules.Proposal:
 
 
 def compute_logits(kernels: Operations, hidden: Tensor, head: Any) -> Tensor:
-    """hidden [R, H], packed head [V, H] -> logits [R, V] in at least fp32."""
+    """Returns logits [R, V], in at least fp32, of hidden states [R, H] and a packed head [V, H]."""
     logits = kernels.linear(hidden, head)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -15,9 +15,14 @@ from specdec.errors import CheckpointError
 
 
 class ChatTemplate:
-    """Raises CheckpointError where the source is no template."""
+    """A checkpoint's chat template."""
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+        """Compiles a template. Raises CheckpointError where the source is no valid jinja2.
+
+        source: the template's text.
+        variables: what it may refer to beside the messages, the special tokens for instance.
+        """
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
         )
@@ -36,7 +41,14 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None,
         enable_thinking: bool | None,
     ) -> str:
-        """The prompt's text, ready for the assistant's turn. ValueError where the template refuses."""
+        """Returns the prompt's text, ready for the assistant's turn.
+
+        messages: a list of {"role", "content", ...}.
+        tools: descriptions of functions that the model may call; None for none.
+        enable_thinking: handed to the template; None leaves it to the template's own default.
+
+        Raises ValueError where the template refuses.
+        """
         if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
             raise ValueError('messages must be a list like [{"role": "user", "content": "hello"}]')
         variables = (
@@ -49,7 +61,7 @@ class ChatTemplate:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """transformers' `tojson`: jinja2's own would escape for HTML."""
+    """Replaces jinja2's own `tojson`, which would escape for HTML, by that of transformers."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 

@@ -1,4 +1,4 @@
-"""config.json of a Glm4Moe checkpoint -> `Glm4MoeConfig`.
+"""Reads the config.json of a Glm4Moe checkpoint into a `Glm4MoeConfig`.
 
 What a checkpoint must say has no default here: the defaults of transformers' class differ from the
 published checkpoints (attention_bias, for one), so a missing key is an error, not a guess. Both
@@ -26,42 +26,72 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Glm4MoeConfig:
-    """The facts of the architecture that the engine needs; names as in config.json."""
+    """The facts of the architecture that the engine needs; names as in config.json. Raises CheckpointError for values
+    that contradict each other or are not supported."""
 
     vocab_size: int
+    """Token ids are below it, V."""
     hidden_size: int
+    """Size of a hidden state, H."""
     intermediate_size: int
+    """Width of a dense layer's MLP."""
     moe_intermediate_size: int
+    """Width of one expert, I."""
     num_hidden_layers: int
+    """Layers of the target, without the MTP layer."""
     num_nextn_predict_layers: int
+    """MTP layers, 0 or 1."""
     num_attention_heads: int
+    """Query heads, Hq."""
     num_key_value_heads: int
+    """Key and value heads, Hkv."""
     head_dim: int
+    """Size of a head, D."""
     attention_bias: bool
+    """Whether projections of queries, keys and values have a bias."""
     use_qk_norm: bool
+    """Whether queries and keys are normed."""
     n_routed_experts: int
+    """Routed experts of a layer, E."""
     n_shared_experts: int
+    """Experts of a layer that serve every token."""
     num_experts_per_tok: int
+    """Routed experts that a token chooses, k."""
     first_k_dense_replace: int
+    """Number of layers, the first ones, that have a dense MLP instead of experts."""
     n_group: int
+    """Groups that the experts are divided into."""
     topk_group: int
+    """Groups, the best ones, that a token's experts are chosen from."""
     norm_topk_prob: bool
+    """Whether the chosen experts' weights are made to sum to 1."""
     routed_scaling_factor: float
+    """Factor of the routed experts' weights."""
     rms_norm_eps: float
+    """Number that every norm adds to the mean of squares."""
     rope_theta: float
+    """Base of RoPE's frequencies."""
     partial_rotary_factor: float
+    """Share of a head's dims that RoPE rotates."""
     max_position_embeddings: int
+    """The most tokens of a sequence."""
     tie_word_embeddings: bool
+    """Whether the embeddings serve as the head."""
     dtype: torch.dtype
+    """Dtype of the checkpoint's tensors."""
     eos_token_ids: tuple[int, ...]
+    """Tokens that end a text."""
     quantization: Fp8Scheme | None
+    """Which matrices are in FP8; None where none are."""
 
     @property
     def rotary_dim(self) -> int:
+        """Dims of a head that RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def routing(self) -> RoutingConfig:
+        """How experts are chosen."""
         return RoutingConfig(
             num_experts_per_tok=self.num_experts_per_tok,
             n_group=self.n_group,
@@ -129,7 +159,8 @@ _LEAST = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CheckpointError when it is missing, unreadable, broken or no object."""
+    """Returns the JSON object in `path`. Raises CheckpointError where it is missing, unreadable, broken or no
+    object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -144,12 +175,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_config(path: Path) -> Glm4MoeConfig:
-    """Reads `config.json` (a file or the folder that holds it)."""
+    """Reads config.json, given the file or the folder that holds it. Raises CheckpointError."""
     return parse_config(read_json(path / "config.json" if path.is_dir() else path))
 
 
 def parse_config(raw: Mapping[str, Any]) -> Glm4MoeConfig:
-    """config.json's content -> Glm4MoeConfig. Raises CheckpointError naming the key at fault."""
+    """Returns the configuration that config.json's content describes. Raises CheckpointError naming the key at
+    fault."""
     if raw.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE] or raw.get("model_type") != "glm4_moe":
         raise CheckpointError(
             f"config.json: architectures = {raw.get('architectures')}, model_type = {raw.get('model_type')!r}; "
@@ -191,7 +223,7 @@ def parse_config(raw: Mapping[str, Any]) -> Glm4MoeConfig:
 
 
 class _Keys:
-    """Typed look-ups; every failure names the key."""
+    """Looks values up by key and checks their types; every failure is a CheckpointError that names the key."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
@@ -227,7 +259,8 @@ class _Keys:
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> _Keys:
-    """rope_theta and partial_rotary_factor of both styles; scaled RoPE is refused."""
+    """Returns look-ups that find rope_theta and partial_rotary_factor in both styles. Raises CheckpointError for scaled
+    RoPE."""
     for key in ("rope_parameters", "rope_scaling"):
         source = raw.get(key) or {}
         if not isinstance(source, dict):
@@ -247,13 +280,18 @@ def _dtype(raw: Mapping[str, Any]) -> torch.dtype:
 
 
 def check_token_ids(ids: tuple[int, ...], vocab_size: int, where: str) -> None:
+    """Raises CheckpointError for an id outside the vocabulary. where: what the message begins with."""
     for token in ids:
         if not 0 <= token < vocab_size:
             raise CheckpointError(f"{where} {token} is outside the vocabulary of {vocab_size}")
 
 
 def parse_token_ids(value: Any, where: str) -> tuple[int, ...]:
-    """A token id, a list of them or null -> a tuple."""
+    """Returns a token id, a list of them or null as a tuple. Raises CheckpointError for anything else.
+
+    value: what the JSON has.
+    where: what the message begins with.
+    """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(map(is_integer, ids)):
         raise CheckpointError(f"{where} = {value!r} is not a token id or a list of them")

@@ -17,7 +17,13 @@ from specdec.model.quantization import SCALE_SUFFIX
 
 
 def scaled_modules(names: Iterable[str], config: Glm4MoeConfig) -> set[str]:
-    """The modules, named without `.weight`, that have scales among these tensors of a checkpoint."""
+    """Returns the names (without `.weight`) of the modules whose matrices are in FP8: those that have scales.
+
+    names: a checkpoint's tensors.
+    config: its configuration.
+
+    Raises CheckpointError where scales and quantization_config contradict each other.
+    """
     suffix = f".weight{SCALE_SUFFIX}"
     scaled = {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
     scheme = config.quantization
@@ -47,8 +53,14 @@ def store_fp8(
     is_scaled: Callable[[str], bool],
     kinds: frozenset[Fp8Kind] = FP8_KINDS,
 ) -> None:
-    """Makes those modules below `parts`, pairs of a module and the prefix of its names, hold FP8 that are of one of
-    the kinds and whose projections are scaled."""
+    """Makes modules hold FP8 whose projections are scaled. Call it on the meta device, before memory is allocated.
+
+    parts: pairs of a module and the prefix of its names in the checkpoint.
+    is_scaled: whether a projection of this name (without `.weight`) has scales.
+    kinds: modules of other kinds are left as they are.
+
+    Raises CheckpointError where only some of the projections that are stored together are scaled.
+    """
     for root, prefix in parts:
         for module, slots in iter_modules(root, prefix):
             if not isinstance(module, Matrices) or module.fp8_kind not in kinds:

@@ -14,6 +14,7 @@ from specdec.model.layers import Decoder, DecoderLayer, Embedding, Linear, Matri
 
 
 def decoder_shape(config: Glm4MoeConfig) -> DecoderShape:
+    """Returns the sizes that the kernels need beside the weights; the same for target and MTP layer."""
     return DecoderShape(
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
@@ -25,6 +26,8 @@ def decoder_shape(config: Glm4MoeConfig) -> DecoderShape:
 
 
 class Glm4MoeModel(nn.Module):
+    """Weights of embeddings, layers and final norm, by the checkpoint's names."""
+
     def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__()
         self.embed_tokens = Embedding(kernels, config.vocab_size, config.hidden_size)
@@ -65,7 +68,7 @@ class Glm4MoeForCausalLM(nn.Module):
         self.head: Any
 
     def prepare(self, rotary: RotaryEmbedding) -> None:
-        """Once all weights are packed."""
+        """Makes the decoder that the backend runs. Call it once all weights are packed."""
         self.head = self.lm_head.packed["weight"]
         layers = cast(Iterable[DecoderLayer], self.model.layers)
         self.decoder = Decoder(
@@ -81,18 +84,20 @@ class Glm4MoeForCausalLM(nn.Module):
         )
 
     def forward(self, input_ids: list[int], metadata: AttentionMetadata, kv_cache: Tensor) -> Tensor:
-        """Packed tokens [T] -> hidden states [T, H] after the final norm.
+        """Returns hidden states [T, H] after the final norm.
 
-        kv_cache [num_layers or more, pages, 2, page_size, Hkv, D]; keys and values are appended to it.
+        input_ids: [T], the packed tokens.
+        metadata: where they live in the cache.
+        kv_cache: [num_layers or more, pages, 2, page_size, Hkv, D]; keys and values are appended to it.
         """
         return self.decoder(input_ids, None, metadata, kv_cache).normed
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H] -> logits [R, V] in at least fp32."""
+        """Returns logits [R, V], in at least fp32, of hidden states [R, H]."""
         return self.kernels.compute_logits(hidden, self.head)
 
     def verify(
         self, input_ids: list[int], metadata: AttentionMetadata, kv_cache: Tensor, verification: VerifyBatch
     ) -> Verified:
-        """`forward`, and the tokens that each sequence emits after it; see `Backend.verify`."""
+        """Runs `forward` and decides the tokens that each sequence emits after it; see `Backend.verify`."""
         return self.decoder.verify(self.head, input_ids, metadata, kv_cache, verification)

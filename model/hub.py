@@ -1,4 +1,4 @@
-"""A model's name -> the folder that holds its checkpoint."""
+"""Finds the folder that holds a model's checkpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
 def resolve_model(model: str | Path, revision: str | None = None) -> Path:
-    """`"bundled"`, a local folder, or a Hub id ("owner/name"), which is downloaded into the Hub's cache.
+    """Returns the folder of a model's checkpoint.
 
-    Raises CheckpointError when it is none of these, or the Hub cannot serve it.
+    model: "bundled", a local folder, or a Hub id ("owner/name"), which is downloaded into the Hub's cache.
+    revision: of a Hub id; None is the newest.
+
+    Raises CheckpointError where it is none of these, or the Hub cannot serve it; ValueError for another type.
     """
     if not isinstance(model, str | Path):
         raise ValueError(f"model = {model!r} must be a string or a path: 'bundled', a checkpoint folder or a Hub id")

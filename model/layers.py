@@ -1,10 +1,11 @@
 """Building blocks shared by the target model and the MTP layer.
 
+Weights only: there is no forward here. `specdec.kernels.decoder` has the mathematics.
+
 A module is built without memory (torch's meta device) and says through `slots` which tensors of a
 checkpoint fill its weights; `specdec.model.weights` gives it memory, fills every slot or raises, then
 calls `pack` once, which hands the matrices over to the backend. Projections that read the same input
-are stored as one matrix. The modules hold weights, by the checkpoint's names;
-`specdec.kernels.decoder` says what is computed with them.
+are stored as one matrix. Modules and tensors have the checkpoint's names.
 
 Shapes: T packed tokens, H hidden, I MLP width, E experts.
 """
@@ -38,13 +39,16 @@ from specdec.model.config import Glm4MoeConfig
 
 @runtime_checkable
 class HasSlots(Protocol):
-    """A module filled from a checkpoint: `slots(name)` maps names relative to its parent to views."""
+    """A module that is filled from a checkpoint."""
 
-    def slots(self, name: str) -> dict[str, Tensor]: ...
+    def slots(self, name: str) -> dict[str, Tensor]:
+        """Returns views of the weights, by the names of the tensors that fill them, relative to the module's parent.
+        name: the module's own, relative to its parent."""
+        ...
 
 
 def iter_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[HasSlots, dict[str, Tensor]]]:
-    """(module, checkpoint names -> views of the weights they fill) for everything below `module`."""
+    """Yields (module, its slots by checkpoint names) for everything below `module`. prefix: of its names."""
     for name, child in module.named_children():
         if isinstance(child, HasSlots):
             yield child, {prefix + relative: view for relative, view in child.slots(name).items()}
@@ -53,7 +57,7 @@ def iter_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[HasSlots
 
 
 def iter_slots(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, view of the weight it fills) for everything below `module`."""
+    """Yields (checkpoint name, view of the weight it fills) for everything below `module`. prefix: of its names."""
     for _, slots in iter_modules(module, prefix):
         yield from slots.items()
 
@@ -61,7 +65,8 @@ def iter_slots(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
 class Matrices(nn.Module):
     """A module that holds matrices, and from `pack` on their packed forms."""
 
-    fp8_kind: ClassVar[Fp8Kind | None] = None  # None: a checkpoint never has them in FP8
+    fp8_kind: ClassVar[Fp8Kind | None] = None
+    """What a backend calls them in FP8; None: a checkpoint never has them in FP8."""
 
     def __init__(self, kernels: AnyBackend) -> None:
         super().__init__()
@@ -69,7 +74,8 @@ class Matrices(nn.Module):
         self.packed: dict[str, Any] = {}
 
     def store_fp8(self) -> None:
-        """Before there is memory: the matrices take FP8 weights, as they are stored, and have scales."""
+        """Switches the matrices to FP8 with one scale per output row. Call it on the meta device, before memory is
+        allocated."""
         for name, weight in list(self.named_parameters(recurse=False)):
             if weight.dim() >= 2:
                 setattr(self, name, nn.Parameter(torch.empty_like(weight, dtype=E4M3), requires_grad=False))
@@ -88,6 +94,7 @@ class Matrices(nn.Module):
                 setattr(self, f"{name}_scale", None)
 
     def pack_matrix(self, name: str, weight: Tensor | Fp8Matrix) -> Any:
+        """Returns the packed form of the matrix of this name."""
         return self.kernels.pack(weight)
 
 
@@ -96,6 +103,8 @@ def _weight(kernels: AnyBackend, *shape: int, dtype: torch.dtype | None = None) 
 
 
 class RMSNorm(nn.Module):
+    """The weight of a norm."""
+
     def __init__(self, kernels: AnyBackend, size: int) -> None:
         super().__init__()
         self.weight = _weight(kernels, size, dtype=kernels.activation_dtype)
@@ -105,7 +114,8 @@ class RMSNorm(nn.Module):
 
 
 class Linear(Matrices):
-    """One or more projections of the same input, `parts` (name -> rows), stored as one matrix."""
+    """One or more projections of the same input, stored as one matrix. parts: their names and numbers of rows, in
+    order; None for one that has the module's name."""
 
     fp8_kind = "linear"
     weight_scale: Tensor | None
@@ -146,6 +156,8 @@ class GateUp(Linear):
 
 
 class Embedding(nn.Module):
+    """The token embeddings [V, H]."""
+
     def __init__(self, kernels: AnyBackend, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = _weight(kernels, vocab_size, hidden_size)
@@ -155,7 +167,8 @@ class Embedding(nn.Module):
 
 
 class RotaryEmbedding:
-    """cos_sin [max_positions, rotary_dim] fp32, cosines then sines; shared by all layers."""
+    """The table of RoPE (Su et al. 2021), shared by all layers: cos_sin [max_positions, rotary_dim] fp32, cosines, then
+    sines."""
 
     def __init__(self, config: Glm4MoeConfig, max_positions: int, device: torch.device) -> None:
         dims = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64, device=device).float()
@@ -165,7 +178,7 @@ class RotaryEmbedding:
 
 
 class Attention(nn.Module):
-    """GQA with optional bias and qk-norm."""
+    """Weights of grouped-query attention with optional bias and qk-norm."""
 
     def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__()
@@ -191,7 +204,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Dense SwiGLU."""
+    """Weights of a dense MLP with SwiGLU."""
 
     def __init__(self, kernels: AnyBackend, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -203,7 +216,7 @@ class MLP(nn.Module):
 
 
 class Router(Matrices):
-    """Weight and correction bias stay in fp32: in bf16, biases near 7 would decide the routing."""
+    """Weight and correction bias of a router. They stay in fp32: in bf16, biases near 7 would decide the routing."""
 
     def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__(kernels)
@@ -252,7 +265,7 @@ class Experts(Matrices):
         return slots
 
     def fused_slots(self, name: str) -> dict[str, Tensor]:
-        """The stacked layout that transformers 5 keeps in memory and may write, other than in FP8."""
+        """Returns the slots of the stacked layout that transformers 5 keeps in memory and may write; none in FP8."""
         if self.gate_up_scale is not None:
             return {}
         return {f"{name}.gate_up_proj": self.gate_up, f"{name}.down_proj": self.down}
@@ -265,7 +278,7 @@ class Experts(Matrices):
 
 
 class MoE(nn.Module):
-    """Routed experts plus shared ones."""
+    """Weights of routed experts plus shared ones."""
 
     def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__()
@@ -284,7 +297,7 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and an MLP, dense or a mixture of experts; `specdec.kernels.decoder` says what they compute."""
+    """Weights of attention and an MLP, dense or a mixture of experts."""
 
     def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend, *, dense: bool) -> None:
         super().__init__()
@@ -304,11 +317,12 @@ class DecoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class DecoderRun:
-    """What one run of a decoder read: the experts [layers, T, k] int64 that its rows chose, -1 in dense layers, and
-    each sequence's keys."""
+    """What one run of a decoder read."""
 
     expert_ids: Tensor
+    """[layers, T, k] int64: the experts that its rows chose; -1 in dense layers."""
     kv_lens: list[int]
+    """[B]: how many keys each sequence had."""
 
 
 class Decoder:
@@ -321,7 +335,7 @@ class Decoder:
 
     @contextmanager
     def traced(self) -> Iterator[list[DecoderRun]]:
-        """The list receives every run while it is entered."""
+        """Yields a list that receives every run while the context is entered."""
         runs: list[DecoderRun] = []
         self._trace = runs
         try:
@@ -379,5 +393,5 @@ class Decoder:
         return drafts
 
     def _no_experts(self, *shape: int) -> Tensor:
-        """[*shape, k], to be filled with what is chosen."""
+        """Returns expert ids [*shape, k], all -1, to be filled with what is chosen."""
         return torch.full((*shape, self.weights.shape.routing.num_experts_per_tok), -1, device=self.kernels.device)

@@ -20,7 +20,7 @@ from specdec.model.layers import Decoder, DecoderLayer, Linear, RMSNorm, RotaryE
 
 
 class SharedHead(nn.Module):
-    """Only the norm is the layer's own: embeddings and head are the target's."""
+    """The norm before the head. Only the norm is the layer's own: embeddings and head are the target's."""
 
     def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__()
@@ -28,6 +28,8 @@ class SharedHead(nn.Module):
 
 
 class MTPLayer(DecoderLayer):
+    """Weights of the MTP layer, and the decoder that runs it."""
+
     def __init__(self, config: Glm4MoeConfig, kernels: AnyBackend) -> None:
         super().__init__(config, kernels, dense=False)
         self.config, self.kernels = config, kernels
@@ -38,7 +40,8 @@ class MTPLayer(DecoderLayer):
         self.decoder: Decoder  # from `prepare` on
 
     def prepare(self, target: Glm4MoeForCausalLM, rotary: RotaryEmbedding) -> None:
-        """Once all weights are packed; the embeddings are the target's."""
+        """Makes the decoder that the backend runs, with the target's embeddings. Call it once all weights are
+        packed."""
         self.decoder = Decoder(
             self.kernels,
             DecoderWeights(
@@ -54,10 +57,14 @@ class MTPLayer(DecoderLayer):
     def draft(
         self, previous: Tensor, next_token_ids: list[int], metadata: AttentionMetadata, kv_cache: Tensor
     ) -> DecoderOutput:
-        """Pairs (previous [T, H], next token [T]) at `metadata`'s positions -> outputs [T, H].
+        """Runs the layer over pairs of a hidden state and the token after it; returns outputs [T, H].
 
-        `normed` feeds the head and, by default, the next draft step; `unnormed` is the ablation. kv_cache
-        [pages, 2, page_size, Hkv, D] is the MTP layer's own; its rows are appended to it.
+        Of these `normed` feeds the head and, by default, the next draft; feeding `unnormed` is an ablation.
+
+        previous: [T, H], the hidden states.
+        next_token_ids: [T], the tokens.
+        metadata: where the pairs live in the cache.
+        kv_cache: [pages, 2, page_size, Hkv, D], the MTP layer's own, which is appended to.
         """
         rows = [HiddenRows(previous, 0, len(previous))]
         return self.decoder(next_token_ids, rows, metadata, kv_cache.unsqueeze(0))

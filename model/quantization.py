@@ -1,7 +1,8 @@
-"""config.json's quantization_config -> `Fp8Scheme`: the one scheme that is read, and which modules it is for.
+"""Reads config.json's quantization_config into an `Fp8Scheme`: which modules are in FP8.
 
-It is that of zai-org's FP8 checkpoints: compressed-tensors, format float-quantized, weights in float8_e4m3fn with a
-scale per output channel, activations quantised per token as they come. Anything else is refused with its name.
+One scheme is read, that of zai-org's FP8 checkpoints: compressed-tensors, format float-quantized, weights in
+float8_e4m3fn with a scale per output channel, activations quantised per token as they come. Anything else is refused
+with its name.
 """
 
 from __future__ import annotations
@@ -24,20 +25,23 @@ SUPPORTED = (
 
 @dataclass(frozen=True)
 class Fp8Scheme:
-    """Modules are named as in the checkpoint, without `.weight`.
+    """Which modules of a checkpoint are in FP8. Modules are named as in the checkpoint, without `.weight`.
 
-    targets, ignore: names; "re:" and a regular expression that matches from a name's start; or a class, of which
-    only "Linear" occurs, which experts count as too.
+    A pattern is a name; "re:" and a regular expression that matches from a name's start; or a class, of which only
+    "Linear" occurs, which experts count as too.
     """
 
     targets: tuple[str, ...]
+    """Patterns of modules that are in FP8."""
     ignore: tuple[str, ...]
+    """Patterns of modules that are not, whatever the targets say."""
 
     def covers(self, module: str) -> bool:
-        """Whether a linear layer or an expert's projection of this name is in FP8."""
+        """Returns whether a linear layer or an expert's projection of this name is in FP8."""
         return self._targets.match(module) and not self.ignores(module)
 
     def ignores(self, module: str) -> bool:
+        """Returns whether `ignore` names this module."""
         return self._ignored.match(module)
 
     @cached_property
@@ -50,7 +54,7 @@ class Fp8Scheme:
 
 
 class _Patterns:
-    """Fast for the lists that spell out hundreds of names."""
+    """Matches names; fast for the lists that spell out hundreds of them."""
 
     def __init__(self, patterns: tuple[str, ...]) -> None:
         self._names = frozenset(patterns)
@@ -67,7 +71,8 @@ PUBLISHED = Fp8Scheme(targets=("Linear",), ignore=("lm_head", r"re:.*\.eh_proj$"
 
 
 def parse_quantization(raw: Mapping[str, Any] | None) -> Fp8Scheme | None:
-    """quantization_config, or None where there is none. CheckpointError names what is not supported."""
+    """Returns the scheme of a quantization_config; None where there is none. Raises CheckpointError naming what is not
+    supported."""
     if raw is None:
         return None
     if not isinstance(raw, dict):
@@ -89,7 +94,7 @@ _ACTIVATIONS = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric"
 
 
 def _targets(group: Any, where: str) -> tuple[str, ...]:
-    """The targets of one of config_groups, once its scheme is found to be the supported one."""
+    """Returns the targets of one of config_groups. Raises CheckpointError where its scheme is not the supported one."""
     if not isinstance(group, dict):
         raise _unsupported(where, group)
     for part, expected in (("weights", _WEIGHTS), ("input_activations", _ACTIVATIONS)):

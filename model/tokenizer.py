@@ -1,4 +1,4 @@
-"""tokenizer.json and its companions: text <-> token ids, chat messages -> text, incremental detokenisation."""
+"""Text to token ids and back, by a checkpoint's tokenizer.json; chat messages to text; incremental detokenisation."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class TokenText(NamedTuple):
     """What one token stands for, decoded alone."""
 
     text: str
-    """Bytes that are no whole character are U+FFFD here; a special token's text is its name."""
+    """The token's text. Bytes that are no whole character are U+FFFD in it; a special token's text is its name."""
     bytes: list[int] | None
     """The token's bytes in UTF-8; None where they are part of a character and the tokenizer does not tell which."""
 
 
 class Tokenizer:
-    """Text <-> token ids, and chat messages -> text."""
+    """Turns text into token ids and back, and chat messages into text."""
 
     def __init__(self, backend: HFTokenizer, chat_template: ChatTemplate | None) -> None:
         backend.no_truncation()  # a tokenizer.json may store either; a prompt is taken as it is
@@ -35,7 +35,8 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja; only the first is required."""
+        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja; only the first is required. Raises
+        CheckpointError for a file at fault."""
         path = folder / "tokenizer.json"
         if not path.exists():
             raise CheckpointError(f"{path} does not exist: a checkpoint folder needs it")
@@ -46,7 +47,8 @@ class Tokenizer:
         return cls(backend, _load_chat_template(folder))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens written in it are recognised, none are added."""
+        """Returns the token ids of `text`; special tokens written in it are recognised, none are added. Raises
+        ValueError where it is not valid Unicode."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -56,10 +58,11 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Returns the text of token ids."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> TokenText:
-        """The text and the bytes of one token; empty ones for an id beyond the tokenizer's vocabulary."""
+        """Returns the text and the bytes of one token; empty ones for an id beyond the tokenizer's vocabulary."""
         found = self._token_texts.get(token_id)
         if found is None:
             found = self._token_texts[token_id] = self._decode_token(token_id)
@@ -80,7 +83,11 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
     ) -> str:
-        """Messages ({"role", "content", ...}) -> the prompt's text, ready for the assistant's turn.
+        """Returns the prompt's text, ready for the assistant's turn.
+
+        messages: a list of {"role", "content", ...}.
+        tools: descriptions of functions that the model may call; None for none.
+        enable_thinking: handed to the template; None leaves it to the template's own default.
 
         Raises ValueError where there is no template, or the template refuses the messages.
         """
@@ -90,8 +97,8 @@ class Tokenizer:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The characters that stand for the 256 bytes in a byte-level vocabulary, GPT-2's: printable ones for themselves,
-    the others in ascending order for those from U+0100 on."""
+    """Returns the byte that each character stands for in GPT-2's byte-level vocabulary: printable ones for themselves,
+    those from U+0100 on for the other bytes in ascending order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -101,7 +108,8 @@ BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 def _load_chat_template(folder: Path) -> ChatTemplate | None:
-    """chat_template.jinja, or tokenizer_config.json's, with the special tokens as its variables."""
+    """Returns the template of chat_template.jinja, or else tokenizer_config.json's, with the special tokens as its
+    variables; None where there is none."""
     config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = read_json(config_path) if config_path.exists() else {}
     source = config.get("chat_template")
@@ -130,7 +138,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class IncrementalDetokenizer:
-    """Token ids in, text out, never a part of a character.
+    """Turns token ids into text as they come, and never hands out a part of a character.
 
     Byte-level tokens may hold a piece of a UTF-8 character; decoded, an unfinished one is a single U+FFFD at
     the very end, which is held back until the rest arrives. Each push decodes a short window, from the
@@ -145,7 +153,7 @@ class IncrementalDetokenizer:
         self._emitted = 0  # characters of the window's text that are out
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete; what is unfinished at their end stays back."""
+        """Returns the text that these tokens complete; what is unfinished at their end stays back."""
         self._token_ids += token_ids
         text = self._decode()
         end = len(text) - text.endswith(REPLACEMENT)
@@ -157,7 +165,7 @@ class IncrementalDetokenizer:
         return piece
 
     def flush(self) -> str:
-        """What is still held back, an unfinished character as U+FFFD; call it once, at the end."""
+        """Returns what is still held back, an unfinished character as U+FFFD. Call it once, at the end."""
         text = self._decode()
         piece, self._emitted = text[self._emitted :], len(text)
         return piece

@@ -1,4 +1,4 @@
-"""A checkpoint folder -> filled modules: every tensor is loaded, on a short list of ignored names, or an error.
+"""Fills modules from a checkpoint folder: every tensor is loaded, is on a short list of ignored names, or is an error.
 
 Each weight is allocated once, in its final dtype or in FP8 as it is stored, and filled tensor by
 tensor from memory-mapped shards. A shard is mapped anew every `REMAP_BYTES`, so the resident peak is
@@ -38,44 +38,52 @@ QUANTISED_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "_packed", "_zero_poin
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """What a checkpoint folder holds: its configuration, and the shard of every tensor."""
+    """What a checkpoint folder holds."""
 
     folder: Path
+    """The folder."""
     config: Glm4MoeConfig
+    """The content of its config.json."""
     tensors: dict[str, Path]
+    """The shard of every tensor, by the tensor's name."""
 
     @classmethod
     def open(cls, folder: Path) -> CheckpointIndex:
-        """Reads config.json and the headers of all shards; CheckpointError where one is faulty."""
+        """Reads config.json and the headers of all shards. Raises CheckpointError where one is faulty."""
         return cls(folder, load_config(folder), index_tensors(folder))
 
     @property
     def has_mtp_layer(self) -> bool:
-        """Decided by the tensors alone: transformers drops them but keeps the number in config.json."""
+        """Whether there is an MTP layer. The tensors alone decide: transformers drops them but keeps their number in
+        config.json."""
         return any(name.startswith(mtp_prefix(self.config)) for name in self.tensors)
 
     def scaled_modules(self) -> set[str]:
-        """Those in FP8, named without `.weight`."""
+        """Returns the names (without `.weight`) of the modules that the checkpoint stores in FP8. Raises
+        CheckpointError as `specdec.model.fp8.scaled_modules` does."""
         ignored = ignored_names(self.config)
         return scaled_modules((name for name in self.tensors if not ignored.fullmatch(name)), self.config)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """`mtp` is None where the checkpoint has no MTP layer: plain decoding only."""
+    """Target and MTP layer."""
 
     config: Glm4MoeConfig
+    """The checkpoint's configuration."""
     target: Glm4MoeForCausalLM
+    """The target model."""
     mtp: MTPLayer | None
+    """The MTP layer; None where the checkpoint has none, which leaves plain decoding."""
 
     def parts(self) -> list[tuple[nn.Module, str]]:
-        """(module, prefix of its names in a checkpoint)"""
+        """Returns each module with the prefix of its names in a checkpoint."""
         parts: list[tuple[nn.Module, str]] = [(self.target, "")]
         return parts if self.mtp is None else [*parts, (self.mtp, mtp_prefix(self.config))]
 
 
 def build_model(config: Glm4MoeConfig, kernels: AnyBackend, *, with_mtp: bool) -> LoadedModel:
-    """Modules whose weights have no memory yet."""
+    """Returns modules whose weights have no memory yet."""
     target = Glm4MoeForCausalLM(config, kernels)
     return LoadedModel(config, target, MTPLayer(config, kernels) if with_mtp else None)
 
@@ -90,7 +98,10 @@ def load_model(
 ) -> LoadedModel:
     """Builds and fills a checkpoint's model. Raises CheckpointError naming the tensor or file at fault.
 
+    index: the checkpoint.
+    kernels: the backend that will run the model.
     with_mtp: the MTP layer too, if the checkpoint has one; otherwise its tensors stay on disk.
+    max_model_len: the most tokens of a sequence; None is what config.json allows.
     progress: hears of each tensor that is read, in bytes, then of each module whose matrices the kernels pack.
     """
     loaded = build_model(index.config, kernels, with_mtp=with_mtp and index.has_mtp_layer)
@@ -104,7 +115,8 @@ def load_model(
 
 
 def prepare(loaded: LoadedModel, kernels: AnyBackend, max_positions: int, progress: Progress = silent) -> None:
-    """Hands filled weights to the kernels and makes the decoders that run them."""
+    """Hands filled weights to the kernels and makes the decoders that run them. max_positions: the most tokens of a
+    sequence."""
     modules = [module for part, _ in loaded.parts() for module in part.modules() if isinstance(module, Matrices)]
     for module in tracked(modules, "packing weights", progress):
         module.pack()
@@ -115,12 +127,14 @@ def prepare(loaded: LoadedModel, kernels: AnyBackend, max_positions: int, progre
 
 
 def mtp_prefix(config: Glm4MoeConfig) -> str:
+    """Returns what the names of the MTP layer's tensors begin with."""
     return f"model.layers.{config.num_hidden_layers}."
 
 
 def ignored_names(config: Glm4MoeConfig, *, with_mtp: bool = True) -> re.Pattern[str]:
-    """The MTP layer's copies of embeddings and head (the target's serve both), or all of its tensors where it is not
-    wanted, stored inverse frequencies, and a stored head where the embeddings are tied to it."""
+    """Returns a pattern of the tensors that are not loaded: the MTP layer's copies of embeddings and head (the target's
+    serve both), or all of its tensors where it is not wanted, stored inverse frequencies, and a stored head where the
+    embeddings are tied to it."""
     prefix, weight = re.escape(mtp_prefix(config)), rf"\.weight({SCALE_SUFFIX})?"
     names = [
         prefix + "embed_tokens" + weight,
@@ -135,10 +149,10 @@ def ignored_names(config: Glm4MoeConfig, *, with_mtp: bool = True) -> re.Pattern
 
 
 def index_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> shard, for every *.safetensors file of the folder.
+    """Returns the shard of every tensor, by name, out of all *.safetensors files of the folder.
 
     The index decides where it names a tensor; shards that it forgot (GLM-4.7's mtp.safetensors) are
-    scanned as well. The same unindexed tensor in two shards is an error.
+    scanned as well. Raises CheckpointError for the same unindexed tensor in two shards, and for faulty files.
     """
     shards = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     if not shards:
@@ -185,7 +199,7 @@ def _open(shard: Path) -> safe_open:
 
 
 def read_tensors(tensors: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """(name, memory-mapped tensor) shard by shard; use each before asking for the next."""
+    """Yields (name, memory-mapped tensor) shard by shard; use each before asking for the next."""
     by_shard: dict[Path, list[str]] = {}
     for name, shard in tensors.items():
         by_shard.setdefault(shard, []).append(name)
@@ -201,7 +215,7 @@ def read_tensors(tensors: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Slots:
-    """What must be filled, and what has been."""
+    """The weights that must be filled, and which of them have been."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.views: dict[str, Tensor] = {}
@@ -236,7 +250,7 @@ class _Slots:
 
 
 def _check_dtype(name: str, tensor: Tensor, needed: torch.dtype | None) -> None:
-    """needed: None for any plain one."""
+    """Raises CheckpointError unless a tensor has the dtype that is needed; None: any plain one will do."""
     if needed is not None and tensor.dtype != needed:
         raise CheckpointError(
             f"tensor {name} has dtype {tensor.dtype}, but as {name}{SCALE_SUFFIX} is there {needed} is needed"

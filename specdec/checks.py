@@ -1,4 +1,4 @@
-"""What users give, checked: ValueError with the name, the value and the limit."""
+"""Checks what users give: a ValueError says the name, the value and the limit."""
 
 from __future__ import annotations
 
@@ -11,24 +11,31 @@ from typing import Any, ClassVar, Self
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is an integer, Python's or NumPy's; a bool is none."""
+    """Returns whether it is an integer, Python's or NumPy's; a bool is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def require_int(name: str, value: Any, low: int | None = None, high: int | None = None, remedy: str = "") -> None:
-    """Python's, or NumPy's; no bool."""
+    """Raises ValueError unless a value is an integer within limits.
+
+    name: what the message calls it.
+    value: Python's integer or NumPy's; a bool is none.
+    low, high: limits, themselves allowed; None for no limit.
+    remedy: what the message ends with.
+    """
     limits = "" if low is None else f", at least {low}" if high is None else f", from {low} to {high}"
     inside = is_integer(value) and (low is None or value >= low) and (high is None or value <= high)
     require(inside, f"{name} = {value!r} must be an integer{limits}{remedy}")
 
 
 def is_number(value: Any) -> bool:
-    """A finite one; no bool."""
+    """Returns whether it is a finite number; a bool is none."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond every float
@@ -36,6 +43,7 @@ def is_number(value: Any) -> bool:
 
 
 def require_number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Raises ValueError unless a value is a finite number from low to high. open_low: low itself is not allowed."""
     inside = is_number(value) and (low < value if open_low else low <= value) and value <= high
     if math.isfinite(high):
         limits = f"in {'(' if open_low else '['}{low:g}, {high:g}]"
@@ -45,15 +53,22 @@ def require_number(name: str, value: Any, low: float, high: float = math.inf, *,
 
 
 def require_bool(name: str, value: Any) -> None:
+    """Raises ValueError unless a value is True or False."""
     require(isinstance(value, bool), f"{name} = {value!r} must be True or False")
 
 
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless a value is one of the choices."""
     require(value in choices, f"{name} = {value!r} is unknown: choose one of {', '.join(choices)}")
 
 
 def require_keywords(owner: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises TypeError for a keyword that is not known, naming those near to it."""
+    """Raises TypeError for a keyword that is not known, naming those near to it.
+
+    owner: what the message says was called.
+    given: the keywords of the call.
+    known: the keywords that there are.
+    """
     for name in given:
         if name not in known:
             near = " or ".join(difflib.get_close_matches(name, known, n=2, cutoff=0.5))

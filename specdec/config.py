@@ -1,4 +1,4 @@
-"""What a user may ask for: validated, frozen; a wrong value raises ValueError with the limit and the remedy."""
+"""Parameters that a user may give: validated, frozen; a wrong value raises ValueError with the limit and the remedy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, Literal, cast, get_args
 from specdec.checks import ChecksKeywords, require, require_bool, require_choice, require_int, require_number
 from specdec.cost import CostTable
 
-Verification = Literal["coupled", "block", "token"]
-DraftSampling = Literal["sampled", "greedy"]
+VerificationRule = Literal["coupled", "block", "token"]
+DraftMode = Literal["sampled", "greedy"]
 Recycling = Literal["post_norm", "pre_norm"]
 NumSpeculativeTokens = int | Literal["auto"]
 
@@ -22,12 +22,12 @@ MIN_TEMPERATURE = 1e-5  # below it fp32 logits overflow, and the result is greed
 SEED_LIMIT = 2**64
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGPROBS = 100
-MAX_SAMPLES = 128  # of one prompt, as in OpenAI's API
-MAX_PENALTY = 2.0  # of presence and frequency, as in OpenAI's API
+MAX_SAMPLES = 128  # the most samples of one prompt, as in OpenAI's API
+MAX_PENALTY = 2.0  # the largest presence and frequency penalty, as in OpenAI's API
 
 
 def _require_int_field(owner: Any, name: str, low: int, high: int | None = None, remedy: str = "") -> None:
-    """NumPy's integers become Python's, which do not overflow."""
+    """Checks an integer field, and makes NumPy's integers Python's, which do not overflow."""
     value = getattr(owner, name)
     require_int(name, value, low, high, remedy)
     object.__setattr__(owner, name, int(value))
@@ -39,7 +39,8 @@ def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def _as_pairs(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    """A mapping, or pairs, of token ids and numbers -> pairs in ascending order of ids."""
+    """Returns a mapping, or pairs, of token ids and numbers as pairs in ascending order of ids. Raises ValueError for
+    anything else."""
     require(not isinstance(value, str), f"{name} = {value!r} must map token ids to numbers")
     pairs = _as_tuple(name, value.items() if isinstance(value, Mapping) else value)
     for pair in pairs:
@@ -71,26 +72,23 @@ def _require_speculation(value: Any) -> None:
 
 @dataclass(frozen=True)
 class SpeculationParams(ChecksKeywords):
-    """How the MTP head drafts and how drafts are verified; the engine's default, or one request's own.
-
-    num_speculative_tokens: K, draft tokens per step; 0 switches speculation off (no MTP work at all). "auto" chooses
-        K for every step, 0 included, from the measured cost of forwards and the acceptance so far; under "token" and
-        "block" a seed then no longer reproduces its tokens (their law stays exact), see docs/draft_length.md.
-    verification: the rule at temperature > 0; each keeps the target's distribution, see `specdec.kernels.rules`.
-        "coupled", drafter-invariant coupling (Daliri et al. 2024): a request's tokens are a function of model,
-        prompt, parameters and seed alone, whatever K and batch are. "block", block verification (Sun et al. 2024):
-        the most tokens per step. "token", token rejection (Leviathan et al. 2023; Chen et al. 2023).
-        Temperature 0 is always verified greedily.
-    draft_sampling: at temperature > 0, "sampled" draws drafts from the MTP distribution after the
-        request's own transform; "greedy" takes its argmax and verifies it as a point mass.
-    min_draft_confidence: a step drafts no further once no token has this probability in the MTP distribution
-        (after the request's transform; at temperature 0, of the softmax). 0 never stops early.
-    """
+    """How the MTP head drafts and how drafts are verified; the engine's default, or one request's own."""
 
     num_speculative_tokens: NumSpeculativeTokens = 3
-    verification: Verification = "coupled"
-    draft_sampling: DraftSampling = "sampled"
+    """K, draft tokens per step; 0 switches speculation off (no MTP work at all). "auto" chooses K for every step, 0
+    included, from the measured cost of forwards and the acceptance so far; under "token" and "block" a seed then no
+    longer reproduces its tokens (their distribution stays exact), see docs/draft_length.md."""
+    verification: VerificationRule = "coupled"
+    """The rule at temperature > 0; each keeps the target's distribution, see `specdec.kernels.rules`. "coupled",
+    drafter-invariant coupling (Daliri et al. 2024): a request's tokens are a function of model, prompt, parameters and
+    seed alone, whatever K and batch are. "block", block verification (Sun et al. 2024): the most tokens per step.
+    "token", token rejection (Leviathan et al. 2023; Chen et al. 2023). Temperature 0 is always verified greedily."""
+    draft_sampling: DraftMode = "sampled"
+    """Drafts at temperature > 0: "sampled" draws them from the MTP distribution after the request's own transform;
+    "greedy" takes its argmax and verifies it as a point mass."""
     min_draft_confidence: float = 0.0
+    """A step drafts no further once no token has this probability in the MTP distribution (after the request's
+    transform; at temperature 0, of the softmax). 0 never stops early."""
 
     def __post_init__(self) -> None:
         if not self.automatic:
@@ -98,13 +96,13 @@ class SpeculationParams(ChecksKeywords):
                 self, "num_speculative_tokens", 0, MAX_SPECULATIVE_TOKENS,
                 "; 0 switches it off, 'auto' chooses for every step",
             )  # fmt: skip
-        require_choice("verification", self.verification, get_args(Verification))
-        require_choice("draft_sampling", self.draft_sampling, get_args(DraftSampling))
+        require_choice("verification", self.verification, get_args(VerificationRule))
+        require_choice("draft_sampling", self.draft_sampling, get_args(DraftMode))
         require_number("min_draft_confidence", self.min_draft_confidence, 0.0, 1.0)
 
     @cached_property
     def automatic(self) -> bool:
-        """The draft length is chosen for every step."""
+        """Whether the draft length is chosen for every step."""
         return isinstance(self.num_speculative_tokens, str) and self.num_speculative_tokens == AUTO
 
     @cached_property
@@ -126,21 +124,22 @@ class SamplingParams(ChecksKeywords):
     """
 
     n: int = 1
-    """Samples of the prompt, which share the pages of its tokens. The first is what n = 1 gives; the seeds of the
-    others are derived from its seed (`specdec.request.seeds.sample_seed`)."""
+    """Number of samples of the prompt, which share the pages of its tokens. The first is what n = 1 gives; the seeds of
+    the others are derived from its seed (`specdec.request.seeds.sample_seed`)."""
     max_tokens: int = 16
-    """Generate at most so many."""
+    """The most tokens that are generated."""
     min_tokens: int = 0
-    """Until so many are generated, the tokens that would end the request are impossible and stop strings are not
-    sought."""
+    """Number of tokens before which the request cannot end: until so many are generated, the tokens that would end it
+    are impossible and stop strings are not sought."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """Divides the logits; 0 is greedy."""
     top_k: int = 0
-    """Sample among so many most probable tokens; 0 is off, and so is -1, which becomes 0."""
+    """Number of most probable tokens to sample among; 0 is off, and so is -1, which becomes 0."""
     top_p: float = 1.0
-    """Sample among the most probable tokens that reach this sum, as in transformers; 1 is off."""
+    """Probability that the most probable tokens, which are sampled among, must reach, as in transformers; 1 is off."""
     min_p: float = 0.0
-    """Drop tokens below this fraction of the most probable one, as in transformers; 0 is off."""
+    """Fraction of the most probable token's probability below which tokens are dropped, as in transformers; 0 is
+    off."""
     repetition_penalty: float = 1.0
     """Divides the positive logits of tokens in prompt and output, multiplies the negative ones; 1 is off."""
     presence_penalty: float = 0.0
@@ -148,25 +147,28 @@ class SamplingParams(ChecksKeywords):
     frequency_penalty: float = 0.0
     """Subtracted from the logits of the output's tokens, once per occurrence; 0 is off."""
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
-    """Token id -> what is added to its logit, -100 to 100, or -inf, which makes it impossible."""
+    """What is added to the logits of tokens, by token id: -100 to 100, or -inf, which makes a token impossible."""
     bad_words: str | Sequence[str | Sequence[int]] = ()
     """Texts, or sequences of token ids, that must not come about in prompt and output. A text stands for its tokens at
     the start of a line and after a space; the same text made of other tokens is not seen."""
     stop: str | Sequence[str] = ()
-    """The output's text ends before the first of these strings (after it with include_stop_str_in_output). They are
-    sought in the output's text, which has no special tokens under skip_special_tokens."""
+    """Strings that end the output: its text ends before the first of them (after it with include_stop_str_in_output).
+    They are sought in the output's text, which has no special tokens under skip_special_tokens."""
     include_stop_str_in_output: bool = False
+    """Whether the output's text has the stop string, or the text of the token, that ended it."""
     stop_token_ids: Sequence[int] = ()
-    """End after one of these, beside the checkpoint's own end-of-text ids."""
+    """Token ids that end the output, beside the checkpoint's own end-of-text ids."""
     ignore_eos: bool = False
-    """The checkpoint's own end-of-text ids do not end the request."""
+    """Whether the checkpoint's own end-of-text ids do not end the request."""
     skip_special_tokens: bool = True
+    """Whether the output's text leaves special tokens out."""
     seed: int | None = None
-    """0 <= seed < 2**64; None draws one and reports it."""
+    """Key of all random numbers, 0 <= seed < 2**64; None draws one and reports it."""
     logprobs: int | None = None
-    """Report every output token's log-probabilities, and those of so many most probable tokens."""
+    """Number of most probable tokens whose log-probabilities are reported, beside those of every output token; None
+    reports none."""
     speculation: SpeculationParams | None = None
-    """Overrides the engine's for this request."""
+    """The request's own speculation; None is the engine's."""
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -199,7 +201,7 @@ class SamplingParams(ChecksKeywords):
         _require_speculation(self.speculation)
 
     def _normalise(self) -> None:
-        """Fields that are taken in several forms get one: tuples, pairs in ascending order of ids, 0 for off."""
+        """Gives fields that are taken in several forms one: tuples, pairs in ascending order of ids, 0 for off."""
         words = (self.bad_words,) if isinstance(self.bad_words, str) else _as_tuple("bad_words", self.bad_words)
         object.__setattr__(self, "bad_words", tuple(_as_bad_word(word) for word in words))
         object.__setattr__(self, "stop", _as_tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
@@ -210,11 +212,13 @@ class SamplingParams(ChecksKeywords):
 
     @property
     def greedy(self) -> bool:
+        """Whether every token is the argmax: temperature is 0."""
         return self.temperature == 0
 
     @cached_property
     def row_law(self) -> tuple[float, int, float, float]:
-        """1 / temperature, top_k, top_p, min_p; at temperature 0 those that leave a row as it is."""
+        """The distribution of a row of logits: 1 / temperature, top_k, top_p, min_p; at temperature 0 the values that
+        leave a row as it is."""
         return (1.0, 0, 1.0, 0.0) if self.greedy else (1 / self.temperature, self.top_k, self.top_p, self.min_p)
 
     @property
@@ -234,40 +238,41 @@ class SamplingParams(ChecksKeywords):
 
     @property
     def penalises(self) -> bool:
+        """Whether any of the three penalties is on."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 @dataclass(frozen=True)
 class EngineConfig(ChecksKeywords):
-    """Sizes and defaults of an engine.
-
-    speculation: for requests that bring none of their own; None means SpeculationParams() where the
-        checkpoint has an MTP layer, plain decoding where it has none.
-    max_num_seqs: requests in one step.
-    max_num_batched_tokens: tokens of one target forward; longer prompts are prefilled in chunks (None: 2048,
-        or what max_num_seqs needs).
-    num_pages or kv_cache_bytes: the size of the KV cache, in pages of page_size tokens (neither: room
-        for max_num_seqs requests of max_model_len, at most 2 GiB).
-    max_model_len: prompt plus output, at most the checkpoint's positions (None).
-    prefix_caching: requests take over the full pages that others have computed of the same beginning; changes no token.
-    cost_table: what forwards cost, for draft length "auto", whose choices then depend on no clock; None measures it
-        once per process, when it is needed, and corrects it by the times that steps take.
-    mtp_recycling: what draft steps after the first take in place of the target's hidden state;
-        "pre_norm" is an ablation.
-    cuda_graphs: on CUDA, decode steps replay graphs that are captured at start-up; False launches every kernel anew.
-    """
+    """Sizes and defaults of an engine."""
 
     speculation: SpeculationParams | None = None
+    """Speculation of requests that bring none of their own; None means SpeculationParams() where the checkpoint has an
+    MTP layer, plain decoding where it has none."""
     max_num_seqs: int = 16
+    """The most requests in one step."""
     max_num_batched_tokens: int | None = None
+    """The most tokens of one target forward; longer prompts are prefilled in chunks. None: 2048, or what max_num_seqs
+    needs."""
     num_pages: int | None = None
+    """Size of the KV cache in pages. With neither this nor kv_cache_bytes: room for max_num_seqs requests of
+    max_model_len, at most 2 GiB."""
     kv_cache_bytes: int | None = None
+    """Size of the KV cache in bytes, instead of num_pages."""
     page_size: int = 16
+    """Tokens of a page."""
     max_model_len: int | None = None
+    """The most tokens of prompt plus output; None: the checkpoint's positions, which it may not exceed."""
     prefix_caching: bool = True
+    """Whether requests take over the full pages that others have computed of the same beginning; changes no token."""
     cost_table: CostTable | None = None
+    """What forwards cost, for draft length "auto", whose choices then depend on no clock; None measures it once per
+    process, when it is needed, and corrects it by the times that steps take."""
     mtp_recycling: Recycling = "post_norm"
+    """What draft steps after the first take in place of the target's hidden state: the MTP layer's output after its
+    final norm, or before it ("pre_norm", an ablation)."""
     cuda_graphs: bool = True
+    """Whether decode steps on CUDA replay graphs that are captured at start-up; False launches every kernel anew."""
 
     def __post_init__(self) -> None:
         _require_speculation(self.speculation)
@@ -296,7 +301,7 @@ class EngineConfig(ChecksKeywords):
 
     @property
     def token_budget(self) -> int:
-        """max_num_batched_tokens, or its default."""
+        """The most tokens of one target forward: max_num_batched_tokens, or its default."""
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return max(2048, self._least_token_budget)

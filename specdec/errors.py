@@ -1,4 +1,4 @@
-"""Every error that specdec raises on purpose, but for plain ValueErrors about arguments, and its warning.
+"""Every error that specdec raises on purpose, apart from plain ValueErrors about arguments, and its warning.
 
     SpecdecError
      +-- CheckpointError          a checkpoint cannot be used as it is
@@ -26,11 +26,11 @@ class SpecdecError(Exception):
     """Base of all errors of specdec."""
 
     exit_code: ClassVar[int] = 1
-    """What the command line exits with after it."""
+    """Exit code of the command line after this error."""
 
 
 class CheckpointError(SpecdecError):
-    """A checkpoint that cannot be used as it is: the message names the file or tensor and the remedy."""
+    """A checkpoint cannot be used as it is: the message names the file or tensor and the remedy."""
 
 
 class KernelsUnavailableError(SpecdecError, RuntimeError):
@@ -42,11 +42,11 @@ class NotEnoughMemoryError(SpecdecError, ValueError):
 
 
 class CacheFullError(SpecdecError, RuntimeError):
-    """A request that could never fit into the KV cache, however long it waited."""
+    """A request could never fit into the KV cache, however long it waited."""
 
 
 class QueueFullError(SpecdecError, RuntimeError):
-    """A request that was refused because too many wait already."""
+    """A request was refused because too many wait already."""
 
 
 class ModelError(SpecdecError, RuntimeError):
@@ -54,6 +54,7 @@ class ModelError(SpecdecError, RuntimeError):
 
     @classmethod
     def not_finite(cls, whose: str) -> ModelError:
+        """Returns the error of logits that are not finite. whose: "the target" or "the MTP layer"."""
         return cls(f"{whose}'s logits are not finite: its weights are broken, or its dtype overflows")
 
 
@@ -66,6 +67,7 @@ class RowsError(Exception):
     the others are as they were before the stage, or complete."""
 
     def __init__(self, rows: Seq[int], error: Exception) -> None:
+        """rows: places of the sequences in the step. error: what failed."""
         super().__init__(str(error))
         self.rows, self.error = rows, error
 

@@ -1,4 +1,4 @@
-"""From a model's name to everything an engine is wired from: devices, dtypes, weights, cache."""
+"""Loads, from a model's name, everything that an engine is wired from: devices, dtypes, weights, cache."""
 
 from __future__ import annotations
 
@@ -37,29 +37,32 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's small files, checked against each other; the weights stay on disk.
-
-    eos_token_ids: generation_config.json's, which wins in transformers too, or else config.json's.
-    default_params: what generation_config.json recommends. ignored_recommendations: those of its sampling
-    settings that this engine does not have.
-    """
+    """A checkpoint's small files, checked against each other; the weights stay on disk."""
 
     index: CheckpointIndex
+    """Its configuration, and where its tensors are."""
     tokenizer: Tokenizer
+    """Its tokenizer."""
     eos_token_ids: frozenset[int]
+    """Tokens that end a text: generation_config.json's, which wins in transformers too, or else config.json's."""
     default_params: SamplingParams
+    """What generation_config.json recommends."""
     ignored_recommendations: dict[str, object]
+    """Recommended sampling settings that this engine does not have."""
 
     @property
     def folder(self) -> Path:
+        """The checkpoint's folder."""
         return self.index.folder
 
     @property
     def config(self) -> Glm4MoeConfig:
+        """The content of its config.json."""
         return self.index.config
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. CheckpointError where the tokenizer gives one that the model does not have."""
+        """Returns the token ids of `text`. Raises CheckpointError where the tokenizer gives one that the model does not
+        have."""
         token_ids = self.tokenizer.encode(text)
         if token_ids and max(token_ids) >= self.config.vocab_size:
             raise CheckpointError(
@@ -70,7 +73,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Raises CheckpointError for any file at fault."""
+    """Reads a checkpoint's small files. Raises CheckpointError for any file at fault."""
     index = CheckpointIndex.open(folder)
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
@@ -103,7 +106,8 @@ def _default_params(generation: dict[str, Any], path: Path) -> SamplingParams:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is CUDA where torch sees a device, else the CPU."""
+    """Returns a device; "auto" is CUDA where torch sees a device, else the CPU. Raises ValueError for any other
+    kind."""
     try:
         if device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +126,13 @@ _LANGUAGES = {"reference": "plain torch", "cpu": "C++", "flashinfer": "CUDA"}  #
 def resolve_dtype(
     dtype: str | torch.dtype, name: str = "dtype", choices: dict[str, torch.dtype] = WEIGHT_DTYPES
 ) -> torch.dtype:
-    """A torch dtype or its name, other than "auto"."""
+    """Returns the dtype of a torch dtype or its name, other than "auto". Raises ValueError unless it is one of the
+    choices.
+
+    dtype: the dtype or its name.
+    name: what the message calls it.
+    choices: the dtypes that are allowed, by name.
+    """
     if isinstance(dtype, torch.dtype) and dtype in choices.values():
         return dtype
     if isinstance(dtype, str) and dtype in choices:
@@ -131,6 +141,7 @@ def resolve_dtype(
 
 
 def check_num_threads(num_threads: int) -> None:
+    """Raises ValueError for a number of threads that the machine does not have."""
     most = os.cpu_count() or 1
     if isinstance(num_threads, bool) or not isinstance(num_threads, Integral) or not 1 <= num_threads <= most:
         raise ValueError(f"num_threads = {num_threads!r} must be an integer from 1 to {most}, the machine's CPUs")
@@ -143,10 +154,12 @@ def resolve_backend(
     config: Glm4MoeConfig,
     progress: Progress = silent,
 ) -> AnyBackend:
-    """The backend that an engine with these arguments computes with.
+    """Returns the backend that an engine with these arguments computes with. Raises as `specdec.kernels.select` does.
 
-    dtype "auto" is bfloat16 for an FP8 checkpoint, whose values it holds to 2^-9. `progress` hears of a compilation.
-    Raises as `specdec.kernels.select` does.
+    device, kernels: as `Engine.from_pretrained` takes them.
+    dtype: of matrices; "auto" is bfloat16 for an FP8 checkpoint, whose values it holds to 2^-9.
+    config: the checkpoint's.
+    progress: hears of a compilation.
     """
     automatic = None if config.quantization is None else torch.bfloat16
     wanted = automatic if dtype == "auto" else resolve_dtype(dtype)
@@ -170,8 +183,11 @@ class Runtime:
     """Loaded model and cache."""
 
     model: LoadedModel
-    kv_cache: Tensor  # [num_layers (+ 1 for the MTP layer), num_pages + scratch, 2, page_size, Hkv, D]
+    """Target and MTP layer."""
+    kv_cache: Tensor
+    """[num_layers (+ 1 for the MTP layer), num_pages + scratch, 2, page_size, Hkv, D]: the cache."""
     max_model_len: int
+    """The most tokens of a sequence, prompt and output."""
 
     @property
     def num_pages(self) -> int:
@@ -188,10 +204,16 @@ def load_runtime(
     *,
     with_mtp: bool = True,
 ) -> Runtime:
-    """Checks that weights and cache fit into memory, then loads the one and allocates the other.
+    """Checks that weights and cache fit into memory, then loads the ones and allocates the other.
 
+    checkpoint: what to load.
+    config: says how large the cache is.
+    backend: what will compute.
+    kv_dtype: of the cache; "auto" is the activations'.
     progress: hears of loading the weights and of capturing CUDA graphs.
-    with_mtp: the MTP layer too, if the checkpoint has one. False where a drafter of the user's own drafts.
+    with_mtp: the MTP layer too, if the checkpoint has one; False where a drafter of the user's own drafts.
+
+    Raises NotEnoughMemoryError, CheckpointError for a tensor at fault, ValueError for sizes that cannot be.
     """
     cache_dtype = backend.activation_dtype if kv_dtype == "auto" else resolve_dtype(kv_dtype, "kv_dtype", DTYPES)
     if cache_dtype not in backend.cache_dtypes:
@@ -231,7 +253,8 @@ def _log_cache(kv_cache: Tensor, backend: AnyBackend) -> None:
 def _capture_graphs(
     backend: CapturesGraphs, runtime: Runtime, config: EngineConfig, progress: Progress, *, drafts: bool
 ) -> None:
-    """For requests with the engine's own number of drafts, or fewer."""
+    """Records CUDA graphs for the engine's default draft length; shorter drafts are padded to it. drafts: whether
+    anything is drafted."""
     model, speculation = runtime.model, config.speculation or SpeculationParams()
     draft_lengths = AUTO_GRAPHS if speculation.automatic else [speculation.max_draft_tokens]
     mtp = None if model.mtp is None else model.mtp.decoder.prepared
@@ -253,8 +276,14 @@ def weight_bytes(
     is_fp8: Callable[[str], bool] = lambda module: False,
     fp8_kinds: frozenset[Fp8Kind] = FP8_KINDS,
 ) -> int:
-    """Bytes of all weights in the kernels' dtype, counted on modules without memory; of those in FP8, scales included,
-    where `is_fp8` says so of a module's name and it is of one of the kinds."""
+    """Returns the bytes of all weights, counted on modules without memory.
+
+    config: the model's.
+    kernels: says in which dtype weights are.
+    with_mtp: whether the MTP layer's are counted.
+    is_fp8: whether a module of this name is in FP8; scales are counted then.
+    fp8_kinds: modules of other kinds are not in FP8, whatever `is_fp8` says.
+    """
     model = build_model(config, kernels, with_mtp=with_mtp)
     store_fp8(model.parts(), is_fp8, fp8_kinds)
     parts = [part for part, _ in model.parts()]
@@ -262,7 +291,8 @@ def weight_bytes(
 
 
 def _weight_bytes_of(index: CheckpointIndex, kernels: AnyBackend, *, has_mtp: bool) -> int:
-    """With a SpecdecWarning where a GPU's memory pays for FP8 weights that its kernels cannot read as they are."""
+    """Returns the bytes of the weights as loaded. Warns if FP8 weights must be dequantised on this GPU and so take more
+    memory than on disk."""
     config, is_fp8 = index.config, index.scaled_modules().__contains__
     loaded = weight_bytes(config, kernels, has_mtp, is_fp8, kernels.fp8)
     if kernels.device.type != "cpu" and loaded > (stored := weight_bytes(config, kernels, has_mtp, is_fp8)):
@@ -306,7 +336,7 @@ def _check_memory(needed: dict[str, int], device: torch.device) -> None:
 
 
 def available_memory_bytes() -> int | None:
-    """Bytes that can still be allocated on the host; None where the system does not tell."""
+    """Returns the bytes that can still be allocated on the host; None where the system does not tell."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,10 +1,10 @@
-"""Sizes as people read them."""
+"""Writes sizes as people read them."""
 
 from __future__ import annotations
 
 
 def size_text(num_bytes: int) -> str:
-    """Bytes in the unit that suits them, for instance "24.42 MiB"."""
+    """Returns a number of bytes in the unit that suits it, for instance "24.42 MiB"."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

@@ -1,4 +1,5 @@
-"""The exact laws behind an engine's own verifications: teacher-forced at its contexts, with its drafts.
+"""Computes the exact distributions behind an engine's own verifications: teacher-forced at its contexts, with its
+drafts.
 
 If the engine's MTP path is sound, every decision about a draft is a coin with the probability computed here, whatever
 came before; a sum of them is off by more than noise when the engine feeds its MTP layer anything else. Text-uniform
@@ -27,22 +28,25 @@ from specdec.request.seeds import Stream
 
 @dataclass(frozen=True)
 class Drawing:
-    """How drafts are drawn, as `specdec.step.sampling` derives it from a request. temperature 0: both argmaxes."""
+    """How drafts are drawn, as `specdec.step.sampling` derives it from a request."""
 
     temperature: float
+    """The request's temperature; 0: target and drafts are argmaxes."""
     speculation: SpeculationParams
+    """The request's speculation."""
 
     @property
     def point_masses(self) -> bool:
+        """Whether drafts are argmaxes."""
         return self.temperature == 0 or self.speculation.draft_sampling == "greedy"
 
     @property
     def scale(self) -> float:
-        """Of logits; at temperature 0 the softmax is only reported, as it is."""
+        """Factor of the logits; at temperature 0 the softmax is only reported, as it is."""
         return 1 / self.temperature if self.temperature > 0 else 1.0
 
     def rows(self, seeds: Seq[int], starts: Seq[int]) -> RowSampling:
-        """For draft 1 of contexts of `starts` tokens."""
+        """Returns how draft 1 is drawn. seeds: [n], of the requests. starts: [n], tokens of the contexts."""
         stream = Stream.TARGET if self.speculation.verification == "coupled" else Stream.DRAFT
         n = len(seeds)
         return RowSampling(
@@ -58,8 +62,9 @@ class Drawing:
 
 
 def laws_of(chains: Chains, drawing: Drawing, kernels: Operations) -> tuple[Tensor, Tensor | None]:
-    """p, q [n, K, V] fp64, q None where drafts are point masses, as without an MTP layer all are; at temperature 0 p
-    is one too. As the engine computes them: the softmax is the kernels', in their precision."""
+    """Returns p and q, [n, K, V] fp64; q is None where drafts are point masses, as without an MTP layer all are, and at
+    temperature 0 p is one too. They are computed as the engine does it: the softmax is the kernels', in their
+    precision."""
     if drawing.temperature == 0:
         choices = lowest_argmax(chains.target).unsqueeze(-1)
         return torch.zeros_like(chains.target, dtype=torch.float64).scatter(-1, choices, 1.0), None
@@ -68,26 +73,34 @@ def laws_of(chains: Chains, drawing: Drawing, kernels: Operations) -> tuple[Tens
 
 
 def softmax(kernels: Operations, logits: Tensor, scale: float) -> Tensor:
-    """[n, K, V] -> fp64."""
+    """Returns the softmax of scale * logits, [n, K, V] in fp64, of logits [n, K, V]."""
     flat = logits.flatten(0, 1)
     return kernels.softmax(flat, [scale] * len(flat)).double().view_as(logits)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What is analysed of one request. token_ids: prompt and output. Of its verifications with drafts the first n:
-    starts [n], tokens before each; drafts [n]."""
+    """A request, with the n verifications that are analysed: the first ones that had drafts."""
 
     token_ids: list[int]
+    """Prompt and output."""
     seed: int
+    """The request's seed."""
     starts: list[int]
+    """[n]: tokens before each verification."""
     drafts: list[list[int]]
+    """[n]: the drafts of each."""
 
 
 def analyse(
     reader: Reader, completions: Seq[Completion], temperature: float, speculation: SpeculationParams
 ) -> list[Analysis]:
-    """One Analysis per completion, with K = num_speculative_tokens columns."""
+    """Returns one Analysis per completion, with K = num_speculative_tokens columns.
+
+    reader: runs target and MTP layer.
+    completions: the requests.
+    temperature, speculation: what they asked for, all alike.
+    """
     drawing, num_drafts = Drawing(temperature, speculation), speculation.max_draft_tokens
     tables = [_Table(len(c.starts), num_drafts) for c in completions]
     texts = [c.token_ids[: max(c.starts, default=0)] for c in completions]
@@ -111,8 +124,9 @@ def analyse(
 
 
 def _values(chains: Chains, drawing: Drawing, kernels: Operations) -> Floats:
-    """[n, 4, K]: expected, confidence, entropy, alpha. Confidence and entropy are always of a softmax, even where the
-    laws are point masses, at temperature 0 and for greedy drafts. Confidence is NaN without an MTP layer."""
+    """Returns expected, confidence, entropy and alpha of `Analysis`, [n, 4, K]. Confidence and entropy are always of a
+    softmax, even where the distributions are point masses, at temperature 0 and for greedy drafts. Confidence is NaN
+    without an MTP layer."""
     p, q = laws_of(chains, drawing, kernels)
     alpha = at_drafts(p, chains.drafts) if q is None else overlap(p, q)
     if drawing.temperature == 0:  # greedy verification judges one draft after the other whatever the request's rule is
@@ -127,7 +141,7 @@ def _values(chains: Chains, drawing: Drawing, kernels: Operations) -> Floats:
 
 
 def _chunks(completions: Seq[Completion], numbers: Seq[int], size: int) -> Iterator[tuple[list[tuple[int, int]], int]]:
-    """Verifications (completion, i-th) with equally many drafts, up to `size` together, and how many drafts."""
+    """Yields verifications (completion, i-th) with equally many drafts, up to `size` together, and how many drafts."""
     by_length: dict[int, list[tuple[int, int]]] = {}
     for number in numbers:
         for i, drafts in enumerate(completions[number].drafts):

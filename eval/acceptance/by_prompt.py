@@ -1,4 +1,4 @@
-"""A cell's counts by prompt: what lets two runs over the same prompts be compared prompt by prompt."""
+"""A cell's counts by prompt, which let two runs over the same prompts be compared prompt by prompt."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ DECIMALS = 7  # of seconds
 
 @dataclass(frozen=True)
 class ByPrompt:
-    """Sums over the requests (turns, repeats) of each of n prompts; K drafts per verification.
-
-    prompts: n indices in the prompt set, ascending.
-    reached, accepted: [n][K], verifications whose drafts before draft i were all accepted and that drafted i; those of
-        them that accepted it. Every verification reaches draft 1.
-    plain_decode_s, plain_decode_tokens, decode_s, decode_tokens: [n], seconds and tokens after the first commit, of
-        plain decoding and of the cell, over requests that both completed.
-    """
+    """Sums over the requests (turns, repeats) of each of n prompts; K drafts per verification."""
 
     prompts: list[int]
+    """[n]: indices in the prompt set, ascending."""
     reached: list[list[int]]
+    """[n][K]: verifications that drafted token i and accepted all drafts before it. Every one reaches draft 1."""
     accepted: list[list[int]]
+    """[n][K]: those of them that accepted draft i."""
     plain_decode_s: list[float]
+    """[n]: seconds of plain decoding after the first commit, of requests that both it and the cell completed."""
     plain_decode_tokens: list[int]
+    """[n]: tokens of plain decoding after the first commit, of these requests."""
     decode_s: list[float]
+    """[n]: seconds of the cell after the first commit, of these requests."""
     decode_tokens: list[int]
+    """[n]: tokens of the cell after the first commit, of these requests."""
 
     @classmethod
     def of(cls, prompts: Ints, sums: Sums) -> ByPrompt:
-        """prompts [n], sums [n rows]: of each prompt, in order."""
+        """Returns the counts of a cell. prompts: [n], ascending. sums: n rows, one for each of them."""
         return cls(
             prompts=prompts.tolist(),
             reached=sums.reached.astype(int).tolist(),
@@ -48,7 +48,8 @@ class ByPrompt:
 
 
 def acceptances(counts: dict[str, Any]) -> Quotients:
-    """Accepted drafts per verification, then the conditional acceptance of drafts 1 to K, n prompts: 1 + K figures.
+    """Returns 1 + K figures over n prompts: accepted drafts per verification, then the conditional acceptance of drafts
+    1 to K.
 
     counts: `by_prompt` of a cell in results.json, with drafts.
     """
@@ -58,7 +59,7 @@ def acceptances(counts: dict[str, Any]) -> Quotients:
 
 
 def speedup(counts: dict[str, Any]) -> Quotients:
-    """Seconds per token of plain decoding over those of the cell: one figure.
+    """Returns one figure over n prompts: seconds per token of plain decoding over those of the cell.
 
     counts: `by_prompt` of a cell in results.json.
     """

@@ -1,4 +1,4 @@
-"""What each plot of a report shows, as data: `specdec.eval.acceptance.plots` draws it, the report tabulates it.
+"""The plots of a report as data: `specdec.eval.acceptance.plots` draws them, the report tabulates them.
 
 A chart has one panel per temperature. Of each rule it shows the cell with the most drafts per verification and then the
 smallest batch, since acceptance does not depend on batches; the speed-up it shows for all of them. What has no data
@@ -31,70 +31,87 @@ UNKNOWN: Estimate = {"value": None, "low": None, "high": None}
 
 @dataclass(frozen=True)
 class Point:
-    """x: where on the axis. label: what x stands for, in words. estimate: may be without a value or an interval."""
+    """One value of a series."""
 
     x: float
+    """Where it is on the x axis."""
     label: str
+    """What x stands for, in words."""
     estimate: Estimate
+    """The value, which may be unknown or without an interval."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line with markers. key: verification and draft sampling, from which follow colour and marker. detail: a
-    figure that belongs to it."""
+    """One line with markers."""
 
     key: SeriesKey
+    """Verification and draft sampling, from which colour and marker follow."""
     label: str
+    """Its name in the legend."""
     points: list[Point]
+    """Its values, by ascending x."""
     detail: str = ""
+    """A figure that belongs to it, as text."""
 
     @property
     def known(self) -> list[Point]:
+        """The points that have a value."""
         return [p for p in self.points if p.estimate["value"] is not None]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line without markers: a law, a limit, or one of many."""
+    """A line without markers: an expectation, a limit, or one of many."""
 
     label: str
+    """Its name in the legend."""
     xs: list[float]
+    """x of its points."""
     ys: list[float]
+    """y of its points."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """guide: what to compare with. background: lines that together show a spread."""
+    """One pair of axes."""
 
     title: str
+    """What it is about."""
     series: list[Series]
+    """The lines with markers."""
     guide: Line | None = None
+    """A line to compare with."""
     background: tuple[Line, ...] = ()
+    """Lines that together show a spread."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart of a report.
-
-    name: unique among the charts of a report.
-    limits: of the y axis, None where the data decide.
-    ticks: marks of the x axis with their labels; none where x is a quantity.
-    dodge: distance between series at the same x.
-    """
+    """One chart of a report."""
 
     name: str
+    """A name that no other chart of the report has."""
     title: str
+    """The chart's heading."""
     x_label: str
+    """What the x axis shows."""
     y_label: str
+    """What the y axis shows."""
     panels: list[Panel]
+    """One panel per temperature."""
     notes: tuple[str, ...] = ()
+    """Sentences below the chart."""
     limits: tuple[float | None, float | None] = (None, None)
+    """Limits of the y axis; None where the data decide."""
     ticks: tuple[tuple[float, str], ...] = ()
+    """Marks of the x axis with their labels; none where x is a quantity."""
     dodge: float = 0.0
+    """Distance between series at the same x."""
 
     @property
     def alt(self) -> str:
-        """The chart in words: of every series its first value, and its last where there are several."""
+        """The chart in words: the first value of every series, and its last where there are several."""
         parts = [f"Chart: {self.title}; {self.y_label} by {self.x_label}."]
         for panel in self.panels:
             for series in panel.series:
@@ -108,14 +125,16 @@ class Chart:
 
 @dataclass(frozen=True)
 class Charts:
-    """missing: of each chart that could not be drawn, why."""
+    """The charts of a report."""
 
     charts: list[Chart]
+    """The charts that have data."""
     missing: list[str]
+    """A sentence for each chart that could not be drawn: why."""
 
 
 def build_charts(document: dict[str, Any]) -> Charts:
-    """All charts for which `document` has data, in the order of a report."""
+    """Returns all charts for which `document` has data, in the order of a report."""
     drafting = [c for c in document["cells"] if speculative(c)]
     found = [
         *_speedup_charts(drafting),
@@ -127,7 +146,7 @@ def build_charts(document: dict[str, Any]) -> Charts:
             "tokens since the prompt", "acceptance of draft 1", _whole_limits_text,
         ),
         _bin_chart(
-            drafting, "by_entropy", "Acceptance by entropy of the target", "entropy of the target's law, nats",
+            drafting, "by_entropy", "Acceptance by entropy of the target", "entropy of the target's distribution, nats",
             "acceptance of drafts reached", _limits_text,
         ),
         _experts_chart(document["experts"]),
@@ -137,7 +156,7 @@ def build_charts(document: dict[str, Any]) -> Charts:
 
 
 def _split(chart: Chart) -> Iterable[Chart]:
-    """At most `MAX_PANELS` panels each; the notes go with the last."""
+    """Splits a chart into charts of at most `MAX_PANELS` panels; the notes go with the last one."""
     parts = [chart.panels[i : i + MAX_PANELS] for i in range(0, len(chart.panels), MAX_PANELS)]
     if len(parts) == 1:
         return [chart]
@@ -154,7 +173,7 @@ def _keys(cells: list[Cell]) -> list[SeriesKey]:
 
 
 def _speedup_charts(cells: list[Cell]) -> list[Chart]:
-    """One chart per batch size, one point per K."""
+    """Returns one chart per batch size, with one point per K."""
     charts = []
     for batch_size in sorted({c["batch_size"] for c in cells}):
         here = [c for c in cells if c["batch_size"] == batch_size]
@@ -187,7 +206,7 @@ def _speedup_series(cells: list[Cell]) -> list[Series]:
 def _add_panel(
     panels: list[Panel], notes: list[str], temperature: float, series: list[Series], guide: Line | None = None
 ) -> None:
-    """Series without any value become notes, and so does a panel without series."""
+    """Adds a panel of the series that have a value, if any; a note names each of the others."""
     title = f"temperature {temperature:g}"
     known = [s for s in series if s.known]
     notes += [f"Left out, no data: {title}, {s.label}." for s in series if not s.known]
@@ -205,7 +224,8 @@ def _acceptance_panels(
     guide: Line | None = None,
     detail_of: Callable[[Cell], str] = lambda _: "",
 ) -> tuple[list[Panel], tuple[str, ...]]:
-    """Per temperature and rule the cell that stands for it; notes say which, where they are not all alike."""
+    """Returns one panel per temperature, with one series per rule of the cell that stands for it, and notes that say
+    which cells these are."""
     panels: list[Panel] = []
     notes: list[str] = []
     shown: dict[tuple[int, int], list[str]] = {}
@@ -226,7 +246,8 @@ def _acceptance_panels(
 
 
 def _representative(cells: list[Cell], points_of: Callable[[Cell], list[Point]]) -> Cell:
-    """With data if any has them, then the largest K, then the smallest batch."""
+    """Returns the cell that stands for a rule: one with data if any has them, then the largest K, then the smallest
+    batch."""
     return max(cells, key=lambda c: (_has_value(points_of(c)), c["num_speculative_tokens"], -c["batch_size"]))
 
 
@@ -244,7 +265,8 @@ def _position_chart(cells: list[Cell], metric: str, y_label: str) -> Chart:
 
 
 def _calibration_chart(cells: list[Cell]) -> Chart:
-    """Measured acceptance against the probability with which the rule accepts, given both distributions."""
+    """Returns the chart of measured acceptance against the probability with which the rule accepts, given both
+    distributions."""
 
     def points_of(cell: Cell) -> list[Point]:
         return [
@@ -288,7 +310,7 @@ def _limits_text(b: Bin) -> str:
 
 
 def _whole_limits_text(b: Bin) -> str:
-    """Of whole numbers, the upper limit itself not among them."""
+    """Returns the limits of a bin of whole numbers as text; the upper limit itself is not in the bin."""
     return f"{b['low']:g} or more" if b["high"] is None else f"{b['low']:g} to {b['high'] - 1:g}"
 
 

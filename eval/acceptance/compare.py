@@ -1,4 +1,5 @@
-"""Two results.json of `specdec eval acceptance`, A and B: what differs, whether that is real, whether B is worse.
+"""Compares two results.json of `specdec eval acceptance`, A and B: what differs, whether that is real, whether B is
+worse.
 
 Cells are the same where temperature, rule, drafts, K and batch size are; their mean acceptance length, conditional
 acceptances and speed-up are compared, of all requests together. Plain decoding has none of these. Where A and B have
@@ -55,79 +56,91 @@ STYLES: dict[Verdict, str] = {"ok": "", "uncertain": "yellow", "worse": "bold re
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of a cell in A and B.
-
-    difference: B - A.
-    paired: its interval is of differences prompt by prompt.
-    real: its interval excludes 0; None without an interval.
-    detectable_loss: see `detectable_loss`; None without an interval.
-    """
+    """One figure of a cell in A and B."""
 
     metric: str
+    """The figure's name."""
     a: Estimate
+    """The figure in A."""
     b: Estimate
+    """The figure in B."""
     difference: Estimate
+    """B - A."""
     paired: bool
+    """Whether the interval of the difference comes from differences prompt by prompt."""
     real: bool | None
+    """Whether the interval of the difference excludes 0; None without an interval."""
     verdict: Verdict
+    """Whether B is worse."""
     detectable_loss: float | None
+    """The loss that would have been found, see the function `detectable_loss`; None without an interval."""
 
 
 @dataclass(frozen=True)
 class CellComparison:
-    """One cell in A and B.
-
-    settings: the `SETTINGS` that it has in both documents, A's where drafters differ.
-    draft_sampling_in_b: not that of the settings where drafts of the one are sampled and those of the other greedy.
-    """
+    """One cell in A and B."""
 
     settings: dict[str, Any]
+    """The `SETTINGS` that the cell has in both documents, A's where drafters differ."""
     draft_sampling_in_b: str
+    """Not that of the settings where drafts of the one are sampled and those of the other greedy."""
     differences: list[Difference]
+    """Its figures."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What A and B have in common, and what not.
-
-    only_in_a, only_in_b: settings of cells that the other document lacks.
-    warnings: what else is not the same.
-    unpaired_because: why no cell can be compared prompt by prompt; empty where the documents allow it.
-    """
+    """What A and B have in common, and what not."""
 
     tolerance: float
+    """How much worse B may be, as a share of A's value."""
     cells: list[CellComparison]
+    """The cells that both have."""
     only_in_a: list[dict[str, Any]]
+    """Settings of cells that B lacks."""
     only_in_b: list[dict[str, Any]]
+    """Settings of cells that A lacks."""
     warnings: list[str]
+    """What else is not the same."""
     unpaired_because: str
+    """Why no cell can be compared prompt by prompt; empty where the documents allow it."""
 
     @property
     def passed(self) -> bool:
+        """Whether no figure is worse."""
         return self.count("worse") == 0
 
     @property
     def differences(self) -> list[Difference]:
-        """Those of all cells."""
+        """The figures of all cells."""
         return [d for cell in self.cells for d in cell.differences]
 
     def count(self, verdict: Verdict) -> int:
+        """Returns how many figures have this verdict."""
         return sum(d.verdict == verdict for d in self.differences)
 
     def detectable(self, metric: str) -> dict[str, float] | None:
-        """Least, median and most of the metric's `detectable_loss` over the cells; None where no cell has one."""
+        """Returns least, median and most of a metric's `detectable_loss` over the cells; None where no cell has one."""
         losses = [d.detectable_loss for d in self.differences if d.metric == metric and d.detectable_loss is not None]
         if not losses:
             return None
         return {"least": min(losses), "median": statistics.median(losses), "most": max(losses)}
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns a document for JSON, see docs/results.md."""
         detectable = {metric: self.detectable(metric) for metric in (LENGTH, SPEEDUP)}
         return {"passed": self.passed, **asdict(self), "detectable_losses": detectable}
 
 
 def compare(document_a: Document, document_b: Document, tolerance: float = DEFAULT_TOLERANCE) -> Comparison:
-    """ValueError for documents that cannot be compared: another schema, other prompts, no cell in common."""
+    """Compares two documents of results.json.
+
+    document_a: what to compare with.
+    document_b: what must not be worse.
+    tolerance: how much worse it may be, as a share of A's value.
+
+    Raises ValueError for documents that cannot be compared: another schema, other prompts, no cell in common.
+    """
     check_tolerance(tolerance)
     _refuse_what_differs(document_a, document_b)
     a, b = _cells(document_a, "A"), _cells(document_b, "B")
@@ -153,7 +166,7 @@ def compare(document_a: Document, document_b: Document, tolerance: float = DEFAU
 
 
 def check_tolerance(tolerance: float) -> None:
-    """ValueError for one that is no share of A's value."""
+    """Raises ValueError for a tolerance that is no share of A's value."""
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance = {tolerance} must be at least 0 and below 1: 0.02 lets B be 2 % worse")
 
@@ -185,7 +198,7 @@ def _unpaired_because(a: Document, b: Document) -> str:
 
 
 def _warnings(a: Document, b: Document) -> Iterator[str]:
-    """What is not the same and does not forbid to compare."""
+    """Yields what is not the same and does not forbid to compare."""
     if a["prompts"]["name"] != b["prompts"]["name"]:
         yield f"prompt sets have other names: {_brief(a['prompts']['name'])} and {_brief(b['prompts']['name'])}"
     models = [document["provenance"]["checkpoint"] for document in (a, b)]
@@ -210,13 +223,14 @@ def _brief(value: Any) -> str:
 
 
 def _drafter(document: Document) -> str | None:
-    """The drafter that was given; None is the MTP layer."""
+    """Returns the drafter that was given; None is the MTP layer."""
     drafter: str | None = document["options"].get("drafter")
     return drafter
 
 
 def _common(a: Cells, b: Cells, *, other_drafters: bool) -> dict[Key, Key]:
-    """The cells to compare, A's key -> B's: the same settings, or else, of other drafters, the same but for drafts."""
+    """Returns the cells to compare, A's key -> B's: the same settings, or else, of other drafters, the same but for
+    drafts."""
     common = {key: key for key in a if key in b}
     if other_drafters:
         left = {_without_drafts(key): key for key in b if key not in common}
@@ -229,7 +243,7 @@ def _without_drafts(key: Key) -> Key:
 
 
 def _cells(document: Document, name: str) -> Cells:
-    """Those with drafts, by their settings."""
+    """Returns the cells with drafts, by their settings. name: the document's, "A" or "B"."""
     cells: Cells = {}
     for cell in document["cells"]:
         key = tuple(cell[setting] for setting in SETTINGS)
@@ -262,7 +276,8 @@ def _differences(a: dict[str, Any], b: dict[str, Any], tolerance: float, same_pr
 
 
 def _paired(a: dict[str, Any], b: dict[str, Any], share: float) -> list[Estimate]:
-    """B - share * A in the order of `_estimates`; none of cells that lack counts of the same prompts."""
+    """Returns B - share * A of a cell, prompt by prompt, in the order of `_estimates`; no estimates where a cell lacks
+    counts of the same prompts."""
     counts, others = a.get("by_prompt"), b.get("by_prompt")
     if counts is None or others is None or counts["prompts"] != others["prompts"]:
         return [NO_ESTIMATE] * (a["num_speculative_tokens"] + 2)
@@ -275,7 +290,7 @@ def _estimates(group: dict[str, Any]) -> list[Estimate]:
 
 
 def minus(b: Estimate, a: Estimate, share: float = 1.0) -> Estimate:
-    """b - share * a, as if their errors were independent."""
+    """Returns b - share * a, as if their errors were independent."""
     if a.value is None or b.value is None:
         return NO_ESTIMATE
     value = b.value - share * a.value
@@ -287,7 +302,7 @@ def minus(b: Estimate, a: Estimate, share: float = 1.0) -> Estimate:
 
 
 def detectable_loss(allowed: Estimate, a: Estimate, tolerance: float) -> float | None:
-    """The smallest loss, as a share of A's value, that would have been called worse with a probability of 80 %.
+    """Returns the smallest loss, as a share of A's value, that would have been called worse with a probability of 80 %.
 
     B is called worse where v + r < 0, v the value of B - (1 - tolerance) A and r the upper half of its 95 % interval,
     1.960 standard errors. With a loss of L, v is normal around (tolerance - L) A, so that the probability is 80 % where
@@ -295,6 +310,8 @@ def detectable_loss(allowed: Estimate, a: Estimate, tolerance: float) -> float |
     is taken to be that of A and B as they are. More than 1: not even a loss of everything would have been seen.
 
     allowed: B - (1 - tolerance) A.
+    a: the figure in A.
+    tolerance: how much worse B may be, as a share of A's value.
     """
     if allowed.value is None or allowed.high is None or not a.value:
         return None
@@ -302,13 +319,14 @@ def detectable_loss(allowed: Estimate, a: Estimate, tolerance: float) -> float |
 
 
 def _verdict(allowed: Estimate) -> Verdict:
-    """allowed: B - (1 - tolerance) A."""
+    """Returns the verdict on a figure. allowed: B - (1 - tolerance) A."""
     if allowed.high is not None and allowed.high < 0:
         return "worse"
     return "ok" if allowed.value is not None and allowed.value >= 0 else "uncertain"
 
 
 def print_comparison(comparison: Comparison, out: Console) -> None:
+    """Prints warnings, a table per cell, and the verdict."""
     for warning in comparison.warnings:
         out.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
     for cell in comparison.cells:
@@ -332,7 +350,7 @@ def print_comparison(comparison: Comparison, out: Console) -> None:
 
 
 def _method(comparison: Comparison) -> Iterator[str]:
-    """How intervals were made, and which losses they would have shown."""
+    """Yields how intervals were made, and which losses they would have shown."""
     num_unpaired = sum(not d.paired for d in comparison.differences)
     if comparison.unpaired_because:
         yield f"unpaired intervals, wider than need be: {comparison.unpaired_because}"

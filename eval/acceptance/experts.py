@@ -1,4 +1,4 @@
-"""How many distinct experts the tokens of one target forward choose together: what a mixture's weights cost.
+"""Counts how many distinct experts the tokens of one target forward choose together, whose weights it must read.
 
 Tokens of one verification are a context's last token and its drafts; larger forwards are the tokens of verifications
 of different requests, as a batch has them, the last of which is cut short where the number asks for it. The reference
@@ -23,42 +23,60 @@ from specdec.eval.acceptance.replay import Context, Reader
 from specdec.inspection.step_bytes import expected_distinct
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
-LEAST_GROUPS = 4  # of fewer an interval says nothing
-DRAWS = 32  # of verifications for the same group of requests
+LEAST_GROUPS = 4  # an interval from fewer groups says nothing
+DRAWS = 32  # how often verifications are drawn for the same group of requests
 
-Chosen = NDArray[np.bool_]  # [n, layers, K + 1, experts]: of n verifications, by row
+Chosen = NDArray[np.bool_]  # [n, layers, K + 1, experts]: which experts the rows of n verifications choose
 
 
 @dataclass(frozen=True)
 class Point:
-    """measured: the mean number of distinct experts that `num_tokens` tokens choose; expected: if independently."""
+    """How many experts of a layer some tokens choose together."""
 
     num_tokens: int
+    """How many tokens."""
     measured: Estimate
+    """The mean number of distinct experts that they choose."""
     expected: float
+    """The same if tokens chose evenly and independently."""
 
 
 @dataclass(frozen=True)
 class LayerExperts:
+    """The figures of one layer."""
+
     layer: str
+    """The layer's name in the checkpoint."""
     points: list[Point]
+    """Its figures, by number of tokens."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """mean: over all layers with experts."""
+    """The figures of a model."""
 
     num_experts: int
+    """Routed experts of a layer, E."""
     experts_per_token: int
+    """Experts that a token chooses, k."""
     layers: list[LayerExperts]
+    """Every layer with experts."""
     mean: list[Point]
+    """The means over these layers, by number of tokens."""
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns a document for JSON, see docs/results.md."""
         return asdict(self)
 
 
 def measure_experts(reader: Reader, completions: Seq[Completion], num_drafts: int, seed: int = 0) -> Experts | None:
-    """From the completions' verifications with `num_drafts` drafts; None without any."""
+    """Counts the experts of verifications; None where none has `num_drafts` drafts.
+
+    reader: runs the target.
+    completions: the requests, with their verifications.
+    num_drafts: verifications with fewer drafts are left out.
+    seed: of the groups of requests that are drawn.
+    """
     config = reader.target.config
     layers, chosen = _chosen(reader, completions, num_drafts)
     if not chosen:
@@ -79,7 +97,7 @@ def measure_experts(reader: Reader, completions: Seq[Completion], num_drafts: in
 
 
 def _chosen(reader: Reader, completions: Seq[Completion], num_drafts: int) -> tuple[list[int], list[Chosen]]:
-    """-> the layers that have experts, and for each completion with such verifications what they chose."""
+    """Returns the layers that have experts, and for each completion with such verifications what they chose."""
     found = []
     for completion in completions:
         full = [i for i, drafts in enumerate(completion.drafts) if len(drafts) == num_drafts]
@@ -93,7 +111,7 @@ def _chosen(reader: Reader, completions: Seq[Completion], num_drafts: int) -> tu
 
 
 def _chosen_by(reader: Reader, completion: Completion, which: list[int]) -> NDArray[np.int64]:
-    """Expert ids [all layers, verifications, K + 1, k]."""
+    """Returns the expert ids [all layers, verifications, K + 1, k] of some verifications of a completion."""
     starts = [completion.starts[i] for i in which]
     (text,) = reader.read([completion.token_ids[: max(starts)]])
     pieces = []
@@ -115,13 +133,13 @@ def _membership(ids: NDArray[np.int64], num_rows: int, num_experts: int) -> Chos
 
 
 def _distinct(chosen: Chosen) -> NDArray[np.int64]:
-    """[n, layers, rows, experts] -> [n, layers]."""
+    """Returns the number of distinct experts, [n, layers], of chosen ones [n, layers, rows, experts]."""
     return chosen.any(2).sum(-1)
 
 
 def _grouped(chosen: list[Chosen], num_rows: int, generator: random.Random) -> dict[int, Floats]:
-    """By number of tokens, the mean number of distinct experts [groups, layers]: groups have no request in common, so
-    they are independent."""
+    """Returns the mean number of distinct experts [groups, layers], by number of tokens. Groups have no request in
+    common, so they are independent."""
     counts = {}
     for t in GROUP_SIZES:
         per_group = math.ceil(t / num_rows)
@@ -134,13 +152,13 @@ def _grouped(chosen: list[Chosen], num_rows: int, generator: random.Random) -> d
 
 
 def _mean_of_group(chosen: list[Chosen], num_tokens: int, generator: random.Random) -> Floats:
-    """[layers]: over draws of one verification from each request."""
+    """Returns the mean number of distinct experts [layers] over draws of one verification from each request."""
     drawn = [np.concatenate([c[generator.randrange(len(c))] for c in chosen], 1)[:, :num_tokens] for _ in range(DRAWS)]
     return _distinct(np.stack(drawn)).mean(0)
 
 
 def _points(num_tokens: int, of_clusters: Floats, num_experts: int, per_token: int) -> list[Point]:
-    """Of each layer, from the mean counts of clusters [clusters, layers]."""
+    """Returns the point of each layer, from the mean counts of clusters [clusters, layers]."""
     ones = np.ones_like(of_clusters)
     # A token always chooses per_token: where there is only one, nothing is at a limit that it might not reach.
     most = None if num_tokens == 1 else ones * min(num_experts, num_tokens * per_token)

@@ -1,4 +1,4 @@
-"""A cell's requests: conversations turn by turn through the engine, and what each of them showed."""
+"""Runs a cell's requests, conversations turn by turn through the engine, and records what each of them showed."""
 
 from __future__ import annotations
 
@@ -21,28 +21,42 @@ from specdec.step.step import Decision
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: index in the prompt set."""
+    """One turn of a conversation."""
 
     prompt: int
+    """Index in the prompt set."""
     category: str
+    """The prompt's category."""
     turn: int
+    """Number of the turn, from 0."""
     token_ids: list[int]
+    """The prompt's tokens, earlier turns and answers included."""
 
 
 @dataclass
 class Round:
-    """What a cell did with some of the prompts. wall_s: seconds of generating alone."""
+    """What a cell did with some of the prompts."""
 
     records: list[RequestRecord]
+    """What each request showed."""
     completions: list[Completion]
+    """The same requests with all their verifications, for analysis."""
     wall_s: float = 0.0
+    """Seconds of generating alone."""
 
 
 def run_round(
     engine: Engine, options: AcceptanceOptions, cell: Cell, prompts: Seq[tuple[int, Prompt]], repeat: int
 ) -> Round:
-    """Completes conversations (index, prompt): all first turns, then all second ones, and so on. A conversation whose
-    next turn does not fit the context ends before it."""
+    """Completes conversations: all first turns, then all second ones, and so on. A conversation whose next turn does
+    not fit the context ends before it.
+
+    engine: one with the cell's batch size.
+    options: what is measured.
+    cell: the settings.
+    prompts: each with its index in the prompt set.
+    repeat: number of the repeat, from 0.
+    """
     done = Round([], [])
     answers: dict[int, list[str]] = {index: [] for index, _ in prompts}
     while True:
@@ -58,11 +72,12 @@ def run_round(
 
 
 def fits(engine: Engine, options: AcceptanceOptions, token_ids: list[int]) -> bool:
-    """Whether the context holds prompt and output."""
+    """Returns whether the context holds a prompt and its output."""
     return 0 < len(token_ids) <= engine.max_model_len - options.max_tokens
 
 
 def prompt_text(engine: Engine, options: AcceptanceOptions, prompt: Prompt, answers: Seq[str]) -> str:
+    """Returns the text of turn len(answers), by the chat template if the options ask for it."""
     return engine.tokenizer.apply_chat_template(prompt.messages(answers)) if options.chat else prompt.text(answers)
 
 
@@ -74,7 +89,7 @@ def _request(engine: Engine, options: AcceptanceOptions, index: int, prompt: Pro
 def run_turn(
     engine: Engine, options: AcceptanceOptions, cell: Cell, requests: list[Request], repeat: int, done: Round
 ) -> list[str]:
-    """One turn of all; adds to `done`. -> the answers."""
+    """Runs one turn of all conversations, adds it to `done`, and returns the answers. Parameters: as of `run_round`."""
     params = SamplingParams(max_tokens=options.max_tokens, temperature=cell.temperature, speculation=cell.speculation)
     per_request = [replace(params, seed=options.request_seed(r.prompt, r.turn, repeat)) for r in requests]
     with engine.core.traced() as trace:
@@ -100,8 +115,8 @@ def run_turn(
 
 
 def ttfts(outputs: Seq[GenerationOutput], batch_size: int) -> list[float]:
-    """Seconds to each request's first token, from when it was given one of the `batch_size` slots: they are given first
-    come, first served, the n-th beyond the first `batch_size` when the n-th request has ended."""
+    """Returns the seconds to each request's first token, from when it was given one of the `batch_size` slots. They are
+    given first come, first served: the n-th beyond the first `batch_size` when the n-th request has ended."""
     ends = sorted(output.stats.last_token_s or 0.0 for output in outputs)
     return [
         (o.stats.first_token_s or 0.0) - max(o.stats.arrival_s, ends[i - batch_size] if i >= batch_size else 0.0)
@@ -132,9 +147,10 @@ def _record(
 
 
 def analysed(done: Round, reader: Reader, cell: Cell, num_contexts: int) -> list[RequestRecord]:
-    """The round's records, with the laws behind the first `num_contexts` verifications, request by request.
+    """Returns the round's records, with an analysis of the first `num_contexts` verifications, request by request.
 
-    Which they are never depends on what was accepted later, so that they can be tested against their laws.
+    Which ones these are never depends on what was accepted later, so that they can be tested against the model's
+    distributions.
     """
     chosen: dict[int, Completion] = {}
     left = num_contexts

@@ -1,4 +1,4 @@
-"""The report as one HTML file: no scripts, no network, charts as SVG in the page itself."""
+"""Writes the report as one HTML file: no scripts, no network, charts as SVG in the page itself."""
 
 from __future__ import annotations
 
@@ -33,33 +33,44 @@ REPORT_NAME, TEMPLATE_NAME = "report.html", "report.html.jinja"
 
 @dataclass(frozen=True)
 class Column:
-    """One metric of a table: its field, how it is headed and written. factor: to the unit shown."""
+    """One metric of a table."""
 
     metric: str
+    """Its field in results.json."""
     heading: str
+    """How the column is headed."""
     form: str
+    """How its values are written, as `format` takes it."""
     factor: float = 1.0
+    """What values are multiplied by to be in the unit shown."""
 
     def shown(self, group: dict[str, Any]) -> Shown:
+        """Returns a group's value as text."""
         return _shown(group[self.metric], self.form, self.factor)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An estimate as text; empty where unknown."""
+    """An estimate as text."""
 
     value: str
+    """The value; empty where it is unknown."""
     interval: str
+    """The interval; empty where there is none."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A group in a table of metrics. best: to be marked."""
+    """A group in a table of metrics."""
 
     name: str
+    """The group's name."""
     metrics: list[Shown]
+    """Its values, by column."""
     num_requests: int
+    """How many requests it has."""
     best: bool = False
+    """Whether it is to be marked as the best one."""
 
 
 COLUMNS = (
@@ -78,7 +89,7 @@ POSITION_ROWS = (("conditional", "conditional"), ("unconditional", "unconditiona
 
 
 def write_html(document: dict[str, Any], folder: Path) -> Path:
-    """Writes report.html."""
+    """Writes report.html into `folder`, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / REPORT_NAME
     write_whole(path, render_html(document))
@@ -86,7 +97,7 @@ def write_html(document: dict[str, Any], folder: Path) -> Path:
 
 
 def render_html(document: dict[str, Any]) -> str:
-    """The page. Every string of the document is escaped."""
+    """Returns the page. Every string of the document is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -140,7 +151,7 @@ def _category_rows(cell: Cell) -> list[Row]:
 
 
 def _position_rows(cell: Cell) -> list[tuple[str, str, list[Shown]]]:
-    """(setting, what, by draft position); overlap is sum of min(p, q)."""
+    """Returns rows (setting, what it shows, values by draft position) of a cell; overlap is the sum of min(p, q)."""
     fields = cell["all"] | {"alpha": cell["alpha"]}
     return [(_setting(cell), name, [_shown(e, ".3f") for e in fields[field]]) for field, name in POSITION_ROWS]
 
@@ -173,7 +184,7 @@ def _shown(estimate: Estimate | None, form: str, factor: float = 1.0) -> Shown:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested objects as "outer inner"."""
+    """Returns all values as text, those of nested objects by the name "outer inner"."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

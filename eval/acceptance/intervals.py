@@ -1,4 +1,4 @@
-"""95 % intervals: a studentised bootstrap over clusters.
+"""Computes 95 % intervals: a studentised bootstrap over clusters.
 
 A cluster is a prompt with all of its turns and repeats: whatever depends on each other lies in one cluster. Statistics
 are ratios of sums over clusters: an acceptance is drafts accepted over drafts reached, and both of them are random.
@@ -64,17 +64,21 @@ BLOCK = 2**21  # numbers of one kind in memory at once
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval. None: without data no value, from one cluster no interval."""
+    """A value and its 95 % interval."""
 
     value: float | None
+    """The value; None without data."""
     low: float | None
+    """The interval's lower limit; None without data or from one cluster."""
     high: float | None
+    """The interval's upper limit; None without data or from one cluster."""
 
     def as_dict(self) -> dict[str, float | None]:
+        """Returns a document for JSON."""
         return asdict(self)
 
     def plus(self, constant: float) -> Estimate:
-        """Of the quantity and a constant."""
+        """Returns the estimate of the quantity plus a constant."""
         return Estimate(*(None if x is None else x + constant for x in (self.value, self.low, self.high)))
 
 
@@ -82,9 +86,11 @@ NO_ESTIMATE = Estimate(None, None, None)
 
 
 def ratios(numerators: Floats, denominators: Floats, most: Floats | None = None, seed: int = 0) -> list[Estimate]:
-    """Estimates of sum of numerators / sum of denominators over the clusters, of m ratios: all arguments [n, m], >= 0.
+    """Returns estimates of m ratios: the sum of numerators over the sum of denominators, over n clusters.
 
-    most: what each numerator can be at most; of an acceptance, its denominator. None: there is no such limit.
+    numerators, denominators: [n, m], at least 0.
+    most: [n, m], what each numerator can be at most; of an acceptance, its denominator. None: there is no such limit.
+    seed: of the resamples.
     """
     most = np.full_like(numerators, np.inf) if most is None else most
     values, limits = _ratio(numerators, denominators), np.full((2, numerators.shape[1]), np.nan)
@@ -95,24 +101,22 @@ def ratios(numerators: Floats, denominators: Floats, most: Floats | None = None,
 
 @dataclass(frozen=True, eq=False)
 class Quotients:
-    """m figures of one run as sums over n clusters: sum x / sum y, or (sum x / sum y) / (sum u / sum v).
-
-    factors: [2 or 4, n, m], x, y and, if there are four, u, v; none is negative.
-    most: [n, m], what x can be at most; infinite where there is no limit.
-    """
+    """m figures of one run as sums over n clusters: sum x / sum y, or (sum x / sum y) / (sum u / sum v)."""
 
     factors: Floats
+    """[2 or 4, n, m]: x, y and, if there are four, u, v; none is negative."""
     most: Floats
+    """[n, m]: what x can be at most; infinite where there is no limit."""
 
     @property
     def values(self) -> Floats:
-        """[m], NaN where there is nothing to divide by."""
+        """The figures [m]; NaN where there is nothing to divide by."""
         x, y, *others = self.factors
         return _ratio(_ratio(x, y), _ratio(*others)) if others else _ratio(x, y)
 
     @property
     def influences(self) -> Floats:
-        """[n, m]: n times how each cluster moves the figure, to first order; they add up to 0 over the clusters."""
+        """n times how each cluster moves each figure, to first order, [n, m]; they add up to 0 over the clusters."""
         means = self.factors.mean(1, keepdims=True)
         shares = np.divide(self.factors, means, out=np.zeros_like(self.factors), where=means > 0)
         powers = np.array([1.0, -1.0, -1.0, 1.0])[: len(shares)]
@@ -120,13 +124,14 @@ class Quotients:
 
     @property
     def informative(self) -> Ints:
-        """[m], clusters with anything of x, or those with less of it than there can be, whichever are fewer."""
+        """Number of clusters with anything of x, or of those with less of it than there can be, whichever are fewer,
+        [m]."""
         x = self.factors[0]
         return np.minimum((x > 0).sum(0), (x < self.most).sum(0))
 
 
 def paired_differences(a: Quotients, b: Quotients, share: float = 1.0) -> list[Estimate]:
-    """Estimates of b - share * a, figure by figure; cluster i of both runs is the same one.
+    """Returns estimates of b - share * a, figure by figure; cluster i of both runs is the same one.
 
     The standard error is sqrt(sum d^2 / (n (n - 1))), d the difference of a cluster's influences, n the clusters with
     data. Student's t has one degree of freedom less than there are clusters that inform about both figures; with fewer
@@ -142,7 +147,11 @@ def paired_differences(a: Quotients, b: Quotients, share: float = 1.0) -> list[E
 
 
 def paired_ratios(x: Floats, y: Floats, u: Floats, v: Floats, seed: int = 0) -> list[Estimate]:
-    """Estimates of (sum x / sum y) / (sum u / sum v), of m such: all [n, m], >= 0; row i of all four is one cluster."""
+    """Returns estimates of m figures (sum x / sum y) / (sum u / sum v).
+
+    x, y, u, v: [n, m], at least 0; row i of all four is one cluster.
+    seed: of the resamples.
+    """
     values, limits = _ratio(_ratio(x, y), _ratio(u, v)), np.full((2, x.shape[1]), np.nan)
     powers = np.array([1.0, -1.0, -1.0, 1.0])
     for chosen, blocks in _of_equal_size((x > 0) | (y > 0) | (u > 0) | (v > 0), x, y, u, v):
@@ -152,8 +161,11 @@ def paired_ratios(x: Floats, y: Floats, u: Floats, v: Floats, seed: int = 0) -> 
 
 
 def calibration_error(gaps: Floats, counts: Floats, seed: int = 0) -> Estimate:
-    """The estimate of sum over bins |sum of gaps| / sum of counts. gaps [n, bins]: outcomes - confidences, summed over
-    a cluster's drafts in that bin; counts [n]: its drafts in all bins.
+    """Returns the estimate of the sum over bins |sum of gaps| / sum of counts.
+
+    gaps: [n, bins], outcomes - confidences, summed over a cluster's drafts in that bin.
+    counts: [n], a cluster's drafts in all bins.
+    seed: of the resamples.
 
     Noise makes every |gap| larger, so that resamples of a calibrated model's error lie above the truth, all of them,
     and the bootstrap of `ratios` fails. Here the error's deviation is bounded by those of the gaps: deviation times
@@ -178,7 +190,8 @@ def calibration_error(gaps: Floats, counts: Floats, seed: int = 0) -> Estimate:
 
 
 def _student(n: int) -> float:
-    """The 97.5 % quantile of Student's t, n - 1 degrees of freedom, to 0.001 (Cornish and Fisher); NaN for n < 2."""
+    """Returns the 97.5 % quantile of Student's t with n - 1 degrees of freedom, to 0.001 (Cornish and Fisher 1938); NaN
+    for n < 2."""
     if n < 2:
         return math.nan
     if n - 1 <= len(STUDENT):
@@ -190,13 +203,16 @@ def _student(n: int) -> float:
 
 
 def _ratio(numerators: Floats, denominators: Floats) -> Floats:
-    """Sums over clusters, divided, of [n, m]; of [m] the quotient itself. NaN where there is nothing to divide by."""
+    """Returns the quotients [m] of sums over clusters [n, m], or of numbers [m]; NaN where there is nothing to divide
+    by.
+    """
     x, y = (a.sum(0) if a.ndim == 2 else a for a in (numerators, denominators))
     return np.divide(x, y, out=np.full(len(x), np.nan), where=y > 0)
 
 
 def _of_equal_size(active: NDArray[np.bool_], *arrays: Floats) -> Iterator[tuple[Ints, list[Floats]]]:
-    """Columns with the same number of active clusters, two at least: which, and of each array those clusters alone."""
+    """Yields columns with the same number of active clusters, two at least: which, and each array's rows of those
+    clusters alone."""
     sizes = active.sum(0)
     for n in np.unique(sizes[sizes > 1]):
         chosen = np.flatnonzero(sizes == n)
@@ -205,7 +221,7 @@ def _of_equal_size(active: NDArray[np.bool_], *arrays: Floats) -> Iterator[tuple
 
 
 def _limits_of_ratios(x: Floats, y: Floats, most: Floats, seed: int) -> Floats:
-    """Of sum x / sum y, [2, m]."""
+    """Returns the limits [2, m] of sum x / sum y."""
     total, largest = x.sum(0), most.sum(0)
     value, ceiling = total / y.sum(0), (most / y).max(0)
     nothing, everything = total == 0, total == largest
@@ -221,8 +237,16 @@ def _limits_of_ratios(x: Floats, y: Floats, most: Floats, seed: int) -> Floats:
 def _limits(
     value: Floats, factors: Floats, powers: Floats, ceiling: Floats, informative: Ints, seed: int
 ) -> tuple[Floats, Floats]:
-    """Of value [m] = product over k of (sum of factors[k] over the clusters) ** powers[k]; factors [factors, n, m],
-    powers that sum to 0. ceiling [m]: what the value can be at most. informative [m]: clusters that inform."""
+    """Returns the lower and the upper limits [m] of products over k of (sum of factors[k] over the clusters) **
+    powers[k].
+
+    value: [m], the products.
+    factors: [factors, n, m].
+    powers: [factors], which sum to 0.
+    ceiling: [m], what the values can be at most.
+    informative: [m], clusters that inform.
+    seed: of the resamples.
+    """
     n = factors.shape[1]
     shares = factors / factors.mean(1, keepdims=True)
     influence = np.tensordot(powers, shares, 1)  # [n, m], of the value's logarithm
@@ -238,7 +262,8 @@ def _limits(
 
 
 def _students(value: Floats, error: Floats, ceiling: Floats, t: float) -> tuple[Floats, Floats]:
-    """Limits on the scale of log(value / (1 - value / ceiling)), from relative standard errors."""
+    """Returns limits that are symmetric on the scale of log(value / (1 - value / ceiling)), from relative standard
+    errors."""
     room = np.maximum(1 - value / ceiling, np.finfo(float).eps)
     reach = np.exp(np.minimum(t * error / room, 600.0))
     odds = value / room
@@ -246,8 +271,8 @@ def _students(value: Floats, error: Floats, ceiling: Floats, t: float) -> tuple[
 
 
 def _studentised(shares: Floats, powers: Floats, seed: int) -> Floats:
-    """The 2.5 and 97.5 % quantiles of (resample - value) / standard error of the resample, [2, m]. shares: factors
-    over their means."""
+    """Returns the 2.5 and 97.5 % quantiles of (resample - value) / standard error of the resample, [2, m]. shares:
+    factors over their means."""
     count, n, m = shares.shape
     deviations = []
     for weights in _resamples(n, m, seed):
@@ -264,8 +289,8 @@ def _studentised(shares: Floats, powers: Floats, seed: int) -> Floats:
 
 
 def _resamples(n: int, m: int, seed: int) -> Iterator[Floats]:
-    """`NUM_RESAMPLES` draws of n clusters, some at a time: each cluster's share of the draw, [draws, n]. The same for
-    every m, which is how many statistics they are for."""
+    """Yields `NUM_RESAMPLES` draws of n clusters, some at a time: each cluster's share of the draw, [draws, n]. They
+    are the same for every m, the number of statistics that they are for."""
     generator = np.random.default_rng(seed)
     most = max(1, BLOCK // max(n, m))
     for start in range(0, NUM_RESAMPLES, most):
@@ -275,7 +300,7 @@ def _resamples(n: int, m: int, seed: int) -> Iterator[Floats]:
 
 
 def _tails(resamples: Floats) -> Floats:
-    """The 2.5 and 97.5 % quantiles over the first dimension."""
+    """Returns the 2.5 and 97.5 % quantiles over the first dimension."""
     return np.partition(resamples, TAILS, axis=0)[TAILS]
 
 

@@ -1,8 +1,8 @@
-"""Exact acceptance from the model's laws: what a verification rule accepts on average, without running it.
+"""Exact acceptance from the model's distributions: what a verification rule accepts on average, without running it.
 
-Shapes: n contexts, K drafts, V vocabulary. p [n, K, V] fp64: the target's laws before each draft. q [n, K, V] fp64: the
-laws that the drafts were drawn from, None where drafts are point masses (argmaxes; any rule, temperature 0 with p a
-point mass as well). drafts [n, K].
+Shapes: n contexts, K drafts, V vocabulary. p [n, K, V] fp64: the target's distributions before each draft.
+q [n, K, V] fp64: the distributions that the drafts were drawn from, None where drafts are point masses (argmaxes; any
+rule, temperature 0 with p a point mass as well). drafts [n, K].
 
 *Conditional*, alpha_i: the probability that draft i is accepted given the context, the drafts before it and their
 acceptance; the draft itself and the rule's noise are averaged out.
@@ -34,18 +34,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.config import Verification
+from specdec.config import VerificationRule
 
-ROWS = 8  # of a sort with its sums: they stay in the processor's cache
+ROWS = 8  # rows that are sorted and summed together: they stay in the processor's cache
 
 
 def overlap(p: Tensor, q: Tensor) -> Tensor:
-    """sum_x min(p(x), q(x)), [..., V] -> [...]."""
+    """Returns sum_x min(p(x), q(x)), [...], of p and q [..., V]."""
     return torch.minimum(p, q).sum(-1)
 
 
 def coupled_masses(p: Tensor, q: Tensor) -> Tensor:
-    """m(v) [..., V]: the probability that a draft and the target's token that share their noise are both v.
+    """Returns m(v), [..., V]: the probability that a draft and the target's token that share their noise are both v
+    (Daliri et al. 2024).
 
     max(p_w / p_v, q_w / q_v) is the first term where p_w / q_w >= p_v / q_v, so sums over tokens in the order of p / q
     give all m(v) in O(V log V).
@@ -66,12 +67,12 @@ def _coupled_masses(p: Tensor, q: Tensor) -> Tensor:
 
 
 def at_drafts(values: Tensor, drafts: Tensor) -> Tensor:
-    """values [n, K, V] of the drafts [n, K] -> [n, K]."""
+    """Returns the values [n, K] of the drafts [n, K], out of values [n, K, V]."""
     return values.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
 
 
-def conditional_acceptance(rule: Verification, p: Tensor, q: Tensor | None, drafts: Tensor) -> Tensor:
-    """alpha_i [n, K]."""
+def conditional_acceptance(rule: VerificationRule, p: Tensor, q: Tensor | None, drafts: Tensor) -> Tensor:
+    """Returns alpha_i, [n, K], see the module. rule: the verification rule; p, q, drafts: see the module."""
     if q is None:
         return at_drafts(p, drafts)
     if rule == "coupled":
@@ -82,8 +83,9 @@ def conditional_acceptance(rule: Verification, p: Tensor, q: Tensor | None, draf
     return (overlap(reached.unsqueeze(-1) * p, q) / reached).nan_to_num(0.0)
 
 
-def unconditional_acceptance(rule: Verification, p: Tensor, q: Tensor | None, drafts: Tensor) -> Tensor:
-    """A_i given the context, [n, K]: for sampled drafts an unbiased estimate, between 0 and 1."""
+def unconditional_acceptance(rule: VerificationRule, p: Tensor, q: Tensor | None, drafts: Tensor) -> Tensor:
+    """Returns A_i given the context, [n, K]: for sampled drafts an unbiased estimate, between 0 and 1. Parameters: as
+    of `conditional_acceptance`."""
     if q is None:
         return at_drafts(p, drafts).cumprod(-1)
     if rule == "coupled":
@@ -96,17 +98,18 @@ def unconditional_acceptance(rule: Verification, p: Tensor, q: Tensor | None, dr
 
 
 def mean_acceptance_length(unconditional: Tensor) -> Tensor:
-    """A_i [..., K] -> 1 + A_1 + ... + A_k for k = 1..K, [..., K]: tokens per verification, the last one included."""
+    """Returns 1 + A_1 + ... + A_k for k = 1..K, [..., K], of A_i [..., K]: tokens per verification, the last one
+    included."""
     return 1 + unconditional.cumsum(-1)
 
 
 def entropy(p: Tensor) -> Tensor:
-    """[..., V] -> [...], in nats."""
+    """Returns the entropy, [...] in nats, of distributions p [..., V]."""
     return -torch.xlogy(p, p).sum(-1)
 
 
 def _block_reached(ratios: Tensor) -> Tensor:
-    """p / q at the drafts, [n, K] -> r_0 .. r_{K-1}."""
+    """Returns r_0 .. r_{K-1} of block verification, [n, K], of p / q at the drafts, [n, K]."""
     reached = torch.ones_like(ratios)
     for i in range(1, ratios.shape[1]):
         reached[:, i] = (reached[:, i - 1] * ratios[:, i - 1]).clamp(max=1)
@@ -114,7 +117,7 @@ def _block_reached(ratios: Tensor) -> Tensor:
 
 
 def _products_before(factors: Tensor) -> Tensor:
-    """[n, K] -> the product of the factors before each, 1 for the first."""
+    """Returns the product of the factors [n, K] before each, [n, K]; 1 for the first."""
     products = torch.ones_like(factors)
     products[:, 1:] = factors[:, :-1].cumprod(-1)
     return products

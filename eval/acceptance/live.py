@@ -1,4 +1,4 @@
-"""Results for a terminal: as they come, with the time that is left, and all of them at the end."""
+"""Prints results on a terminal: as they come, with the time that is left, and all of them at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHORT = 0.1  # a part that took less than this share of the longest one was ther
 
 
 class LiveTable:
-    """What `run_acceptance` calls: `with LiveTable(console) as progress: run_acceptance(..., progress=progress)`.
+    """The progress of a run: `with LiveTable(console) as progress: run_acceptance(..., progress=progress)`.
 
     On a terminal a table of the cells finished last and a progress bar; elsewhere a line for every finished cell.
     """
@@ -61,6 +61,7 @@ class LiveTable:
         self._live.stop()
 
     def __call__(self, progress: Progress) -> None:
+        """Shows how far the run is: the `progress` of `run_acceptance`."""
         now = self.clock()
         if self.progress is not None:
             self._durations.append(now - self._at)
@@ -71,16 +72,18 @@ class LiveTable:
                 self.message(f"{progress.done}/{progress.total} {_line(self.cells[-1])}{self._left_text()}")
 
     def loading(self, what: str, done: int, total: int) -> None:
-        """The `loading` of `run_acceptance`, a line until the first part begins."""
+        """Shows how far the model is loaded, in a line until the first part begins: the `loading` of
+        `run_acceptance`."""
         self._loading = as_text(what, done, total)
 
     def message(self, text: str) -> None:
-        """One line, above the table."""
+        """Prints one line above the table."""
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     @property
     def seconds_left(self) -> float | None:
-        """At the mean pace of the parts that ran, those of an earlier run not counted; None before the first one."""
+        """Seconds until the end at the mean pace of the parts that ran, those of an earlier run not counted; None
+        before the first one."""
         longest = max(self._durations, default=0.0)
         ran = [d for d in self._durations if d > SHORT * longest]
         if self.progress is None or not ran:
@@ -93,7 +96,7 @@ class LiveTable:
         return "" if left is None else f", about {_duration(left)} left"
 
     def render(self) -> RenderableType:
-        """The table's end, as much as fits, and the bar."""
+        """Returns the end of the table, as much as fits, and the bar."""
         if self.progress is None:
             return Text(self._loading)
         rows = max(1, self.console.height - LINES_AROUND_TABLE)
@@ -113,7 +116,7 @@ class LiveTable:
 
 
 def print_results(document: dict[str, Any], console: Console) -> None:
-    """A table per temperature and batch size with its verdict, then the checks."""
+    """Prints a table per temperature and batch size with its verdict, then the checks."""
     for section in sections(document):
         table = _table(*COLUMNS, "draft 1")
         table.title = escape(section.name)
@@ -151,7 +154,7 @@ def _table(*columns: str) -> Table:
 
 
 def _row(cell: Cell) -> list[str]:
-    """What `COLUMNS` says."""
+    """Returns a cell's values of `COLUMNS` as text."""
     group, check = cell["all"], cell["check"]
     return [
         escape(rule_label(cell).removesuffix(" drafts")),
@@ -165,18 +168,18 @@ def _row(cell: Cell) -> list[str]:
 
 
 def _share(cell: Cell) -> str:
-    """The final loops' share of the output tokens."""
+    """Returns the final loops' share of the output tokens as text."""
     text = format_number(cell["all"]["final_loop_share"]["value"], ".0%")
     return f"[yellow]{text}[/]" if cell["warnings"] else text
 
 
 def _first_draft(cell: Cell) -> str:
-    """Its acceptance."""
+    """Returns the acceptance of draft 1 as text; empty for a plain cell."""
     return format_number(cell["all"]["conditional"][0]["value"], ".3f") if cell["all"]["conditional"] else ""
 
 
 def _line(cell: Cell) -> str:
-    """A finished cell in one line."""
+    """Returns a finished cell in one line."""
     group = cell["all"]
     parts = [cell_name(cell)]
     if speculative(cell):
@@ -189,7 +192,7 @@ def _line(cell: Cell) -> str:
 
 
 def _estimate(estimate: Estimate) -> str:
-    """Narrower than in prose: "1.93 (1.88-1.98)"."""
+    """Returns an estimate as text, narrower than in prose: "1.93 (1.88-1.98)"."""
     value, low, high = (format_number(estimate[name], ".2f") for name in ("value", "low", "high"))
     return f"{value} ({low}-{high})" if low and high else value
 

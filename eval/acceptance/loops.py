@@ -1,4 +1,4 @@
-"""Loops: how much of an output is one block of tokens, repeated to its end."""
+"""Finds loops: how much of an output is one block of tokens, repeated to its end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MIN_REPEATS = 3
 
 
 def final_loop(token_ids: Seq[int]) -> int:
-    """Number of tokens in the loop that `token_ids` ends in, 0 without one.
+    """Returns the number of tokens in the loop that `token_ids` ends in, 0 without one.
 
     A loop of period p is a run of tokens each of which equals the token p places before it in the run; it must hold its
     block of p tokens `MIN_REPEATS` times in full and may end in the middle of a block. The final loop is the longest

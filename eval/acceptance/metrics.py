@@ -1,4 +1,4 @@
-"""What the records of a cell show: every figure of a cell in results.json, with its interval.
+"""Computes every figure of a cell in results.json, with its interval, from the cell's records.
 
 K: drafts per verification. Position i counts for the unconditional acceptance A_i where a verification drafted i or
 more, for the conditional one alpha_i where moreover the i - 1 drafts before were accepted. Clusters of all intervals
@@ -25,118 +25,142 @@ ENTROPY_EDGES = np.array([0, 0.1, 0.25, 0.5, 1, 2, 3, 4, math.inf])  # nats
 PROBABILITY_EDGES = np.arange(11) / 10
 FIRST_POSITION_EDGES = (1, 8)  # output tokens; then doubling
 MAX_Z = 4.0
-MAX_LOOP_SHARE = 0.2  # of the output tokens; more is warned of
+MAX_LOOP_SHARE = 0.2  # share of the output tokens in final loops that is warned of
 
 
 @dataclass(frozen=True)
 class Group:
-    """Of all requests, or of one category's. conditional, unconditional [K].
-
-    mean_acceptance_length: 1 + accepted / verifications, the recovered or bonus token included. draft_efficiency:
-    accepted / drafted. block_efficiency: output tokens after the first commit per target forward that decided them.
-    tokens_per_s_per_request: mean over requests. speedup: seconds per token of plain decoding over those of this cell,
-    of requests that both have. ttft_s: mean time to the first token. final_loop_share: output tokens in final loops
-    (`specdec.eval.acceptance.loops`) over output tokens. tokens_per_s: output tokens per second of the cell's run,
-    prefill included; of all requests only.
-    """
+    """Figures of all requests of a cell, or of those of one category."""
 
     num_requests: int
+    """Requests."""
     num_verifications: int
+    """Verifications of at least one draft."""
     conditional: list[Estimate]
+    """[K]: acceptance of draft i, where the drafts before were accepted."""
     unconditional: list[Estimate]
+    """[K]: acceptance of draft i and of all before it."""
     mean_acceptance_length: Estimate
+    """1 + accepted / verifications, the recovered or bonus token included."""
     draft_efficiency: Estimate
+    """Accepted over drafted."""
     block_efficiency: Estimate
+    """Output tokens after the first commit per target forward that decided them."""
     tokens_per_s_per_request: Estimate
+    """Tokens per second of a request, after its first commit; the mean over requests."""
     speedup: Estimate
+    """Seconds per token of plain decoding over those of this cell, of requests that both have."""
     ttft_s: Estimate
+    """Seconds to the first token; the mean over requests."""
     final_loop_share: Estimate
+    """Output tokens in final loops (`specdec.eval.acceptance.loops`) over output tokens."""
     tokens_per_s: Estimate | None = None
+    """Output tokens per second of the cell's run, prefill included; None for a category."""
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Drafts for which a quantity was in [low, high), its mean, and their acceptance. high: None is no limit."""
+    """Drafts for which a quantity was in [low, high)."""
 
     low: float
+    """The quantity's lower limit."""
     high: float | None
+    """The quantity's upper limit; None for none."""
     num_drafts: int
+    """Number of drafts."""
     mean: float | None
+    """The quantity's mean over them; None without any."""
     acceptance: Estimate
+    """Their acceptance."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Acceptance of drafts reached, by a probability that each of them has.
-
-    ece: sum over bins n_b / n |acceptance - mean probability|.
-    bins: ten equal ones of the probability.
-    """
+    """Acceptance of drafts reached, by a probability that each of them has."""
 
     ece: Estimate
+    """Expected calibration error: the sum over bins of n_b / n |acceptance - mean probability|."""
     bins: list[Bin]
+    """Ten equal bins of the probability."""
 
 
 @dataclass(frozen=True)
 class CheckPosition:
-    """Acceptance of the drafts reached, observed and expected from the model's laws at the same contexts. z: how many
-    standard deviations of the accepted count lie between; None where it can only be one number and is another."""
+    """Acceptance of the drafts reached at one position, observed and expected from the model's own distributions."""
 
     position: int
+    """Position of the draft, from 1."""
     num_reached: int
+    """Drafts reached."""
     observed: float
+    """The share of them that was accepted."""
     expected: float
+    """The share that the model's distributions at the same contexts say."""
     z: float | None
+    """How many standard deviations of the accepted count lie between; None where it can only be one number and is
+    another."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Whether the engine accepts what the model's own laws say it should, at the same contexts.
+    """Whether the engine accepts what the model's own distributions say it should, at the same contexts.
 
     Given the past, each decision is a coin of known probability e: accepted - e are martingale differences, and z is
     standard normal whatever the dependence between requests and positions.
     """
 
     num_contexts: int
+    """Verifications that were checked."""
     num_other_drafts: int
+    """Drafts of the engine that are not the MTP layer's at the same contexts."""
     positions: list[CheckPosition]
+    """The figures by draft position."""
     passed: bool
+    """Whether all is as it should be."""
     message: str
+    """The verdict in words."""
 
 
 @dataclass(frozen=True)
 class CellMetrics:
     """A cell of results.json.
 
-    by_output_position: acceptance of draft 1 by output tokens before it.
-    by_entropy: of drafts reached, by that of the target's distribution there, in nats.
-    calibration: of drafts reached, by the confidence in them, the largest probability of the draft's distribution.
-    by_expected_acceptance: of drafts reached, by the probability that the rule accepts them, the draft averaged out.
-    alpha: [K], mean of sum min(p, q) at drafts reached.
-    by_prompt: counts that let runs be compared prompt by prompt.
-    warnings: why the figures may mislead.
-
-    by_entropy, calibration, by_expected_acceptance, check and alpha are of the verifications that were analysed.
+    by_entropy, calibration, by_expected_acceptance, check and alpha come from the verifications that were analysed.
     """
 
     cell: Cell
+    """The cell's settings."""
     num_requests: int
+    """Requests."""
     num_output_tokens: int
+    """Tokens generated."""
     num_target_forwards: int
+    """Target forwards that decided a token of a request, counted once for each request."""
     num_verifications: int
+    """Verifications of at least one draft."""
     all: Group
+    """Figures of all requests."""
     categories: dict[str, Group]
+    """Figures by category of prompts."""
     by_output_position: list[Bin]
+    """Acceptance of draft 1, by output tokens before it."""
     by_entropy: list[Bin]
+    """Acceptance of drafts reached, by the entropy of the target's distribution there, in nats."""
     calibration: Calibration
+    """Acceptance of drafts reached, by the confidence in them: the largest probability of the draft's distribution."""
     by_expected_acceptance: Calibration
+    """Acceptance of drafts reached, by the probability that the rule accepts them, the draft averaged out."""
     check: Check | None
+    """Acceptance against the model's own distributions; None where nothing was analysed."""
     alpha: list[Estimate]
+    """[K]: mean of sum min(p, q) at drafts reached."""
     by_prompt: ByPrompt
+    """Counts that let runs be compared prompt by prompt."""
     warnings: list[str]
+    """Why the figures may mislead."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As in results.json, the cell's settings first."""
+        """Returns the cell as in results.json, its settings first."""
         fields = asdict(self)
         settings: dict[str, Any] = fields.pop("cell")
         return settings | fields
@@ -153,9 +177,15 @@ def _warnings(group: Group) -> list[str]:
 
 
 def cell_metrics(cell: Cell, records: Seq[RequestRecord], plain: Seq[RequestRecord], wall_s: Seq[float]) -> CellMetrics:
-    """plain: records of `cell.plain`, which `speedup` compares with; without any it is null, and with a plain cell's
-    own records 1. wall_s [repeats]: how long the cell ran for each repeat. The order of records does not matter, not in
-    the last digit: a run that was resumed has them in another."""
+    """Computes a cell's figures. The order of records does not matter, not even in the last digit: a run that was
+    resumed has them in another.
+
+    cell: its settings.
+    records: its requests.
+    plain: records of `cell.plain`, which `speedup` compares with; without any it is null, and with a plain cell's own
+        records 1.
+    wall_s: [repeats], seconds that the cell ran for each repeat.
+    """
     records = sorted(records, key=lambda r: (r.prompt, r.turn, r.repeat))
     num_drafts, category = cell.num_speculative_tokens, np.array([r.category for r in records])
     prompts, cluster = np.unique([r.prompt for r in records], return_inverse=True)
@@ -219,12 +249,13 @@ def _group_of(sums: Sums, cluster: Ints, chosen: Bools) -> Group:
 
 
 def _numbered(labels: Seq[int] | Ints) -> Ints:
-    """From 0 on, in the order of the labels."""
+    """Returns labels [n] as numbers from 0 on, in the order of the labels."""
     return np.unique(labels, return_inverse=True)[1]
 
 
 def _total_speed(records: Seq[RequestRecord], wall_s: Seq[float]) -> Estimate:
-    """Over repeats, which are as independent as runs of one machine are."""
+    """Returns the tokens per second of whole runs. Its clusters are repeats, which are as independent as runs of one
+    machine are."""
     tokens = sum_by(
         np.array([r.repeat for r in records]), np.array([[r.num_output_tokens] for r in records]), len(wall_s)
     )
@@ -232,7 +263,7 @@ def _total_speed(records: Seq[RequestRecord], wall_s: Seq[float]) -> Estimate:
 
 
 def _by_output_position(verifications: Verifications, cluster: Ints) -> list[Bin]:
-    """Up to the last bin that any verification falls into."""
+    """Returns acceptance of draft 1 by output position, up to the last bin that any verification falls into."""
     position, edges = verifications.output_position, list(FIRST_POSITION_EDGES)
     while edges[-1] <= position.max(initial=0):
         edges.append(2 * edges[-1])
@@ -241,7 +272,11 @@ def _by_output_position(verifications: Verifications, cluster: Ints) -> list[Bin
 
 
 def _bins(cluster: Ints, quantity: Floats, accepted: Bools, edges: Floats) -> list[Bin]:
-    """Drafts [n] by the bin [edges[b], edges[b + 1]) that the quantity is in. Without drafts there are no bins."""
+    """Sorts drafts into the bins [edges[b], edges[b + 1]) of a quantity. Without drafts there are no bins.
+
+    cluster, quantity, accepted: [n], of each draft.
+    edges: [bins + 1], ascending.
+    """
     if len(cluster) == 0:
         return []
     counts, sums, hits = _by_cluster_and_bin(cluster, quantity, edges, np.ones(len(cluster)), quantity, accepted)
@@ -255,14 +290,16 @@ def _bins(cluster: Ints, quantity: Floats, accepted: Bools, edges: Floats) -> li
 
 
 def _by_cluster_and_bin(cluster: Ints, quantity: Floats, edges: Floats, *values: Floats | Bools) -> list[Floats]:
-    """Sums of each of the values [n], by [cluster, bin]. What is beyond the edges counts in the first or last bin."""
+    """Returns sums [clusters, bins] of each of the values [n]. What is beyond the edges counts in the first or last
+    bin."""
     n, bins = int(cluster.max()) + 1, len(edges) - 1
     place = cluster * bins + np.clip(np.searchsorted(edges, quantity, side="right") - 1, 0, bins - 1)
     return [sum_by(place, x[:, None], n * bins).reshape(n, bins) for x in values]
 
 
 def _calibration(drafts: Drafts, probability: Floats) -> Calibration:
-    """probability [n]: of each draft, from 0 to 1; what its acceptance is compared with. NaN is left out."""
+    """Compares the acceptance of drafts with a probability of each, [n], from 0 to 1; those whose probability is NaN
+    are left out."""
     known = ~np.isnan(probability)
     cluster, accepted, probability = drafts.cluster[known], drafts.accepted[known], probability[known]
     bins = _bins(cluster, probability, accepted, PROBABILITY_EDGES)
@@ -303,7 +340,12 @@ def _check(analyses: list[Analysis], drafts: Drafts) -> Check | None:
 
 
 def _check_position(position: int, accepted: Bools, expected: Floats) -> CheckPosition:
-    """Of drafts [n] at one position, from 0; expected: the probability of each."""
+    """Returns the figures of drafts [n] at one position.
+
+    position: from 0.
+    accepted: [n], whether each draft was accepted.
+    expected: [n], the probability of that.
+    """
     surplus, variance = float(accepted.sum() - expected.sum()), float((expected * (1 - expected)).sum())
     certain = 0.0 if surplus == 0 else None
     z = surplus / math.sqrt(variance) if variance > 0 else certain
@@ -314,10 +356,11 @@ def _message(worst: Seq[CheckPosition], num_contexts: int, num_other_drafts: int
     other = f"; {num_other_drafts:,} of the engine's drafts are not the model's" if num_other_drafts else ""
     if passed:
         largest = max((abs(p.z) for p in worst if p.z is not None), default=0.0)
-        return f"acceptance is what the model's laws say at {num_contexts:,} contexts, largest |z| {largest:.1f}{other}"
+        where = f"at {num_contexts:,} contexts, largest |z| {largest:.1f}"
+        return f"acceptance is what the model's distributions say {where}{other}"
     faults = ", ".join(
         f"{p.observed:.4f} of {p.num_reached:,} drafts at position {p.position} accepted, {p.expected:.4f} expected "
         + ("exactly" if p.z is None else f"(z = {p.z:.1f})")
         for p in worst
     )
-    return f"acceptance is not what the model's laws say at the same contexts: {faults}{other}"
+    return f"acceptance is not what the model's distributions say at the same contexts: {faults}{other}"

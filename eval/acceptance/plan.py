@@ -1,4 +1,4 @@
-"""What `specdec eval acceptance` measures: options, and the grid of cells that they span."""
+"""Options of `specdec eval acceptance`, and the grid of cells that they span."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, get_args
 
 from specdec import SpeculationParams
-from specdec.config import MAX_SPECULATIVE_TOKENS, MIN_TEMPERATURE, DraftSampling, Recycling, Verification
+from specdec.config import MAX_SPECULATIVE_TOKENS, MIN_TEMPERATURE, DraftMode, Recycling, VerificationRule
 
 MAX_BATCH_SIZE, MAX_TEMPERATURE, MAX_SEED = 256, 100.0, 2**32
 LEAST_PROMPTS_PER_ROUND, BATCHES_PER_ROUND = 4, 2
@@ -17,31 +17,39 @@ LEAST_PROMPTS_PER_ROUND, BATCHES_PER_ROUND = 4, 2
 
 @dataclass(frozen=True)
 class Settings:
-    """What both modes, generating and teacher-forced, are asked for.
-
-    prompts: names of sets or JSONL files, see `specdec.eval.prompts`. num_prompts: that many of them, categories in
-    turn (None: all). chat: apply the checkpoint's chat template. skip_bad: leave out bad lines, and prompts too long
-    for the context, instead of refusing them. mtp_recycling: "pre_norm" is an ablation, see
-    `specdec.config.EngineConfig`.
-    """
+    """What both modes, generating and teacher-forced, are asked for."""
 
     model: str = "bundled"
+    """The checkpoint, as `Engine.from_pretrained` takes it."""
     prompts: tuple[str, ...] = ("stdlib",)
+    """Names of sets or JSONL files, see `specdec.eval.prompts`."""
     num_prompts: int | None = None
+    """The most prompts, one of each category in turn; None: all."""
     num_speculative_tokens: tuple[int, ...] = (1, 2, 3, 5)
+    """Draft lengths, K."""
     temperatures: tuple[float, ...] = (0.0, 0.6, 1.0)
-    verification: tuple[Verification, ...] = ("coupled", "block", "token")
-    draft_sampling: tuple[DraftSampling, ...] = ("sampled",)
+    """Temperatures; 0 is greedy."""
+    verification: tuple[VerificationRule, ...] = ("coupled", "block", "token")
+    """Rules at temperature > 0."""
+    draft_sampling: tuple[DraftMode, ...] = ("sampled",)
+    """Ways of drafting at temperature > 0."""
     seed: int = 0
+    """Seed of everything that is drawn."""
     kernels: str = "auto"
+    """The backend, as `Engine.from_pretrained` takes it."""
     dtype: str = "auto"
+    """Dtype of the matrices, as `Engine.from_pretrained` takes it."""
     num_threads: int | None = None
+    """CPU threads; None leaves torch's own number."""
     mtp_recycling: Recycling = "post_norm"
+    """What the MTP layer recycles; "pre_norm" is an ablation, see `specdec.config.EngineConfig`."""
     chat: bool = False
+    """Whether the checkpoint's chat template is applied."""
     skip_bad: bool = False
+    """Whether bad lines, and prompts too long for the context, are left out instead of refused."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what is wrong with them."""
+        """Raises ValueError for settings that cannot be."""
         if not self.prompts:
             raise ValueError("prompts must name at least one set or file")
         if self.num_prompts is not None:
@@ -53,27 +61,29 @@ class Settings:
         for value in self.temperatures:
             if value != 0:
                 check_number("temperatures", value, MIN_TEMPERATURE, MAX_TEMPERATURE, ", or 0 for greedy decoding")
-        _check_choices("verification", self.verification, get_args(Verification))
-        _check_choices("draft_sampling", self.draft_sampling, get_args(DraftSampling))
+        _check_choices("verification", self.verification, get_args(VerificationRule))
+        _check_choices("draft_sampling", self.draft_sampling, get_args(DraftMode))
         _check_choices("mtp_recycling", (self.mtp_recycling,), get_args(Recycling))
 
 
 @dataclass(frozen=True)
 class AcceptanceOptions(Settings):
     """What to measure. Every temperature, batch size, rule, way of drafting and K is one cell, beside plain decoding of
-    the same temperature and batch size; at temperature 0 rules and ways of drafting are all the same.
-
-    max_tokens: of each output. repeats: of everything, with other seeds. check_contexts: verifications of each cell
-    whose exact laws are computed (0: none, no check). drafter: WHERE:NAME of one's own, which drafts in the MTP layer's
-    place (`specdec.eval.acceptance.own_drafter`); its drafts are point masses, so draft_sampling must be "greedy".
-    """
+    the same temperature and batch size; at temperature 0 rules and ways of drafting are all the same."""
 
     num_prompts: int | None = 36
+    """The most prompts, one of each category in turn; None: all."""
     batch_sizes: tuple[int, ...] = (1, 8)
+    """Requests at once."""
     max_tokens: int = 256
+    """The most tokens of each output."""
     repeats: int = 1
+    """Passes through everything, with other seeds."""
     check_contexts: int = 800
+    """Verifications of each cell whose exact distributions are computed; 0: none, and no check."""
     drafter: str | None = None
+    """WHERE:NAME of a drafter of the user's own, which drafts in the MTP layer's place
+    (`specdec.eval.acceptance.own_drafter`); its drafts are point masses, so draft_sampling must be "greedy"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,12 +112,12 @@ class AcceptanceOptions(Settings):
             )
 
     def request_seed(self, prompt: int, turn: int, repeat: int) -> int:
-        """The same in every cell, so that cells are compared on the same noise."""
+        """Returns a request's seed, which is the same in every cell, so that cells are compared on the same noise."""
         return derived_seed(self.seed, prompt, turn, repeat)
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """By temperature and batch size; the plain cell of each comes first."""
+        """All cells by temperature and batch size; the plain cell of each comes first."""
         return [cell for t in self.temperatures for b in self.batch_sizes for cell in self._cells_of(t, b)]
 
     def _cells_of(self, temperature: float, batch_size: int) -> list[Cell]:
@@ -122,18 +132,23 @@ class AcceptanceOptions(Settings):
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination. verification, draft_sampling: "greedy" at temperature 0. num_speculative_tokens: 0 is plain
-    decoding, sampled as coupled verification does it: its tokens are then those of the coupled cells."""
+    """One combination of settings."""
 
     temperature: float
+    """The temperature."""
     batch_size: int
+    """Requests at once."""
     verification: str
+    """The rule; "greedy" at temperature 0."""
     draft_sampling: str
+    """The way of drafting; "greedy" at temperature 0."""
     num_speculative_tokens: int
+    """K; 0 is plain decoding, sampled as coupled verification does it: its tokens are then those of the coupled
+    cells."""
 
     @property
     def name(self) -> str:
-        """For file names and messages."""
+        """A name for files and messages, which no other cell has."""
         temperature = str(float(self.temperature)).removesuffix(".0")
         rule = f"{self.verification}-{self.draft_sampling}" if self.num_speculative_tokens else "plain"
         return f"t{temperature}-b{self.batch_size}-k{self.num_speculative_tokens}-{rule}"
@@ -146,6 +161,7 @@ class Cell:
 
     @property
     def speculation(self) -> SpeculationParams:
+        """The speculation of its requests."""
         if self.temperature == 0:
             return SpeculationParams(self.num_speculative_tokens)
         settings: Any = self.verification, self.draft_sampling
@@ -153,13 +169,13 @@ class Cell:
 
 
 def derived_seed(*parts: int) -> int:
-    """64 bits that belong to a seed and what it is for."""
+    """Returns a seed of 64 bits that is derived from another one and from what it is for."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
 
 
 def rounds(num_prompts: int, batch_size: int) -> list[range]:
-    """Prompts that a cell completes before the next cell's turn comes: a slow moment of the machine meets all of them,
-    and batches stay full for most of a round."""
+    """Returns the prompts of each round, which a cell completes before the next cell's turn comes: a slow moment of the
+    machine meets all cells, and batches stay full for most of a round."""
     wanted = max(LEAST_PROMPTS_PER_ROUND, BATCHES_PER_ROUND * batch_size)
     num_rounds = max(1, round(num_prompts / wanted))
     limits = [num_prompts * i // num_rounds for i in range(num_rounds + 1)]
@@ -167,6 +183,7 @@ def rounds(num_prompts: int, batch_size: int) -> list[range]:
 
 
 def check_number(name: str, value: float, low: float, high: float, remedy: str = "") -> None:
+    """Raises ValueError unless a value is from low to high. remedy: what the message ends with."""
     if not low <= value <= high:
         raise ValueError(f"{name} = {value} must be from {low:g} to {high:g}{remedy}")
 

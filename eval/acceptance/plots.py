@@ -24,7 +24,7 @@ STYLE = {
 }  # fmt: skip
 WIDTH, PANEL_HEIGHT, MARGIN = 5.0, 2.4, 1.1  # inches
 TITLE_CHARACTERS = 64
-MAX_LABEL_CHARACTERS = 36  # of all labels of an axis side by side
+MAX_LABEL_CHARACTERS = 36  # the most characters of all labels of an axis side by side
 # By verification; "experts" is the chart of experts.
 LOOKS = {
     "greedy": ("#000000", "D"), "coupled": ("#0072B2", "o"), "block": ("#D55E00", "s"), "token": ("#009E73", "^"),
@@ -34,7 +34,7 @@ OTHER_LOOK = ("#CC79A7", "v")
 
 
 def draw(chart: Chart) -> bytes:
-    """The chart as an SVG file; the same bytes for the same chart."""
+    """Returns the chart as an SVG file; the same bytes for the same chart."""
     file = io.BytesIO()
     with matplotlib.style.context(["default", STYLE]):
         figure_of(chart).savefig(file, format="svg", metadata={"Date": None})
@@ -42,7 +42,7 @@ def draw(chart: Chart) -> bytes:
 
 
 def figure_of(chart: Chart) -> Figure:
-    """One panel above the other, with the same axes."""
+    """Returns a figure that has one panel above the other, with the same axes."""
     figure = Figure(figsize=(WIDTH, MARGIN + PANEL_HEIGHT * len(chart.panels)), layout="constrained")
     figure.suptitle(chart.title, fontsize=11, fontweight="bold")
     rows = figure.subplots(len(chart.panels), 1, sharex=True, sharey=True, squeeze=False)
@@ -69,7 +69,7 @@ def _draw_panel(axes: Axes, chart: Chart, panel: Panel) -> None:
 
 
 def _label(figure: Figure, axes: Axes, chart: Chart) -> None:
-    """The axes of all panels, which share them; `axes` is that at the bottom."""
+    """Labels the axes that all panels share; `axes` is that at the bottom."""
     axes.set_xlabel(chart.x_label)
     figure.supylabel(chart.y_label, fontsize="medium")
     if chart.ticks:
@@ -81,7 +81,7 @@ def _label(figure: Figure, axes: Axes, chart: Chart) -> None:
 
 
 def _draw_series(axes: Axes, series: Series, shift: float) -> None:
-    """Gaps where there is no value; intervals as vertical lines."""
+    """Draws a series, with gaps where there is no value, and intervals as vertical lines."""
     colour, marker = LOOKS.get(series.key[0], OTHER_LOOK)
     greedy_drafts = series.key[1] == "greedy" != series.key[0]
     xs = np.array([p.x for p in series.points]) + shift

@@ -1,4 +1,5 @@
-"""The model's laws after given contexts, without generating: the target's p and the MTP layer's q of chains of drafts.
+"""Computes the model's distributions after given contexts, without generating: the target's p and the MTP layer's q of
+chains of drafts.
 
 Where the engine has no MTP layer, or another drafter in its place, drafts are given, and there is p alone.
 
@@ -31,37 +32,44 @@ from specdec.step.batch import Extend, build_batch
 
 PREFILL_ROWS = 1024
 CACHE_BYTES = 2**28
-LOGITS_ELEMENTS = 2**22  # of one chunk of contexts
+LOGITS_ELEMENTS = 2**22  # the most logits of one chunk of contexts
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Tokens whose rows lie in the reader's pages from `first_page` on. pairs [len - 1, H]: the MTP layer's outputs,
-    None without one."""
+    """A text that was read, whose rows lie in the reader's pages."""
 
     token_ids: list[int]
+    """Its tokens."""
     first_page: int
+    """The page of its first token; those of the others follow."""
     pairs: DecoderOutput | None
+    """[len - 1, H]: the MTP layer's outputs; None without that layer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """The first `start` >= 2 tokens of a text; draft 1 is a guess for token number `start`, counted from 0."""
+    """The first tokens of a text."""
 
     text: Text
+    """The text."""
     start: int
+    """How many tokens, at least 2. Draft 1 is a guess for token number `start`, counted from 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """target, draft [n, K, V]: logits before each draft, in at least fp32. drafts [n, K]. choices [n, K]: what the MTP
-    layer drafts after the drafts before; equal to `drafts` unless those were given. draft and choices are None without
-    an MTP layer."""
+    """Chains of K drafts after n contexts."""
 
     target: Tensor
+    """[n, K, V]: the target's logits before each draft, in at least fp32."""
     draft: Tensor | None
+    """[n, K, V]: the MTP layer's logits before each draft, in at least fp32; None without that layer."""
     drafts: Tensor
+    """[n, K]: the drafts."""
     choices: Tensor | None
+    """[n, K]: what the MTP layer drafts after the drafts before; equal to `drafts` unless those were given.
+    None without that layer."""
 
 
 class Reader:
@@ -84,7 +92,7 @@ class Reader:
 
     @torch.inference_mode()
     def read(self, texts: Seq[list[int]]) -> list[Text]:
-        """Runs texts of 2 to `max_len` tokens, `capacity` in all; those read before are lost."""
+        """Runs texts of 2 to `max_len` tokens, `capacity` tokens in all; texts that were read before are lost."""
         assert sum(map(len, texts)) <= self.capacity, "more tokens than pages"
         read, page = [], self._own_pages
         for token_ids in texts:
@@ -93,7 +101,7 @@ class Reader:
         return read
 
     def groups(self, texts: Seq[list[int]]) -> Iterator[range]:
-        """Runs of texts, by number, that can be read together."""
+        """Yields the numbers of consecutive texts that can be read together."""
         first, used = 0, 0
         for number, token_ids in enumerate(texts):
             if used + len(token_ids) > self.capacity:
@@ -105,10 +113,15 @@ class Reader:
 
     @torch.inference_mode()
     def chains(self, contexts: Seq[Context], rows: RowSampling, num_drafts: int, given: Tensor | None = None) -> Chains:
-        """Chains of `num_drafts` >= 1 after up to `max_contexts` contexts; start + num_drafts <= `max_len`.
+        """Returns chains of drafts after contexts, with the logits before each draft.
 
-        rows: how each draws draft 1; positions advance by one per draft. given [n, K]: drafts to take instead, so that
-        every law is that after the given drafts before. Without an MTP layer they must be given.
+        contexts: up to `max_contexts`.
+        rows: [n], how draft 1 is drawn; positions advance by one per draft.
+        num_drafts: K >= 1; start + num_drafts is at most `max_len`.
+        given: [n, K], drafts to take instead, so that every distribution is that after the given drafts before. Without
+            an MTP layer they must be given.
+
+        Raises ModelError where the MTP layer's logits are not finite.
         """
         draft, drafts, choices = self._draft(contexts, rows, num_drafts, given)
         before = [[c.text.token_ids[c.start - 1], *d[:-1]] for c, d in zip(contexts, drafts.tolist())]
@@ -117,7 +130,8 @@ class Reader:
 
     @torch.inference_mode()
     def run_target(self, contexts: Seq[Context], token_ids: Seq[list[int]]) -> Tensor:
-        """One forward over tokens [n] of up to K + 1 from the contexts' last ones on -> hidden states [T, H]."""
+        """Runs one forward of the target; returns hidden states [T, H]. token_ids: [n] of up to K + 1, the tokens of
+        each context from its last one on."""
         extends = [
             Extend(ids, c.start - 1, self._page_table(c, own))
             for own, (c, ids) in enumerate(zip(contexts, token_ids, strict=True))
@@ -128,8 +142,8 @@ class Reader:
     def _draft(
         self, contexts: Seq[Context], rows: RowSampling, num_drafts: int, given: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """-> logits [n, K, V], drafts, choices [n, K]. Step by step, unlike the engine's fused chain: so drafts can be
-        given, and each of the two is checked by the other."""
+        """Returns logits [n, K, V], drafts and choices [n, K]. It goes step by step, unlike the engine's fused chain:
+        so drafts can be given, and each of the two is checked by the other."""
         if self.mtp is None:
             assert given is not None, "no MTP layer drafts: give drafts"
             return None, given.to(self.cache.device), None
@@ -154,7 +168,8 @@ class Reader:
         return torch.stack(logits, 1), drafts, torch.stack(choices, 1)
 
     def _pairs(self, token_ids: list[int], page: int) -> DecoderOutput | None:
-        """The MTP layer's outputs for all pairs of a text, if there is one, and the rows of both in the cache."""
+        """Returns the MTP layer's outputs for all pairs of a text, None without that layer; leaves the rows of both in
+        the cache."""
         table = list(range(page, page + len(token_ids)))
         outputs = []
         for start in range(0, len(token_ids), PREFILL_ROWS):
@@ -171,7 +186,7 @@ class Reader:
         return DecoderOutput(torch.cat([o.normed for o in outputs]), torch.cat([o.unnormed for o in outputs]))
 
     def _page_table(self, context: Context, own: int) -> list[int]:
-        """The text's pages before the context's last token, then those of the `own`-th context."""
+        """Returns the text's pages before the context's last token, then those of the `own`-th context."""
         shared = context.text.first_page
         per_context = self._own_pages // self.max_contexts
         first = own * per_context
@@ -179,7 +194,7 @@ class Reader:
 
 
 def _last_pairs(contexts: Seq[Context]) -> DecoderOutput:
-    """The MTP layer's outputs [n, H] for the last pair of each context."""
+    """Returns the MTP layer's outputs [n, H] for the last pair of each context."""
     normed, unnormed = [], []
     for c in contexts:
         assert c.text.pairs is not None, "the text was read without the MTP layer"

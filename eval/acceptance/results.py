@@ -1,4 +1,4 @@
-"""results.json: written whole, checked when read. docs/results.md describes every field."""
+"""Writes results.json whole, and checks it when it is read. docs/results.md describes every field."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ REMEDY = "make it anew with `specdec eval acceptance`"
 
 
 def write_results(document: dict[str, Any], folder: Path) -> Path:
-    """Writes results.json, numbers that are not finite as null. ValueError where the document is not one of `VERSION`,
-    so that what is written can be read."""
+    """Writes results.json, with null for numbers that are not finite, and returns its path. Raises ValueError where the
+    document is not one of `VERSION`, so that what is written can be read."""
     path = folder / RESULTS_NAME
     document = finite(document)
     _check(document, path)
@@ -35,7 +35,8 @@ def write_results(document: dict[str, Any], folder: Path) -> Path:
 
 
 def read_results(path: Path | str) -> dict[str, Any]:
-    """The document of a results.json, or of the folder it lies in. ValueError names the file, the fault, the remedy."""
+    """Returns the document of a results.json, given the file or its folder. Raises ValueError naming the file, the
+    fault, the remedy."""
     path = Path(path)
     path = path / RESULTS_NAME if path.is_dir() else path
     try:
@@ -76,14 +77,17 @@ def _check(document: Any, path: Path) -> None:
 
 
 def utc_now() -> str:
-    """The time, ISO 8601, UTC, to the second."""
+    """Returns the time in UTC as ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def provenance(engine: Engine, command: str, started: str, *, sha256: str | None = None) -> dict[str, Any]:
-    """What was measured, on what, by what; `finished` is now.
+    """Returns what was measured, on what, by what; `finished` is now.
 
-    command: as typed. started: of `utc_now`. sha256: of `checkpoint_sha256`, where it is known already.
+    engine: the one that was measured.
+    command: as typed.
+    started: what `utc_now` returned at the beginning.
+    sha256: what `checkpoint_sha256` returns, where it is known already.
     """
     index, machine = engine.checkpoint.index, describe_machine(engine)
     return {
@@ -104,7 +108,7 @@ def provenance(engine: Engine, command: str, started: str, *, sha256: str | None
 
 
 def checkpoint_sha256(index: CheckpointIndex) -> str:
-    """One hash of config.json and all weight files: that of the lines that `sha256sum` prints of them.
+    """Returns one hash of config.json and all weight files: that of the lines that `sha256sum` prints of them.
 
     In the folder: `LC_ALL=C sha256sum config.json *.safetensors | sha256sum`. Reads every byte of the checkpoint.
     """

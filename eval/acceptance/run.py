@@ -1,8 +1,9 @@
 """Runs all cells, one after the other and beside their plain cells, and puts the document together.
 
 Within a temperature and batch size every cell completes some of the prompts, then the next cell its turn, so that a
-slow moment of the machine meets all of them. The exact laws behind a cell's verifications are computed between the
-turns, never while the clock runs. Whatever is finished is on disk at once, and a run that was stopped goes on from it.
+slow moment of the machine meets all of them. The exact distributions behind a cell's verifications are computed between
+the turns, never while the clock runs. Whatever is finished is on disk at once, and a run that was stopped goes on from
+it.
 """
 
 from __future__ import annotations
@@ -41,25 +42,34 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True)
 class Progress:
-    """Parts done of all parts, what comes next, and the cell that has just been finished, if one has."""
+    """How far a run is."""
 
     done: int
+    """Parts done."""
     total: int
+    """All parts."""
     what: str
+    """The part that comes next."""
     finished: CellMetrics | None = None
+    """The cell that has just been finished, if one has."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A cell's round: prompts by index."""
+    """A cell's round."""
 
     cell: Cell
+    """The cell."""
     repeat: int
+    """Number of the repeat, from 0."""
     number: int
+    """Number of the round, from 0."""
     prompts: range
+    """Its prompts, by index."""
 
     @property
     def name(self) -> str:
+        """A name that no other part has."""
         return part_name(self.cell, self.repeat, self.number)
 
 
@@ -72,10 +82,15 @@ def run_acceptance(
     progress: Callable[[Progress], None] = lambda _: None,
     loading: Loading = silent,
 ) -> dict[str, Any]:
-    """Measures everything -> the document of results.json.
+    """Measures everything; returns the document of results.json.
 
-    folder: keeps what is finished; resume: goes on from what it holds. command: as typed.
+    options: what to measure.
+    folder: keeps what is finished.
+    resume: whether to go on from what the folder holds.
+    command: as typed.
+    progress: hears how far the run is.
     loading: hears how far the model is loaded, before `progress` hears anything.
+
     Raises ValueError for options that do not fit the checkpoint, a drafter that cannot be used, prompts that do not fit
     the context, and a folder with other results; CheckpointError for a checkpoint that has no MTP layer where no other
     drafter is given.
@@ -94,7 +109,7 @@ def run_acceptance(
 
 
 class Run:
-    """Engines that share one model, prompts, and the store."""
+    """A run: engines that share one model, prompts, and the store."""
 
     def __init__(
         self,
@@ -117,7 +132,7 @@ class Run:
         self._warm: set[int] = set()
 
     def cells(self) -> list[CellMetrics]:
-        """Runs what is not there yet."""
+        """Runs what is not there yet; returns the figures of all cells."""
         parts = list(self._parts())
         done: dict[Cell, Records] = {cell: Records(self.options.repeats) for cell in self.options.cells}
         left = {cell: sum(part.cell == cell for part in parts) for cell in self.options.cells}
@@ -134,7 +149,7 @@ class Run:
         return [metrics[cell] for cell in self.options.cells]
 
     def experts(self) -> dict[str, Any] | None:
-        """Measured on requests of their own: greedy where a temperature is 0, else of the first temperature."""
+        """Counts experts on requests of their own: greedy where a temperature is 0, else of the lowest temperature."""
         if not self.store.has(EXPERTS_NAME):
             options = replace(self.options, max_tokens=min(EXPERT_TOKENS, self.options.max_tokens))
             k, batch_size = max(options.num_speculative_tokens), max(options.batch_sizes)
@@ -150,7 +165,7 @@ class Run:
         return experts_document
 
     def _parts(self) -> Iterator[Part]:
-        """In the order in which they run."""
+        """Yields all parts, in the order in which they run."""
         options = self.options
         for repeat in range(options.repeats):
             for first in (cell for cell in options.cells if cell.num_speculative_tokens == 0):
@@ -159,7 +174,7 @@ class Run:
                     yield from (Part(cell, repeat, number, prompts) for cell in beside)
 
     def _finished(self, part: Part) -> dict[str, Any]:
-        """The part's document, made if it is not there."""
+        """Returns the part's document, which is made if it is not there."""
         if not self.store.has(part.name):
             self._warm_up(part.cell.batch_size)
             engine = self._drafting(part.cell.batch_size, part.cell.name)
@@ -170,7 +185,7 @@ class Run:
         return self.store.load(part.name)
 
     def _num_contexts(self, part: Part) -> int:
-        """This part's share of `check_contexts`, none of plain decoding."""
+        """Returns this part's share of `check_contexts`; 0 for plain decoding."""
         if part.cell.num_speculative_tokens == 0:
             return 0
         share = self.options.check_contexts / (len(self.prompts.prompts) * self.options.repeats)
@@ -209,7 +224,7 @@ class Run:
         return replace(metrics, check=with_exact_drafts(metrics.check))
 
     def _identity(self) -> dict[str, Any]:
-        """All that results depend on."""
+        """Returns all that results depend on."""
         return {
             **asdict(self.options),
             "drafter_sha256": None if self.own is None else self.own.sha256,
@@ -221,19 +236,20 @@ class Run:
 
 
 class Records:
-    """What a cell has shown so far; wall_s by repeat."""
+    """What a cell has shown so far: its requests, and the seconds `wall_s` that it ran, by repeat."""
 
     def __init__(self, repeats: int) -> None:
         self.records: list[RequestRecord] = []
         self.wall_s = [0.0] * repeats
 
     def add(self, part: Part, document: dict[str, Any]) -> None:
+        """Adds a part that is finished."""
         self.records += map(as_record, document["records"])
         self.wall_s[part.repeat] += document["wall_s"]
 
 
 def with_exact_drafts(check: Check) -> Check:
-    """On row-invariant kernels every draft must be the model's own, to the bit."""
+    """Returns a check that fails for any draft that is not the model's own, as is due on row-invariant kernels."""
     if check.num_other_drafts == 0:
         return check
     message = f"{check.num_other_drafts} drafts are not those of the MTP layer at the same contexts: {check.message}"
@@ -241,7 +257,7 @@ def with_exact_drafts(check: Check) -> Check:
 
 
 def _prompts_sha256(prompts: PromptSet) -> str:
-    """Hash of all turns and categories, in order: prompt number i of two sets with the same hash is the same."""
+    """Returns a hash of all turns and categories, in order: sets with the same hash have the same prompts."""
     turns = json.dumps([[p.turns, p.category] for p in prompts.prompts])
     return hashlib.sha256(turns.encode()).hexdigest()
 
@@ -260,14 +276,15 @@ def _load(options: AcceptanceOptions, own: DrafterSource | None, loading: Loadin
     activations = engine.runtime.model.target.kernels.activation_dtype
     if options.check_contexts > 0 and activations not in (torch.float32, torch.float64):
         raise ValueError(
-            f"dtype = {options.dtype!r} computes in {activations}, in which a law depends on the batch by about 1e-2: "
-            "acceptance cannot be checked against it; choose dtype = 'float32' or check_contexts = 0"
+            f"dtype = {options.dtype!r} computes in {activations}, in which a distribution depends on the batch by "
+            "about 1e-2: acceptance cannot be checked against it; choose dtype = 'float32' or check_contexts = 0"
         )
     return engine
 
 
 def _load_prompts(options: AcceptanceOptions, engine: Engine) -> PromptSet:
-    """Those that are asked for and whose first turn fits the context with its output."""
+    """Returns the prompts that are asked for and whose first turn fits the context with its output. Raises ValueError
+    for one that does not, unless such prompts are left out, and where none is left."""
     prompts = load_prompts(options.prompts, skip_bad=options.skip_bad).up_to(options.num_prompts)
     kept: list[Prompt] = []
     for prompt in prompts.prompts:

@@ -1,4 +1,4 @@
-"""The shape of results.json, version 1, as data, and the comparison of a document with it. See docs/results.md."""
+"""Describes the shape of results.json, version 1, and compares a document with it. See docs/results.md."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ SCHEMA, VERSION = "specdec.acceptance", 1
 
 @dataclass(frozen=True)
 class OrNull:
-    """What `shape` says, or null."""
+    """A value of a shape, or null."""
 
     shape: Any
+    """The shape."""
 
 
 @dataclass(frozen=True)
 class ByName:
-    """An object with names of the user's choice, each with what `shape` says."""
+    """An object with names of the user's choice, all of one shape."""
 
     shape: Any
+    """The shape of each value."""
 
 
 @dataclass(frozen=True)
 class Added:
-    """What `shape` says, in a field that documents of earlier releases lack."""
+    """A field that documents of earlier releases lack."""
 
     shape: Any
+    """The shape of its value."""
 
 
 # A dict: an object with at least these fields. A list of one: a list of such. A type, or several: a value of them.
@@ -81,7 +84,7 @@ NAMES = {int: "an integer", NUMBER: "a number", str: "a string", bool: "true or 
 
 
 def faults(document: Any) -> Iterator[str]:
-    """What is wrong with `document`, a field at a time; nothing where it is as it should be."""
+    """Yields what is wrong with `document`, a field at a time; nothing where it is as it should be."""
     yield from _faults(document, DOCUMENT, "")
 
 

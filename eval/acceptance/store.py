@@ -1,4 +1,4 @@
-"""The output folder: what is finished lies there whole, so that a run that was stopped anywhere can go on.
+"""Keeps what is finished in the output folder, whole, so that a run that was stopped anywhere can go on.
 
 run.json          what is being measured, with what, since when
 cells/NAME.json   records of one cell, repeat and round; NAME is `part_name`'s
@@ -23,11 +23,12 @@ RUN_NAME, CELLS_NAME = "run.json", "cells"
 
 
 def part_name(cell: Cell, repeat: int, number: int) -> str:
+    """Returns the name of a cell's round. repeat, number: of the repeat and of the round, from 0."""
     return f"{cell.name}.repeat{repeat}.round{number}"
 
 
 class Store:
-    """What is finished. `started`: when the run began, before any interruption."""
+    """The parts of a run that are finished. `started`: when the run began, before any interruption."""
 
     def __init__(self, folder: Path, started: str) -> None:
         self.folder, self.started = folder, started
@@ -35,7 +36,11 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path, identity: dict[str, Any], *, resume: bool) -> Store:
-        """identity: all that results depend on, JSON; a run goes on only where it is the same.
+        """Opens a folder.
+
+        folder: made where it is not there.
+        identity: all that results depend on, as JSON; a run goes on only where it is the same.
+        resume: whether to go on from what the folder holds.
 
         Raises ValueError for a folder with results unless resume, and for results of something else.
         """
@@ -60,12 +65,15 @@ class Store:
         return cls(folder, started)
 
     def has(self, name: str) -> bool:
+        """Returns whether a part is finished."""
         return self._path(name).exists()
 
     def save(self, name: str, document: dict[str, Any]) -> None:
+        """Writes a part that is finished."""
         write_whole(self._path(name), json.dumps(document))
 
     def load(self, name: str) -> dict[str, Any]:
+        """Reads a part that is finished."""
         document: dict[str, Any] = json.loads(self._path(name).read_text(encoding="utf-8"))
         return document
 
@@ -82,7 +90,7 @@ def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
 
 
 def as_document(record: RequestRecord) -> dict[str, Any]:
-    """JSON; NaN stays NaN."""
+    """Returns a record as JSON; NaN stays NaN."""
     document = {f.name: getattr(record, f.name) for f in fields(record)}
     if record.analysis is not None:
         document["analysis"] = {f.name: getattr(record.analysis, f.name) for f in fields(Analysis)}
@@ -90,6 +98,7 @@ def as_document(record: RequestRecord) -> dict[str, Any]:
 
 
 def as_record(document: dict[str, Any]) -> RequestRecord:
+    """Returns the record that `as_document` made a document of."""
     values = dict(document)
     for name in ("starts", "num_drafted", "num_accepted"):
         values[name] = np.array(values[name], np.int64)

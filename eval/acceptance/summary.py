@@ -1,4 +1,4 @@
-"""What a results document says first: the best settings, the failed checks; and how its values are written."""
+"""Sums a results document up: the best settings, the failed checks; and writes its values."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, get_args
 
-from specdec.config import Verification
+from specdec.config import VerificationRule
 
-RULES = get_args(Verification)
+RULES = get_args(VerificationRule)
 Cell = dict[str, Any]
 SeriesKey = tuple[str, str]  # verification, draft sampling
 Estimate = dict[str, float | None]
@@ -16,14 +16,18 @@ Estimate = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Section:
-    """The cells of one temperature and batch size: plain decoding first, then by rule, drafts and K."""
+    """The cells of one temperature and batch size."""
 
     temperature: float
+    """Their temperature."""
     batch_size: int
+    """Their batch size."""
     cells: list[Cell]
+    """The cells: plain decoding first, then by rule, drafts and K."""
 
     @property
     def name(self) -> str:
+        """Temperature and batch size in words."""
         return f"temperature {self.temperature:g}, batch size {self.batch_size}"
 
     @property
@@ -81,7 +85,7 @@ def _setting(cell: Cell) -> str:
 
 
 def _limits(estimate: Estimate) -> tuple[float, float]:
-    """Of the interval; without one, the value."""
+    """Returns the limits of the interval; without one, the value twice."""
     low, high = (estimate["value"] if estimate[name] is None else estimate[name] for name in ("low", "high"))
     assert low is not None
     assert high is not None
@@ -89,7 +93,7 @@ def _limits(estimate: Estimate) -> tuple[float, float]:
 
 
 def sections(document: dict[str, Any]) -> list[Section]:
-    """By temperature, then batch size."""
+    """Returns the cells of a document by temperature, then batch size."""
 
     def place(cell: Cell) -> tuple[float, int]:
         return cell["temperature"], cell["batch_size"]
@@ -102,20 +106,23 @@ def sections(document: dict[str, Any]) -> list[Section]:
 
 
 def speculative(cell: Cell) -> bool:
+    """Returns whether a cell drafts."""
     return bool(cell["num_speculative_tokens"] > 0)
 
 
 def series_key(cell: Cell) -> SeriesKey:
+    """Returns a cell's verification and draft sampling."""
     return cell["verification"], cell["draft_sampling"]
 
 
 def series_order(key: SeriesKey) -> tuple[int, SeriesKey]:
-    """The rules in the order of `Verification`, greedy verification and unknown rules before them."""
+    """Returns what to sort series by: rules in the order of `RULES`, greedy verification and unknown rules before
+    them."""
     return RULES.index(key[0]) if key[0] in RULES else -1, key
 
 
 def rule_label(cell: Cell) -> str:
-    """ "plain", "coupled", or "coupled, greedy drafts"; at temperature 0 everything is greedy."""
+    """Returns "plain", "coupled", "coupled, greedy drafts" or the like; at temperature 0 everything is greedy."""
     if not speculative(cell):
         return "plain"
     verification, drafts = series_key(cell)
@@ -123,42 +130,49 @@ def rule_label(cell: Cell) -> str:
 
 
 def rule_name(cell: Cell) -> str:
-    """ "plain decoding", "coupled verification", or "coupled verification of greedy drafts"."""
+    """Returns "plain decoding", "coupled verification", "coupled verification of greedy drafts" or the like."""
     label, *drafts = rule_label(cell).split(", ", 1)
     return f"{label} {'verification' if speculative(cell) else 'decoding'}" + "".join(f" of {d}" for d in drafts)
 
 
 def cell_name(cell: Cell) -> str:
-    """All settings of a cell in words."""
+    """Returns all settings of a cell in words."""
     k = f", K = {cell['num_speculative_tokens']}" if speculative(cell) else ""
     return f"temperature {cell['temperature']:g}, batch size {cell['batch_size']}, {rule_name(cell)}{k}"
 
 
 def failed_checks(document: dict[str, Any]) -> list[Cell]:
+    """Returns the cells whose acceptance is not what the model's own distributions say."""
     return [c for c in document["cells"] if c["check"] is not None and not c["check"]["passed"]]
 
 
 def check_verdict(document: dict[str, Any]) -> str:
-    """One sentence about all checks."""
+    """Returns one sentence about all checks."""
     checked = [c for c in document["cells"] if c["check"] is not None]
     failed = failed_checks(document)
     if not checked:
-        return "Acceptance was not checked against the model's own laws."
+        return "Acceptance was not checked against the model's own distributions."
     if failed:
-        return f"{len(failed)} of {len(checked)} checks against the model's own laws FAILED."
-    return f"All {len(checked)} checks of acceptance against the model's own laws passed."
+        return f"{len(failed)} of {len(checked)} checks against the model's own distributions FAILED."
+    return f"All {len(checked)} checks of acceptance against the model's own distributions passed."
 
 
 def estimate_text(estimate: Estimate, form: str, interval: str = "") -> str:
-    """ "1.93 (1.88 to 1.98)"; empty where there is no value. interval: said before the limits."""
+    """Returns an estimate as "1.93 (1.88 to 1.98)"; empty where there is no value.
+
+    form: how numbers are written, as `format` takes it.
+    interval: words before the limits.
+    """
     value, limits = format_number(estimate["value"], form), interval_text(estimate, form)
     return f"{value} ({interval}{limits})" if limits else value
 
 
 def interval_text(estimate: Estimate, form: str) -> str:
+    """Returns an estimate's interval as "1.88 to 1.98"; empty where there is none."""
     low, high = format_number(estimate["low"], form), format_number(estimate["high"], form)
     return f"{low} to {high}" if low and high else ""
 
 
 def format_number(value: float | None, form: str) -> str:
+    """Returns a number as text; empty for None."""
     return "" if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""Acceptance by rule, way of drafting, temperature and K from chains of drafts at many contexts.
+"""Adds up acceptance by rule, way of drafting, temperature and K from chains of drafts at many contexts.
 
 Noise of the rules and the last draft are averaged out (`specdec.eval.acceptance.laws`). Intervals are over texts.
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from specdec import SpeculationParams
-from specdec.config import DraftSampling, Verification
+from specdec.config import DraftMode, VerificationRule
 from specdec.eval.acceptance.analyse import Drawing, laws_of
 from specdec.eval.acceptance.intervals import Estimate, ratios
 from specdec.eval.acceptance.laws import unconditional_acceptance
@@ -28,23 +28,26 @@ from specdec.kernels.operations import Operations
 
 @dataclass(frozen=True)
 class Proposal:
-    """One way of drafting at every context. temperatures: of the laws that its drafts serve; of sampled ones the one
-    that they were drawn at."""
+    """One way of drafting at every context."""
 
-    draft_sampling: DraftSampling
+    draft_sampling: DraftMode
+    """Whether drafts are drawn or argmaxes."""
     temperatures: tuple[float, ...]
+    """Temperatures of the target that its drafts serve; for sampled ones the one that they were drawn at."""
 
     @property
     def name(self) -> str:
+        """A name that no other way of drafting has."""
         return "greedy" if self.draft_sampling == "greedy" else f"sampled-{self.temperatures[0]!r}"
 
     def drawing(self, temperature: float) -> Drawing:
-        """With independent noise at every context: that of the rejection rules."""
+        """Returns how drafts are drawn at a temperature, with independent noise at every context: that of the rejection
+        rules."""
         return Drawing(temperature, SpeculationParams(1, "token", self.draft_sampling))
 
 
-def proposals(temperatures: Seq[float], draft_sampling: Seq[DraftSampling]) -> list[Proposal]:
-    """The ways of drafting that these need; at temperature 0 drafts are greedy in any case."""
+def proposals(temperatures: Seq[float], draft_sampling: Seq[DraftMode]) -> list[Proposal]:
+    """Returns the ways of drafting that these settings need; at temperature 0 drafts are greedy in any case."""
     greedy = tuple(t for t in temperatures if t == 0 or "greedy" in draft_sampling)
     found = [Proposal("greedy", greedy)] if greedy else []
     return found + [Proposal("sampled", (t,)) for t in temperatures if t > 0 and "sampled" in draft_sampling]
@@ -52,24 +55,31 @@ def proposals(temperatures: Seq[float], draft_sampling: Seq[DraftSampling]) -> l
 
 @dataclass(frozen=True)
 class Setting:
-    """verification, draft_sampling: "greedy" at temperature 0."""
+    """One combination of settings."""
 
     temperature: float
+    """Temperature of target and drafts."""
     verification: str
+    """The rule; "greedy" at temperature 0."""
     draft_sampling: str
+    """Whether drafts are "sampled" or "greedy"."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. unconditional, conditional [K]: A_i, and A_i / A_{i-1}. mean_acceptance_length: by K, the last token
-    of each verification included."""
+    """The figures of one setting."""
 
     setting: Setting
+    """The setting."""
     unconditional: list[Estimate]
+    """[K]: A_i, the probability that at least i drafts are accepted."""
     conditional: list[Estimate]
+    """[K]: A_i / A_{i-1}."""
     mean_acceptance_length: dict[int, Estimate]
+    """Tokens per verification, the last one included, by K."""
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns a document for JSON."""
         lengths = [{"num_speculative_tokens": k, **asdict(e)} for k, e in self.mean_acceptance_length.items()]
         return {
             **asdict(self.setting),
@@ -88,9 +98,16 @@ class Tally:
         self._sums: dict[Setting, Floats] = {}  # [texts, K]
 
     def add(
-        self, proposal: Proposal, chains: Chains, texts: Ints, rules: Seq[Verification], kernels: Operations
+        self, proposal: Proposal, chains: Chains, texts: Ints, rules: Seq[VerificationRule], kernels: Operations
     ) -> None:
-        """The proposal's chains at contexts [n] of the texts with these numbers [n]."""
+        """Adds chains of drafts.
+
+        proposal: how they were drafted.
+        chains: the drafts at n contexts, with the logits.
+        texts: [n], number of each context's text.
+        rules: the rules to compute acceptance of.
+        kernels: compute the softmax as the engine does.
+        """
         for temperature in proposal.temperatures:
             p, q = laws_of(chains, proposal.drawing(temperature), kernels)
             if temperature == 0:
@@ -103,7 +120,7 @@ class Tally:
                 self._add(Setting(temperature, rule, proposal.draft_sampling), texts, accepted)
 
     def rows(self, lengths: Seq[int]) -> list[Row]:
-        """By temperature; lengths: the K of mean_acceptance_length."""
+        """Returns the figures by temperature. lengths: the K of mean_acceptance_length."""
         settings = sorted(self._counts, key=lambda setting: setting.temperature)
         return [_row(setting, self._counts[setting], self._sums[setting], lengths) for setting in settings]
 
@@ -127,7 +144,7 @@ def _row(setting: Setting, counts: Floats, sums: Floats, lengths: Seq[int]) -> R
 
 
 def print_rows(title: str, rows: Seq[Row], out: Console) -> None:
-    """One line per setting: conditional acceptance by draft position, then tokens per verification by K."""
+    """Prints one line per setting: conditional acceptance by draft position, then tokens per verification by K."""
     table = Table(title=title, title_justify="left")
     lengths = list(rows[0].mean_acceptance_length) if rows else []
     positions = range(1, len(rows[0].conditional) + 1) if rows else []

@@ -1,8 +1,9 @@
-"""Acceptance on given text, without generating: what every rule and every K would give.
+"""Computes acceptance on given text, without generating: what every rule and every K would give.
 
-At contexts all over the texts a chain of K drafts is drawn from the MTP layer's laws, and the target's laws before each
-draft are computed; `specdec.eval.acceptance.laws` has what follows from them. Averages are over positions of the texts.
-An engine's own iterations start elsewhere, after rejections, and in text of its own: its figures are others.
+At contexts all over the texts a chain of K drafts is drawn from the MTP layer's distributions, and the target's
+distributions before each draft are computed; `specdec.eval.acceptance.laws` has what follows from them. Averages are
+over positions of the texts. An engine's own iterations start elsewhere, after rejections, and in text of its own: its
+figures are others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from specdec import Engine
-from specdec.config import DraftSampling
+from specdec.config import DraftMode
 from specdec.errors import CheckpointError
 from specdec.eval.acceptance.plan import Settings, check_number, derived_seed
 from specdec.eval.acceptance.replay import Chains, Context, Reader
@@ -25,17 +26,18 @@ from specdec.eval.prompts import Prompt, load_prompts
 from specdec.kernels.progress import Progress, silent
 
 SCHEMA, VERSION = "specdec.teacher_forced", 1
-"""(contexts done, of how many)"""
 
 
 @dataclass(frozen=True)
 class TeacherOptions(Settings):
-    """What to compute. Texts are the prompts' first turns, cut at the context's length. Their contexts are those of
-    every `stride`-th position; of them `max_contexts` at most, evenly spaced (None: all)."""
+    """What to compute. Texts are the prompts' first turns, cut at the context's length."""
 
-    draft_sampling: tuple[DraftSampling, ...] = ("sampled", "greedy")
+    draft_sampling: tuple[DraftMode, ...] = ("sampled", "greedy")
+    """Ways of drafting."""
     stride: int = 4
+    """Contexts are those of every so many positions."""
     max_contexts: int | None = None
+    """The most contexts, evenly spaced; None: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,26 +47,37 @@ class TeacherOptions(Settings):
 
     @property
     def num_drafts(self) -> int:
+        """Drafts of a chain: the largest K."""
         return max(self.num_speculative_tokens)
 
 
 @dataclass(frozen=True)
 class ForcedAcceptance:
-    """What was found. provenance, options, prompts: as in results.json."""
+    """What was found."""
 
     provenance: dict[str, Any]
+    """What was measured, on what, by what; see docs/results.md."""
     options: dict[str, Any]
+    """The options."""
     prompts: dict[str, Any]
+    """The prompt set; see docs/results.md."""
     num_contexts: int
+    """Contexts that were looked at."""
     rows: list[Row]
+    """The figures by setting."""
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns a document for JSON."""
         fields = {name: getattr(self, name) for name in ("provenance", "options", "prompts", "num_contexts")}
         return {"schema": SCHEMA, "version": VERSION, **fields, "rows": [row.as_dict() for row in self.rows]}
 
 
 def teacher_forced(options: TeacherOptions, *, command: str = "", progress: Progress = silent) -> ForcedAcceptance:
-    """Looks at all contexts.
+    """Computes acceptance at all contexts.
+
+    options: what to compute.
+    command: as typed.
+    progress: hears of loading and of the contexts.
 
     Raises ValueError for options that do not fit the checkpoint, CheckpointError for a checkpoint at fault.
     """
@@ -83,10 +96,12 @@ def teacher_forced(options: TeacherOptions, *, command: str = "", progress: Prog
 
 @dataclass(frozen=True)
 class Place:
-    """A context: the first `start` tokens of the text with that number."""
+    """A context: the first tokens of a text."""
 
     text: int
+    """Number of the text."""
     start: int
+    """How many tokens."""
 
 
 class Teacher:
@@ -108,7 +123,8 @@ class Teacher:
         self.places = self._places()
 
     def chains(self, progress: Progress) -> Iterator[tuple[Proposal, range, Chains]]:
-        """At some of the contexts at a time, which the range numbers, those of every proposal."""
+        """Yields the chains of every proposal at some contexts at a time; the range has the numbers of these
+        contexts."""
         numbers = sorted({place.text for place in self.places})
         texts = np.array([place.text for place in self.places])
         for group in self.reader.groups([self.texts[number] for number in numbers]):

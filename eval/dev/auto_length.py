@@ -1,4 +1,4 @@
-"""Draft length "auto" against every fixed one on the wall clock, paired and interleaved.
+"""Compares draft length "auto" with every fixed one on the wall clock, paired and interleaved.
 
     python -m specdec.eval.dev.auto_length [--model bundled] [--planted 0.3,0.7,1 --size tiny] [--batch-sizes 1,4,16]
                                        [--temperatures 0,1] [--max-tokens 128] [--repeats 5] [--threads N]
@@ -38,14 +38,18 @@ PROMPT_TOKENS, NUM_RESAMPLES = 64, 2000
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of paired ratios and its 95 % interval."""
+    """The median of paired ratios."""
 
     median: float
+    """The median."""
     low: float
+    """The lower limit of its 95 % bootstrap interval."""
     high: float
+    """The upper limit."""
 
     @classmethod
     def of(cls, rates: list[float], baseline: list[float]) -> Ratio:
+        """Returns the median of rates[i] / baseline[i]."""
         ratios = np.array(rates) / np.array(baseline)
         chosen = np.random.default_rng(0).integers(len(ratios), size=(NUM_RESAMPLES, len(ratios)))
         low, high = np.quantile(np.median(ratios[chosen], axis=1), [0.025, 0.975])
@@ -57,18 +61,22 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tokens per second [repeats] of each length, in the same order of repeats; what "auto" chose, by length."""
+    """What one engine did with all lengths."""
 
     rates: dict[NumSpeculativeTokens, list[float]]
+    """[repeats]: tokens per second of each length, in the same order of repeats."""
     chosen: list[int]
+    """How often "auto" chose each length."""
     step_error: float | None
+    """Median relative error of the predicted step times."""
 
     @property
     def best_fixed(self) -> NumSpeculativeTokens:
+        """The fixed length that has the highest median."""
         return max((k for k in self.rates if k != AUTO), key=lambda k: float(np.median(self.rates[k])))
 
     def row(self) -> list[str]:
-        """The cells of the table."""
+        """Returns the cells of the table."""
         plain, best, total = self.rates[0], self.best_fixed, max(1, sum(self.chosen))
         cells = [f"{np.median(plain):.0f}", *(str(Ratio.of(self.rates[k], plain)) for k in LENGTHS if k != 0)]
         chosen = " ".join(f"{k}: {100 * n / total:.0f}%" for k, n in enumerate(self.chosen) if n >= 0.005 * total)
@@ -79,6 +87,8 @@ class Comparison:
 def compare(
     engine: Engine, prompts: list[list[int]], temperature: float, max_tokens: int, num_repeats: int
 ) -> Comparison:
+    """Completes the prompts with every length, `num_repeats` times after one that is not counted."""
+
     def repeat(number: int) -> dict[NumSpeculativeTokens, float]:
         lengths = random.Random(number).sample(LENGTHS, len(LENGTHS))
         return {k: _rate(engine, prompts, k, temperature, max_tokens, seed=number) for k in lengths}
@@ -118,7 +128,7 @@ def _rate(
 
 @contextmanager
 def _checkpoints(model: str, acceptances: list[float], size: str) -> Iterator[list[tuple[str, str]]]:
-    """Names and folders; planted checkpoints exist while it is entered."""
+    """Yields names and folders; planted checkpoints exist while the context is entered."""
     with tempfile.TemporaryDirectory(prefix="specdec-planted-") as folder:
         found = [(model, model)]
         for acceptance in acceptances:

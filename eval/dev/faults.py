@@ -14,22 +14,29 @@ from specdec.step.verify import TargetResult
 
 
 class InjectedError(RuntimeError):
-    pass
+    """A fault on purpose."""
 
 
 class Fault(Enum):
-    """Where it strikes: before the draft stage, in it, after the target's forward; of a stage that knows the row it
-    failed for; in the commit of one request. All but the last two fail every request of their step."""
+    """Where a fault strikes. All but the last two fail every request of their step."""
 
     BEFORE_DRAFT = "before draft"
+    """Before the draft stage."""
     AFTER_DRAFT = "after draft"
+    """After the MTP layer has run."""
     AFTER_FORWARD = "after forward"
+    """After the target's forward."""
     ROW = "row"
+    """After the target's forward, as a fault of one request's row."""
     COMMIT = "commit"
+    """During the commit of one request."""
 
 
 class FaultPlan:
-    """Puts itself around the core's stages. failed: the ids of the requests that the faults so far struck."""
+    """Makes stages fail as planned, by taking their places in the core.
+
+    failed: the ids of the requests that the faults so far struck.
+    """
 
     def __init__(self, core: EngineCore) -> None:
         self.failed: set[str] = set()
@@ -39,10 +46,11 @@ class FaultPlan:
         core.drafter = core.verifier = self
 
     def plan(self, request_id: str, fault: Fault, nth: int) -> None:
-        """At the request's nth step, if it lives so long."""
+        """Plans a fault at the request's nth step, if it lives so long."""
         self._planned[request_id] = (fault, nth)
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
+        """Drafts, and raises InjectedError where a fault is due."""
         self._due = {}
         for row, s in enumerate(scheduled):
             planned = self._planned.pop(s.sequence.request_id, None)
@@ -56,6 +64,7 @@ class FaultPlan:
         return result
 
     def verify(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> TargetResult:
+        """Verifies, and raises InjectedError, or RowsError with it, where a fault is due."""
         result = self._verifier.verify(scheduled, drafts)
         self._strike(Fault.AFTER_FORWARD, scheduled)
         if Fault.ROW in self._due:

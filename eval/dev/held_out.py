@@ -1,4 +1,4 @@
-"""The figures of the bundled checkpoint's card, on modules that no training step saw.
+"""Measures the figures of the bundled checkpoint's card, on modules that no training step saw.
 
     python -m specdec.eval.dev.held_out [--model bundled] [--json FILE]
 
@@ -35,35 +35,45 @@ from specdec.model.bundled.train import encode
 from specdec.model.config import Glm4MoeConfig
 
 NUM_DRAFT_TOKENS, MAX_TOKENS = 3, 128
-NUM_WINDOWS, WINDOW = 32, 512  # of the training's own evaluation
+NUM_WINDOWS, WINDOW = 32, 512  # as in the training's own evaluation
 
 
 @dataclass(frozen=True)
 class TextFigures:
-    """draft_agreement: how often the MTP layer's first draft is the target's greedy choice, on this text.
-    expert_load[layer][expert]: share of a layer's routed tokens, times the number of experts (1 = even)."""
+    """Figures of the whole held-out text."""
 
     num_documents: int
+    """Documents."""
     num_tokens: int
+    """Tokens that were scored."""
     num_bytes: int
+    """Bytes of the text."""
     nats_per_token: float
+    """Cross-entropy of the target."""
     bits_per_byte: float
+    """The same in bits, per byte of text."""
     draft_agreement: float
+    """How often the MTP layer's first draft is the target's greedy choice."""
     expert_load: dict[str, list[float]]
+    """Each expert's share of a layer's routed tokens, times the number of experts (1 = even), by layer."""
 
 
 @dataclass(frozen=True)
 class WindowFigures:
-    """On the windows that training evaluates: nats per token, and how often the first draft is the target's choice."""
+    """Figures of the windows that training evaluates."""
 
     num_windows: int
+    """Windows."""
     length: int
+    """Tokens of a window."""
     nats_per_token: float
+    """Cross-entropy of the target."""
     draft_agreement: float
+    """How often the MTP layer's first draft is the target's greedy choice."""
 
 
 class ExpertCounter:
-    """Counts the experts that every layer of target and MTP layer chooses, while it is entered."""
+    """Counts the experts that every layer of target and MTP layer chooses, while the context is entered."""
 
     def __init__(self, engine: Engine) -> None:
         model = engine.runtime.model
@@ -90,11 +100,13 @@ class ExpertCounter:
                     self.counts[name] = torch.bincount(ids.flatten(), minlength=self.num_experts)
 
     def load(self) -> dict[str, list[float]]:
+        """Returns each expert's share of a layer's routed tokens, times the number of experts, by layer."""
         return {name: (c / c.sum() * len(c)).tolist() for name, c in self.counts.items()}
 
 
 def documents_of(engine: Engine) -> list[Document]:
-    """The held-out documents that the checkpoint lists, from this interpreter's standard library."""
+    """Returns the held-out documents that the checkpoint lists, from this interpreter's standard library. Raises
+    SystemExit where one is missing."""
     listed = json.loads((engine.checkpoint.folder / "held_out.json").read_text(encoding="utf-8"))
     found = {d.name: d for d in load_documents() if d.held_out}
     if missing := [name for name in listed if name not in found]:
@@ -106,7 +118,7 @@ def documents_of(engine: Engine) -> list[Document]:
 
 @torch.inference_mode()
 def measure_text(engine: Engine, documents: list[Document]) -> TextFigures:
-    """Every token of every document is scored, with up to a context's length of tokens before it."""
+    """Scores every token of every document, with up to a context's length of tokens before it."""
     start_token = min(engine.checkpoint.eos_token_ids)  # documents follow the end of another in training
     nats, num_tokens, agreed, num_drafts = 0.0, 0, 0, 0
     with ExpertCounter(engine) as counter:
@@ -130,7 +142,7 @@ def measure_text(engine: Engine, documents: list[Document]) -> TextFigures:
 
 
 def _score_window(engine: Engine, window: list[int]) -> tuple[float, int]:
-    """-> nats of all tokens after the first, and how many first drafts equal the target's choice."""
+    """Returns the nats of all tokens after the first, and how many first drafts equal the target's choice."""
     scored = torch.tensor(window[1:])
     if len(window) == 2:  # a single row has no pair to draft from
         logits = teacher_forced(engine.runtime, window)[0][:1]
@@ -142,7 +154,7 @@ def _score_window(engine: Engine, window: list[int]) -> tuple[float, int]:
 
 @torch.inference_mode()
 def measure_windows(engine: Engine, documents: list[Document]) -> WindowFigures:
-    """The windows of `specdec.model.bundled.train.evaluate`, and the positions that it compares."""
+    """Scores the windows of `specdec.model.bundled.train.evaluate`, at the positions that it compares."""
     tokens = encode(engine.checkpoint.folder / "tokenizer.json", documents).tolist()
     stride = (len(tokens) - WINDOW - 1) // NUM_WINDOWS
     nats, agreed = 0.0, 0.0
@@ -156,7 +168,7 @@ def measure_windows(engine: Engine, documents: list[Document]) -> WindowFigures:
 
 
 def measure_acceptance(model: str) -> list[dict[str, Any]]:
-    """The cells with drafts, as in results.json."""
+    """Returns the cells with drafts, as in results.json. Raises SystemExit where a check fails."""
     options = AcceptanceOptions(
         model=model, num_prompts=None, num_speculative_tokens=(NUM_DRAFT_TOKENS,), temperatures=(0.0, 1.0),
         verification=("token",), batch_sizes=(32,), max_tokens=MAX_TOKENS,
@@ -164,11 +176,12 @@ def measure_acceptance(model: str) -> list[dict[str, Any]]:
     with TemporaryDirectory() as folder:
         document = run_acceptance(options, Path(folder) / "acceptance")
     if failed := failed_checks(document):
-        raise SystemExit(f"acceptance is not what the model's laws say: {failed}")
+        raise SystemExit(f"acceptance is not what the model's distributions say: {failed}")
     return [cell for cell in document["cells"] if cell["num_speculative_tokens"] > 0]
 
 
 def markdown(text: TextFigures, windows: WindowFigures, cells: list[dict[str, Any]], config: Glm4MoeConfig) -> str:
+    """Returns all figures as Markdown tables."""
     where = f"{windows.num_windows} windows of {windows.length} tokens"
     lines = [
         "| held-out text | |",
@@ -194,7 +207,7 @@ def markdown(text: TextFigures, windows: WindowFigures, cells: list[dict[str, An
 
 
 def _figure(estimate: dict[str, float], digits: int) -> str:
-    """With its 95 % interval."""
+    """Returns an estimate as text, with its 95 % interval."""
     value, low, high = (f"{estimate[name]:.{digits}f}" for name in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 

@@ -1,4 +1,4 @@
-"""One linear layer by number of rows, over at least 1 GB of different weights, against torch and the read bandwidth.
+"""Times one linear layer by number of rows, over at least 1 GB of different weights, against torch and the bandwidth.
 
     python -m specdec.eval.dev.linear [--dtype bfloat16] [--size 4096] [--architecture native]
 
@@ -26,6 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 
 
 def median_s(calls: Iterable[Callable[[], object]]) -> float:
+    """Returns the median seconds of these calls, each made once."""
     times = []
     for call in calls:
         start = time.perf_counter()

@@ -17,7 +17,7 @@ MIN_CHARACTERS = 2000
 
 
 def excerpts(document: Document, count: int) -> Iterator[str]:
-    """`count` excerpts of whole lines, evenly spaced, each with at least as much text again after it."""
+    """Yields `count` excerpts of whole lines, evenly spaced, each with at least as much text again after it."""
     usable = len(document.text) - PROMPT_CHARACTERS
     for i in range(count):
         end = (
@@ -28,6 +28,7 @@ def excerpts(document: Document, count: int) -> Iterator[str]:
 
 
 def stdlib_prompts() -> list[Prompt]:
+    """Returns the set, categories in turn."""
     held_out = [d for d in load_documents() if d.held_out and len(d.text) >= MIN_CHARACTERS and d.text.isascii()]
     by_category: dict[str, list[Prompt]] = {}
     for kind in ("module", "package", "test"):
@@ -40,6 +41,7 @@ def stdlib_prompts() -> list[Prompt]:
 
 
 def as_line(prompt: Prompt) -> str:
+    """Returns a prompt as a line of JSONL."""
     return json.dumps({"prompt": prompt.prompt, "category": prompt.category, "source": prompt.source}) + "\n"
 
 

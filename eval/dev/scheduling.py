@@ -1,5 +1,5 @@
-"""What a step costs beside the model: scheduling, pages, prefix cache, commit and statistics, by the number of requests
-that run.
+"""Measures what a step costs beside the model: scheduling, pages, prefix cache, commit and statistics, by the number of
+requests that run.
 
     python -m specdec.eval.dev.scheduling [--batch-sizes 1,2,4,8,16,32,64] [--steps 600] [-k 3] [--warm]
 
@@ -45,16 +45,23 @@ class StepCost:
     """Microseconds of one step, all requests together."""
 
     batch_size: int
-    schedule_us: float  # medians
+    """Requests that run."""
+    schedule_us: float
+    """Median of scheduling."""
     commit_us: float
+    """Median of the commit, with what the scheduler does after it."""
     statistics_us: float
-    median_us: float  # of all
+    """Median of the engine's statistics."""
+    median_us: float
+    """Median of all three together."""
     mean_us: float
+    """Mean of all three together."""
     p99_us: float
+    """99 % quantile of all three together."""
 
 
 class _NoText(OutputText):
-    """Text is not the scheduler's business."""
+    """No text at all: it is not the scheduler's business."""
 
     def __init__(self) -> None: ...
 
@@ -66,7 +73,7 @@ class _NoText(OutputText):
 
 
 class _Load:
-    """`batch_size` requests run at any time."""
+    """Keeps `batch_size` requests running at any time."""
 
     def __init__(self, batch_size: int, k: int) -> None:
         self.rng, self.k, self.batch_size = random.Random(0), k, batch_size
@@ -108,7 +115,12 @@ def _nothing_to_measure(wrong: CostTable | None) -> CostTable:
 
 
 def measure(batch_size: int, num_steps: int, k: int, *, warm: bool) -> StepCost:
-    """num_steps steps after as many tokens as a request has."""
+    """Times `num_steps` steps, after as many steps as a request has tokens.
+
+    batch_size: requests that run.
+    k: draft tokens per step.
+    warm: whether the processor's caches are left as they are between steps.
+    """
     load = _Load(batch_size, k)
     scheduler, draft_length, stats = load.scheduler, load.draft_length, load.stats
     cache = np.zeros(CACHE_BYTES, np.uint8)

@@ -1,4 +1,4 @@
-"""A checkpoint of 8 tokens, for `make certify`.
+"""Writes a checkpoint of 8 tokens, for `make certify`.
 
 python -m specdec.eval.dev.small FOLDER [--seed 0]
 """
@@ -26,11 +26,15 @@ SMALL_HIDDEN, SMALL_NOISE, SMALL_SHARPNESS = 32, 1.5, 0.07
 
 
 def write_small_checkpoint(folder: Path, seed: int = 0, vocab_size: int = MIN_VOCAB_SIZE) -> None:
-    """A model of so few tokens that contexts come again and again, with every part of the architecture.
+    """Writes a model of so few tokens that contexts come again and again, with every part of the architecture.
 
     Its layers write little to the residual stream, its head maps each token's embedding to that of another one, with
-    laws flat enough to visit everything, and the MTP layer's projection is so noisy that drafts are accepted now and
-    then. `folder` must be new.
+    distributions flat enough to visit everything, and the MTP layer's projection is so noisy that drafts are accepted
+    now and then.
+
+    folder: must be new.
+    seed: of all weights.
+    vocab_size: number of tokens.
     """
     config = _small_config(vocab_size)
     folder.mkdir(parents=True)
@@ -62,7 +66,7 @@ def _small_config(vocab_size: int) -> dict[str, Any]:
 
 
 def _small_tensors(config: Glm4MoeConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """By the checkpoint's names."""
+    """Returns the tensors by the checkpoint's names."""
     tensors = {}
     for name, shape in tensor_shapes(config).items():
         noise = torch.randn(shape, generator=generator)

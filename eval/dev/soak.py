@@ -1,5 +1,5 @@
-"""Many requests from many clients on one `AsyncEngine`, some of them aborted and some with a fault in a step: nothing
-hangs, nothing leaks, and every other request gets the tokens that it gets alone.
+"""Runs many requests from many clients on one `AsyncEngine`, some of them aborted and some with a fault in a step, and
+checks that nothing hangs, nothing leaks, and every other request gets the tokens that it gets alone.
 
 python -m specdec.eval.dev.soak [--requests 10000] [--clients 64] [--model FOLDER] [--seed 0]
 
@@ -31,36 +31,53 @@ from specdec.request.sequence import Sequence
 
 NUM_CASES, VOCAB_SIZE, MAX_PROMPT, MAX_TOKENS = 400, 64, 160, 128
 NUM_PAGES = 72  # of 8 tokens: two requests of full length, so that others are preempted
-LONG = 24  # tokens of those that are aborted or fail, so that most of them live to see it
+LONG = 24  # tokens of requests that are aborted or fail, so that most of them live to see it
 PATIENCE_S = 120.0  # a request without news for so long hangs
-MAX_GROWTH_MIB = 32  # of the process, after the first tenth of the requests
+MAX_GROWTH_MIB = 32  # growth of the process that is allowed, after the first tenth of the requests
 ABORTS = ("leave", "abort", "cancel", "deadline")
 
 
 @dataclass(frozen=True)
 class SoakOptions:
+    """What to run."""
+
     num_requests: int = 10_000
+    """Requests in all."""
     num_clients: int = 64
+    """Clients, each with one request at a time."""
     abort_share: float = 0.05
+    """Share of the requests that are aborted in some way."""
     fault_share: float = 0.01
+    """Share of the requests that a fault is planned for."""
     seed: int = 0
+    """Seed of everything that is drawn."""
 
 
 @dataclass
 class SoakReport:
-    """outcomes: of requests, by what became of them. problems: what should not be, the first of them."""
+    """What happened."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
+    """Number of requests, by what became of them."""
     num_tokens: int = 0
+    """Tokens that clients received."""
     num_failed_steps: int = 0
+    """Steps that failed."""
     mean_acceptance_length: float | None = None
+    """Tokens per verification."""
     num_preemptions: int = 0
-    resident_mib: list[float] = field(default_factory=list)  # at the start of each tenth of the requests
+    """How often requests lost their pages."""
+    resident_mib: list[float] = field(default_factory=list)
+    """Memory of the process in MiB, at the start of each tenth of the requests."""
     seconds: float = 0.0
+    """Seconds of the run."""
     num_problems: int = 0
+    """Number of things that should not be."""
     problems: list[str] = field(default_factory=list)
+    """The first 20 of them."""
 
     def blame(self, problem: str) -> None:
+        """Counts something that should not be."""
         self.num_problems += 1
         if len(self.problems) < 20:
             self.problems.append(problem)
@@ -68,12 +85,19 @@ class SoakReport:
 
 @dataclass(frozen=True)
 class Case:
+    """A request, and what it gives alone."""
+
     prompt: list[int]
+    """Its prompt."""
     params: SamplingParams
+    """Its parameters."""
     expected: GenerationOutput
+    """Its output without speculation and without others."""
 
 
 class Soak:
+    """The clients, and what they saw."""
+
     def __init__(self, engine: AsyncEngine, cases: list[Case], faults: FaultPlan, options: SoakOptions) -> None:
         self.engine, self.cases, self.faults, self.options = engine, cases, faults, options
         self.long_cases = [c for c in cases if len(c.expected.token_ids) >= LONG]
@@ -82,6 +106,7 @@ class Soak:
         self.numbers: Iterator[int] = iter(range(options.num_requests))
 
     async def run(self) -> SoakReport:
+        """Runs all clients to their end."""
         start = time.perf_counter()
         await asyncio.gather(*(self._client() for _ in range(self.options.num_clients)))
         self.report.seconds = time.perf_counter() - start
@@ -105,7 +130,7 @@ class Soak:
                 self.report.blame(f"{request_id} hangs")
 
     async def _request(self, request_id: str, case: Case, params: SamplingParams, abort: str) -> None:
-        """One request to its end, or to where the client loses interest."""
+        """Reads one request to its end, or to where the client loses interest."""
         tokens: list[int] = []
         moment = self.rng.randint(0, 12)
         reader = asyncio.ensure_future(self._read(request_id, case, params, abort, moment, tokens))
@@ -166,7 +191,7 @@ class Soak:
 
 
 def make_cases(model: str | Path, seed: int) -> list[Case]:
-    """Requests of mixed lengths, greedy and coupled, and what each gives alone without speculation."""
+    """Returns requests of mixed lengths, greedy and sampled, and what each gives alone without speculation."""
     rng = random.Random(seed)
     engine = Engine.from_pretrained(model, speculation=SpeculationParams(0))
     vocab_size = engine.checkpoint.config.vocab_size
@@ -184,6 +209,7 @@ def make_cases(model: str | Path, seed: int) -> list[Case]:
 
 
 async def soak(model: str | Path, options: SoakOptions, cases: list[Case]) -> SoakReport:
+    """Runs the cases on an engine of its own, and checks what is left of it at the end."""
     num_threads = threading.active_count()
     engine = AsyncEngine.from_pretrained(
         model, max_num_seqs=16, max_num_batched_tokens=256, page_size=8, num_pages=NUM_PAGES
@@ -214,7 +240,7 @@ async def soak(model: str | Path, options: SoakOptions, cases: list[Case]) -> So
 
 
 def resident_bytes() -> int:
-    """Of this process; 0 where the system does not tell."""
+    """Returns the bytes of memory of this process; 0 where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     except OSError:

@@ -1,4 +1,4 @@
-"""What verification itself costs: from logits to tokens, by rule and parameters.
+"""Measures what verification itself costs: from logits to tokens, by rule and parameters.
 
     python -m specdec.eval.dev.verification [--model bundled] [--batch-size 16] [-k 3] [--vocab-size 151552] [--json]
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from specdec import Engine, SamplingParams, SpeculationParams
-from specdec.config import Verification as Rule
+from specdec.config import VerificationRule as Rule
 from specdec.eval.calls import Method, timed_calls, wrapped
 from specdec.kernels import AnyBackend, AttentionMetadata, RoutingConfig
 from specdec.kernels.data import DecoderShape, DecoderWeights, Drafts, RowSampling, VerifyBatch
@@ -37,29 +37,37 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "and three penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1},
 }
 MAX_TOKENS, NUM_STEPS, NUM_REPEATS = 128, 12, 15
-HIDDEN_SIZE, PROMPT_TOKENS, LOGIT_STD = 32, 300, 4.0  # of the single iteration with a large vocabulary
+HIDDEN_SIZE, PROMPT_TOKENS, LOGIT_STD = 32, 300, 4.0  # sizes of the single iteration with a large vocabulary
 
 
 @dataclass(frozen=True)
 class Share:
-    """Medians in seconds: of a step, and of its part from logits to tokens."""
+    """The share of a step that verification takes."""
 
     rule: str
+    """The verification rule."""
     parameters: str
+    """The sampling parameters, in words."""
     step_s: float
+    """Median seconds of a step."""
     verification_s: float
+    """Median seconds of its part from logits to tokens."""
 
 
 @dataclass(frozen=True)
 class RowCost:
-    """Median seconds per row of logits, for one iteration of k drafts."""
+    """The cost of one row of logits."""
 
     rule: str
+    """The verification rule."""
     parameters: str
+    """The sampling parameters, in words."""
     row_s: float
+    """Median seconds per row of logits, for one iteration of k drafts."""
 
 
 def timed(run: Callable[[], object]) -> float:
+    """Returns the seconds of a call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -67,7 +75,7 @@ def timed(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `Backend.verify`, to be made again."""
+    """One call of `Backend.verify`, to be made again; `kernels` is the backend, the other fields are its arguments."""
 
     kernels: AnyBackend
     decoder: Any
@@ -78,7 +86,7 @@ class Call:
     verification: VerifyBatch
 
     def decision_s(self) -> float:
-        """Median seconds beyond the forward and the logits of the rows that decide."""
+        """Returns the median seconds beyond the forward and the logits of the rows that decide."""
         v, k = self.verification, self.kernels
         forward = (self.decoder, self.head, self.input_ids, self.metadata, self.kv_cache)
         hidden = k.verify(*forward, v).hidden
@@ -98,7 +106,12 @@ NOTHING = VerifyBatch([], Drafts.of([]), [], NO_ROWS, [])
 
 
 def shares(model: str, batch_size: int, k: int) -> list[Share]:
-    """Steps are timed as they run, decisions when some of their calls are made again."""
+    """Times steps as they run, and their decisions by making some of their calls again.
+
+    model: the checkpoint.
+    batch_size: requests of a step.
+    k: drafts of each.
+    """
     engine = Engine.from_pretrained(model, max_num_seqs=batch_size, prefix_caching=False)
     decoder, kernels = engine.runtime.model.target.decoder, engine.runtime.model.target.kernels
     prompts = [f"def f{i}(x):\n" for i in range(batch_size)]
@@ -126,7 +139,8 @@ def shares(model: str, batch_size: int, k: int) -> list[Share]:
 
 
 def row_costs(kernels: AnyBackend, vocab_size: int, k: int) -> list[RowCost]:
-    """A decoder without layers before a head drawn at random; every draft is accepted, so that all rows are needed."""
+    """Times decisions after a decoder without layers and a head drawn at random; every draft is accepted, so that all
+    rows are needed."""
     torch.set_num_threads(1)
     found = []
     for rule in RULES:

@@ -2,14 +2,16 @@
 
 Three parts, all through the engine as it is:
 
-- *sampling*: its outputs at temperature > 0 follow the target's exact law, which is computed here once more: a plain
-  forward over every context that was visited, into a cache of its own, and the transforms of SamplingParams in fp64.
+- *sampling*: its outputs at temperature > 0 follow the target's exact distribution, which is computed here once more: a
+  plain forward over every context that was visited, into a cache of its own, and the transforms of SamplingParams in
+  fp64.
 - *greedy*: at temperature 0 every output equals that of plain decoding alone.
 - *coupled*: with coupled verification every sampled output equals that of plain decoding alone with the same seed.
 
 **Statistics of the sampling part.** A *group* is one rule with one parameter combination. Each group has
 
-- an e-process over contexts: a context c whose law is p, visited n times and followed n_v times by token v, contributes
+- an e-process over contexts: a context c with distribution p, visited n times and followed n_v times by token v,
+contributes
   E_c = G(A) / G(A+n) * prod_v G(A p_v + n_v) / (G(A p_v) p_v^n_v), G the gamma function: how much better a
   Dirichlet(A p) mixture predicts the tokens than p does. The product over contexts is a martingale under p, whatever
   A is. A says how far from p the bet is (about 1/sqrt(A) in total variation); the mean over `CONCENTRATIONS` is bet

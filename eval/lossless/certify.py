@@ -1,4 +1,4 @@
-"""All parts, one after the other."""
+"""Runs all parts of a certificate, one after the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 
 from specdec import Engine, SpeculationParams, __version__
-from specdec.config import DraftSampling
+from specdec.config import DraftMode
 from specdec.eval.lossless.certificate import (
     Certificate,
     LosslessOptions,
@@ -31,7 +31,7 @@ def certify(options: LosslessOptions, progress: Progress = silent) -> Certificat
     failures += found
     coupled = None
     if "coupled" in options.rules:
-        speculations = [SpeculationParams(3, "coupled", drafts) for drafts in get_args(DraftSampling)]
+        speculations = [SpeculationParams(3, "coupled", drafts) for drafts in get_args(DraftMode)]
         coupled, found = compare(plan, "coupled", coupled_cases(plan), speculations, progress)
         failures += found
     return Certificate(

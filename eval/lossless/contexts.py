@@ -20,29 +20,32 @@ from specdec.step.batch import Extend
 
 @dataclass(frozen=True)
 class Level:
-    """The contexts with the same number of output tokens after one prompt, in lexicographic order.
-
-    parent, token [nodes]: the context before its last token, in the level before, and that token. Visits, sorted by
-    (node, group, token): a `count` [m] of samples of `group` went on with `token`, `pooled` of them among those that
-    the pooled e-processes read.
-    """
+    """The contexts (nodes) with the same number of output tokens after one prompt, in lexicographic order, and their m
+    visits, sorted by node, group and next token."""
 
     parent: Ints
+    """[nodes]: number of the context without its last token, in the level before."""
     token: Ints
+    """[nodes]: the context's last token."""
     node: Ints
+    """[m]: the context that is visited."""
     group: Ints
+    """[m]: the group whose samples visit it."""
     next_token: Ints
+    """[m]: the token that they go on with."""
     count: Ints
+    """[m]: how many samples do so."""
     pooled: Ints
+    """[m]: how many of them the pooled e-processes read."""
 
     def visits(self) -> tuple[Ints, Ints, Ints]:
-        """node, group, number of samples, of every visited (context, group)."""
+        """Returns node, group and number of samples of every visited (context, group)."""
         new = (np.diff(self.node, prepend=-1) != 0) | (np.diff(self.group, prepend=-1) != 0)
         first = np.flatnonzero(new)
         return self.node[first], self.group[first], np.add.reduceat(self.count, first) if len(first) else self.count
 
     def only(self, kept: NDArray[np.bool_]) -> Level:
-        """The same for some of its contexts, renumbered."""
+        """Returns a level of some of the contexts, renumbered. kept: [nodes]."""
         visited, number = kept[self.node], np.cumsum(kept) - 1
         visits = [v[visited] for v in (self.group, self.next_token, self.count, self.pooled)]
         return Level(self.parent[kept], self.token[kept], number[self.node[visited]], *visits)
@@ -51,9 +54,15 @@ class Level:
 def build_levels(
     tokens: Ints, groups: Ints, pooled: NDArray[np.bool_], num_groups: int, vocab_size: int
 ) -> tuple[list[Level], Ints]:
-    """Outputs [n, L] of one prompt, -1 after their ends, with the group of each and whether it is pooled -> their
-    contexts, and [groups] how many. Left out are contexts that no group visits twice and no pooled sample visits: they
-    decide nothing."""
+    """Returns the contexts of a prompt's outputs, level by level, and how many there are by group, [groups].
+
+    Contexts that no group visits twice and no pooled sample visits are left out: they decide nothing.
+
+    tokens: [n, L], the outputs, -1 after their ends.
+    groups: [n], the group of each.
+    pooled: [n], whether the pooled e-processes read it.
+    num_groups, vocab_size: how many groups and tokens there are.
+    """
     alive = np.arange(len(tokens))
     node = np.zeros(len(tokens), np.int64)  # of each sample that is alive
     parent, token, levels = np.zeros(1, np.int64), np.full(1, -1, np.int64), []
@@ -85,13 +94,14 @@ def build_levels(
 def visit_contexts(
     target: PlainTarget, prompt: list[int], levels: list[Level], width: int
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Every context once, up to `width` of a level at a time -> depth, the first node, logits [R, V], outputs [R, d].
+    """Visits every context once, up to `width` of a level at a time; yields depth d, number of the first node, logits
+    [R, V] and outputs [R, d].
 
-    Depth first, so that `width` pages per level are enough, whatever the number of contexts.
+    It goes depth first, so that `width` pages per level are enough, whatever the number of contexts.
     """
 
     def walk(depth: int, low: int, high: int, first: int, tables: list[list[int]], outputs: Ints) -> Any:
-        """Nodes low to high of a level; tables and outputs are those of the nodes before them, from `first` on."""
+        """Visits nodes low to high of a level; tables and outputs are those of their parents, from `first` on."""
         level = levels[depth]
         base = len(prompt) + (depth - 1) * width
         for start in range(low, high, width):

@@ -1,4 +1,4 @@
-"""Parts B and C: the outputs equal those of plain decoding alone."""
+"""The greedy and the coupled part: outputs equal those of plain decoding alone."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ from specdec.request.seeds import Stream
 
 @dataclass(frozen=True)
 class Case:
-    """A request without speculation, whose output plain decoding alone decides."""
+    """A request, whose output plain decoding alone decides."""
 
     name: str
+    """The parameter combination's name."""
     prompt: list[int]
+    """Its prompt."""
     params: SamplingParams
+    """Its parameters, without speculation."""
 
 
 def greedy_cases(plan: Plan) -> list[Case]:
-    """Every prompt, plainly and with everything that changes the argmax."""
+    """Returns every prompt with the plain combination, and with each that changes the argmax, at temperature 0."""
     length = plan.options.comparison_tokens
     chosen = [
         c for c in plan.combinations if c.params.penalises or c.params.biases or c.params.bad_words or c.name == "plain"
@@ -50,7 +53,7 @@ def greedy_cases(plan: Plan) -> list[Case]:
 
 
 def coupled_cases(plan: Plan) -> list[Case]:
-    """Every combination with `comparison_seeds` seeds, at temperatures that take turns."""
+    """Returns every combination with `comparison_seeds` seeds, at temperatures that take turns."""
     length, prompts = plan.options.comparison_tokens, plan.comparison_prompts
     cases = []
     for number, (c, _) in enumerate(product(plan.combinations, range(plan.options.comparison_seeds))):
@@ -67,18 +70,28 @@ def _lengthened(params: SamplingParams, length: int) -> SamplingParams:
 def compare(
     plan: Plan, part: str, cases: list[Case], speculations: list[SpeculationParams], progress: Progress
 ) -> tuple[Comparison, list[Failure]]:
-    """Every case with every draft length, in batches in random order, against plain decoding alone. Each such output
-    has one of the batch sizes, and one of the `speculations` with its draft length, at random."""
+    """Compares every case with every draft length, in batches in random order, with plain decoding alone. Each such
+    output has one of the batch sizes, and one of the `speculations` with its draft length, at random.
+
+    plan: what the parts share.
+    part: the part's name.
+    cases: the requests.
+    speculations: parameters to draw from; their draft lengths are replaced.
+    progress: hears of plain decoding and of the comparison.
+    """
+    # 1) Plain decoding, each request alone.
     engine, generator = plan.engine, random.Random(plan.options.seed)
     off = replace(speculations[0], num_speculative_tokens=0)
     plain: list[list[int]] = []
     for case in cases:
         progress(f"{part}, plain decoding", len(plain), len(cases))
         plain.append(engine.generate([case.prompt], replace(case.params, speculation=off))[0].token_ids)
+    # 2) Which output has which draft length, speculation and batch size.
     jobs: dict[int, list[tuple[int, SpeculationParams]]] = {size: [] for size in BATCH_SIZES}
     for n, k in product(range(len(cases)), DRAFT_LENGTHS):
         speculation = replace(generator.choice(speculations), num_speculative_tokens=k)
         jobs[generator.choice(BATCH_SIZES)].append((n, speculation))
+    # 3) The same requests with speculation, in batches.
     done, differences, tokens, drafts, accepted = 0, [], 0, 0, 0
     for size, of_size in jobs.items():
         generator.shuffle(of_size)
@@ -94,6 +107,7 @@ def compare(
             for (n, speculation), output in zip(batch, outputs):
                 if output.token_ids != plain[n]:
                     differences.append(_difference(plan, cases[n], speculation, size, plain[n], output))
+    # 4) Only rounding may explain a difference, and on row-invariant kernels nothing may.
     tie = 0.0 if engine.runtime.model.target.kernels.name != "reference" else TIE
     unexplained = [d for d in differences if d.margin is None or d.margin > tie or tie == 0]
     comparison = Comparison(
@@ -134,8 +148,9 @@ def _difference(
 def margin_of(
     engine: Engine, prompt: list[int], output: list[int], params: SamplingParams, a: int, b: int
 ) -> float | None:
-    """How far the scores of tokens a and b lie apart after prompt and output, in units of the largest logit: logits at
-    temperature 0, else log-probabilities with the noise of coupled verification. None: one of them is impossible."""
+    """Returns how far the scores of tokens a and b lie apart after prompt and output, in units of the largest logit;
+    None where one of them is impossible. Scores are logits at temperature 0, else log-probabilities with the noise of
+    coupled verification."""
     logits = PlainTarget(engine, len(prompt) + len(output)).logits_after(prompt + output)
     z = edited_logits(logits, prompt, torch.tensor([output], dtype=torch.int64), params)
     scores, scale = z[0], logits.abs().max() / (params.temperature or 1.0)

@@ -1,4 +1,7 @@
-"""e-processes, G-tests, and the smallest shift that they could have found."""
+"""Evidence against losslessness: e-processes, G-tests, and the smallest shift that they could have found.
+
+Shapes: V vocabulary, R contexts, m entries, cells as in `cell_probs`.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,13 @@ from specdec.eval.lossless.certificate import (
 CONCENTRATIONS = (16.0, 256.0, 4096.0, 65536.0)
 CELL_RANKS = (1, 4, 16, 64)
 NUM_CELLS = len(CELL_RANKS) + 1
-MIN_EXPECTED = 5.0  # of a G-test's cell
+MIN_EXPECTED = 5.0  # the least expectation of a G-test's cell
 POWER_DRAWS, POWER_TOKENS = 1000, 1000
 
 
 def token_terms(p: Tensor, n: Tensor) -> Tensor:
-    """Probabilities p [m] and counts n [m] of tokens -> their shares of log E_c, [m, concentrations]; inf at p = 0."""
+    """Returns the shares of log E_c, [m, concentrations], of tokens with probabilities p [m] and counts n [m]; inf
+    where p = 0."""
     a = torch.tensor(CONCENTRATIONS, dtype=torch.float64)
     p, n = p.double()[:, None], n.double()[:, None]
     terms = torch.lgamma(a * p + n) - torch.lgamma(a * p) - n * p.log()
@@ -31,18 +35,19 @@ def token_terms(p: Tensor, n: Tensor) -> Tensor:
 
 
 def context_terms(n: Tensor) -> Tensor:
-    """Visits n [m] of contexts -> the other share of log E_c, [m, concentrations]."""
+    """Returns the other share of log E_c, [m, concentrations], of contexts with visits n [m]."""
     a = torch.tensor(CONCENTRATIONS, dtype=torch.float64)
     return torch.lgamma(a) - torch.lgamma(a + n.double()[:, None])
 
 
 def log_mixture(log_e: Tensor) -> Tensor:
-    """log of the mean of e-values, over the last dimension."""
+    """Returns the logarithm of the mean of e-values, over the last dimension of their logarithms."""
     return log_e.logsumexp(-1) - math.log(log_e.shape[-1])
 
 
 def log_e_of_context(p: Tensor, counts: Tensor) -> Tensor:
-    """p [V], counts [..., V] -> log E_c of each, the mean over concentrations."""
+    """Returns log E_c, [...], of a context with distribution p [V] for each of counts [..., V]; the mean over
+    concentrations."""
     rows = counts.reshape(-1, counts.shape[-1])
     row, token = rows.nonzero(as_tuple=True)
     log_e = context_terms(rows.sum(-1)).index_add(0, row, token_terms(p[token], rows[row, token]))
@@ -50,7 +55,8 @@ def log_e_of_context(p: Tensor, counts: Tensor) -> Tensor:
 
 
 def _bets() -> tuple[Tensor, Tensor]:
-    """theta * a(cell), [bets, cells], and exp of it: for and against each cell, and high ranks against low ones."""
+    """Returns theta * a(cell), [bets, cells], and its exponential: bets for and against each cell, and for high ranks
+    against low ones."""
     directions = [*torch.eye(NUM_CELLS, dtype=torch.float64), torch.linspace(0, 1, NUM_CELLS, dtype=torch.float64)]
     sizes = [sign * theta for theta in (0.01, 0.03, 0.1, 0.3, 1.0) for sign in (1, -1)]
     tilts = torch.stack([theta * direction for direction in directions for theta in sizes])
@@ -61,8 +67,8 @@ TILTS, TILT_FACTORS = _bets()
 
 
 def cell_probs(p: Tensor) -> tuple[Tensor, Tensor]:
-    """p [R, V] -> the cells' probabilities [R, cells], and [R, cells - 1]: the least probability that is in a cell or
-    in one before it. Tokens that tie with that are in it too."""
+    """Returns the probabilities of the cells, [R, cells], of distributions p [R, V], and for all cells but the last the
+    least probability that is in it or in one before it, [R, cells - 1]. Tokens that tie with that are in it too."""
     largest = p.topk(min(CELL_RANKS[-1] + 1, p.shape[1])).values
     ends = [min(rank, p.shape[1]) - 1 for rank in CELL_RANKS]
     limits, after = largest[:, ends], torch.nn.functional.pad(largest, (0, 1))[:, [end + 1 for end in ends]]
@@ -75,21 +81,23 @@ def cell_probs(p: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class PooledProcess:
-    """What the pooled e-process has seen. cells: how often each cell came; log_norms [bets]: of all stakes' factors.
-
-    expected, covariance: of `cells` under the law. from_top, to_top: what changes in `expected` when all of the first
-    cell's mass moves to the others, or the other way.
-    """
+    """What the pooled e-process has seen."""
 
     positions: int = 0
+    """Tokens so far."""
     cells: Tensor = field(default_factory=lambda: torch.zeros(NUM_CELLS, dtype=torch.float64))
+    """[cells]: how often each cell came."""
     log_norms: Tensor = field(default_factory=lambda: torch.zeros(len(TILTS), dtype=torch.float64))
+    """[bets]: sum of the logarithms of what each stake was divided by."""
     expected: Tensor = field(default_factory=lambda: torch.zeros(NUM_CELLS, dtype=torch.float64))
+    """[cells]: expectation of `cells` under the distributions."""
     covariance: Tensor = field(default_factory=lambda: torch.zeros(NUM_CELLS, NUM_CELLS, dtype=torch.float64))
+    """[cells, cells]: covariance of `cells` under the distributions."""
     from_top: Tensor = field(default_factory=lambda: torch.zeros(NUM_CELLS, dtype=torch.float64))
+    """[cells]: what changes in `expected` when all of the first cell's mass moves to the others."""
 
     def add_laws(self, probs: Tensor, visits: Tensor) -> None:
-        """probs [R, cells] of laws under which `visits` [R] tokens were emitted."""
+        """Adds distributions. probs: [R, cells], their cells' probabilities. visits: [R], tokens emitted under each."""
         weighted = probs * visits[:, None]
         self.positions += int(visits.sum())
         self.log_norms += visits @ (probs @ TILT_FACTORS.T).log()
@@ -102,27 +110,33 @@ class PooledProcess:
         self.from_top += moved.sum(0)
 
     def add_cells(self, cells: Tensor, counts: Tensor) -> None:
-        """Tokens in cells [m], `counts` [m] of each."""
+        """Adds tokens. cells: [m]. counts: [m], how many tokens there are in each."""
         self.cells += torch.bincount(cells, counts.double(), minlength=NUM_CELLS)
 
     @property
     def to_top(self) -> Tensor:
+        """What changes in `expected` when all of the other cells' mass moves to the first, [cells]."""
         moved = -self.expected
         moved[0] = self.expected[1:].sum()
         return moved
 
     def log_e(self, cells: Tensor | None = None) -> Tensor:
-        """Of what was seen, or of other counts [..., cells]."""
+        """Returns the logarithm of the e-process, [...]. cells: counts [..., cells]; None: those that were seen."""
         cells = self.cells if cells is None else cells
         return log_mixture(cells @ TILTS.T - self.log_norms)
 
     def plus(self, other: PooledProcess) -> PooledProcess:
+        """Returns the process that has seen what either has."""
         return PooledProcess(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 def g_test(p: Tensor, counts: Tensor) -> tuple[Tensor, int]:
-    """p [V], counts [..., V], each summing to the same n -> p-values [...], and the number of cells after merging
-    (1: there is nothing to test)."""
+    """Returns p-values [...] of G-tests with Williams' correction, and the number of cells after merging (1: there is
+    nothing to test).
+
+    p: [V], the distribution.
+    counts: [..., V], each summing to the same n.
+    """
     n = counts.sum(-1).flatten()[0].double()
     expected = n * p
     large = expected >= MIN_EXPECTED
@@ -144,7 +158,8 @@ def g_test(p: Tensor, counts: Tensor) -> tuple[Tensor, int]:
 
 
 def smallest_shift(detected: Callable[[float], float], most: float) -> float | None:
-    """The smallest shift in (0, most] that `detected` finds with probability `POWER`, by bisection to 1 %."""
+    """Returns the smallest shift in (0, most] that `detected` finds with probability `POWER`, by bisection to 1 %; None
+    where it finds none. detected: returns the probability that a shift is found."""
     if most <= 0 or detected(most) < POWER:
         return None
     low, high = 0.0, most
@@ -155,7 +170,8 @@ def smallest_shift(detected: Callable[[float], float], most: float) -> float | N
 
 
 def shifted(p: Tensor, shift: float, *, to_top: bool) -> Tensor:
-    """p [V] with `shift` of its mass moved from the most probable token to the others in proportion, or back."""
+    """Returns p [V] with `shift` of its mass moved from the most probable token to the others in proportion, or,
+    to_top, from them to it."""
     top = int(p.argmax())
     others = p.clone()
     others[top] = 0
@@ -165,8 +181,15 @@ def shifted(p: Tensor, shift: float, *, to_top: bool) -> Tensor:
 
 
 def context_detectable(p: Tensor, visits: int, log_e_limit: float, p_limit: float, seed: int = 0) -> Detectable:
-    """At a context with law p [V] that is visited so often, by its e-process or its G-test. Beyond the `POWER_TOKENS`
-    most probable ones, tokens count as one."""
+    """Returns the shifts that would be found at one context, by its e-process or its G-test. Beyond the `POWER_TOKENS`
+    most probable ones, tokens count as one.
+
+    p: [V], the context's distribution.
+    visits: how often it is visited.
+    log_e_limit: the e-process fails from this log E on.
+    p_limit: the G-test fails up to this p-value.
+    seed: of the simulation.
+    """
     generator = np.random.default_rng(seed)
     p = p[p > 0].sort(descending=True).values
 
@@ -189,7 +212,8 @@ def context_detectable(p: Tensor, visits: int, log_e_limit: float, p_limit: floa
 
 
 def pooled_detectable(process: PooledProcess, log_e_limit: float, seed: int = 0) -> Detectable:
-    """By the pooled e-process, whose counts are nearly normal; the same share of every position's mass moves."""
+    """Returns the shifts that the pooled e-process would find, whose counts are nearly normal; the same share of every
+    position's mass moves."""
     if process.positions == 0:
         return Detectable(None, None)
     generator = torch.Generator().manual_seed(seed)
@@ -198,7 +222,7 @@ def pooled_detectable(process: PooledProcess, log_e_limit: float, seed: int = 0)
     noise = noise @ (vectors * values.clamp(min=0).sqrt()).T
 
     def smallest(moved: Tensor) -> float | None:
-        """moved [cells]: what changes in the expected counts when all moves."""
+        """Returns the smallest shift. moved: [cells], what changes in the expected counts when all mass moves."""
         total = float(moved.clamp(min=0).sum()) / process.positions
 
         def power(shift: float) -> float:

@@ -1,5 +1,5 @@
-"""The target's exact law, computed once more: plain forwards, and the transforms of SamplingParams in fp64, written
-from their definitions and not with the engine's."""
+"""The target's exact distribution, computed once more: plain forwards, and the transforms of SamplingParams in fp64,
+written from their definitions and not with the engine's."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ ROUNDING = 64 * torch.finfo(torch.float32).eps  # relative: two correct computat
 
 
 def edited_logits(logits: Tensor, prompt: Seq[int], output: Tensor, params: SamplingParams) -> Tensor:
-    """logits [R, V] fp64 of the tokens after prompt [n] and output [R, d] -> [R, V]: with bias, bans and penalties,
-    divided by the temperature. bad_words are token ids here; only stop_token_ids end a request."""
+    """Returns logits [R, V] with bias, bans and penalties, divided by the temperature.
+
+    logits: [R, V] fp64, of the tokens after prompt and output.
+    prompt: [n], the same for all rows.
+    output: [R, d], the tokens after it.
+    params: bad_words are token ids here; only stop_token_ids end a request.
+    """
     rows, vocab_size = logits.shape
     z = logits.clone()
     for token, bias in params.biases:
@@ -43,8 +48,8 @@ def edited_logits(logits: Tensor, prompt: Seq[int], output: Tensor, params: Samp
 
 
 def truncated_probs(z: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """z [R, V] after `edited_logits` -> probabilities [R, V] after top_k, top_p and min_p, and [R] bool: whether
-    rounding could have cut at another token."""
+    """Returns probabilities [R, V] after top_k, top_p and min_p, and whether rounding could have cut at another token,
+    [R] bool. z: [R, V], logits from `edited_logits`."""
     rounded = torch.zeros(len(z), dtype=torch.bool)
     if 0 < params.top_k < z.shape[1]:
         largest = z.topk(params.top_k + 1).values
@@ -80,12 +85,12 @@ class PlainTarget:
 
     @torch.inference_mode()
     def logits(self, extends: Seq[Extend]) -> Tensor:
-        """The logits after the last token of each extend, [B, V] fp64."""
+        """Returns the logits after the last token of each extend, [B, V] fp64."""
         batch = build_batch(extends, 1)
         hidden = self.model(batch.input_ids, batch.metadata, self.cache)
         last = [start + n - 1 for start, n in zip(batch.row_starts, batch.metadata.query_lens)]
         return self.model.compute_logits(hidden[last]).double().cpu()
 
     def logits_after(self, token_ids: list[int]) -> Tensor:
-        """[1, V]; overwrites the first pages."""
+        """Returns the logits after a text, [1, V] fp64; overwrites the first pages."""
         return self.logits([Extend(token_ids, 0, list(range(len(token_ids))))])

@@ -1,4 +1,4 @@
-"""Prompts, parameter combinations and seeds that suit a checkpoint."""
+"""Chooses prompts, parameter combinations and seeds that suit a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from specdec import Engine, SamplingParams, SpeculationParams
-from specdec.config import DraftSampling, Verification
+from specdec.config import DraftMode, VerificationRule
 from specdec.errors import CheckpointError
 from specdec.eval.lossless.certificate import (
     MAX_SAMPLES,
@@ -27,23 +27,30 @@ from specdec.loading import open_checkpoint
 from specdec.model.hub import resolve_model
 
 PROMPT_TOKENS, RANDOM_PROMPT_TOKENS = 16, 4
-POOLED_ELEMENTS, LAW_OVERHEAD = 2**31, 500  # of laws that the pooled e-processes read; what one costs beside its own
+POOLED_ELEMENTS, LAW_OVERHEAD = 2**31, 500  # probabilities that pooled e-processes read; cost of a row beside them
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Parameters of requests, but for seed and speculation; and how their drafts are made."""
+    """Parameters of requests, and how their drafts are made."""
 
     name: str
+    """A name for reports."""
     params: SamplingParams
-    draft_sampling: DraftSampling = "sampled"
+    """The parameters, without seed and speculation."""
+    draft_sampling: DraftMode = "sampled"
+    """Whether drafts are drawn or argmaxes."""
     min_draft_confidence: float = 0.0
+    """Confidence below which a step drafts no further."""
 
     def speculation(self, rule: str, num_tokens: int) -> SpeculationParams:
-        return SpeculationParams(num_tokens, cast(Verification, rule), self.draft_sampling, self.min_draft_confidence)
+        """Returns the speculation of its requests, with this rule and draft length."""
+        return SpeculationParams(
+            num_tokens, cast(VerificationRule, rule), self.draft_sampling, self.min_draft_confidence
+        )
 
     def described(self) -> dict[str, Any]:
-        """What is not a default; JSON."""
+        """Returns the parameters that are not defaults, as JSON."""
         ours, plain = asdict(self.params), asdict(SamplingParams())
         changed = {name: value for name, value in ours.items() if value != plain[name]}
         if "logit_bias" in changed:
@@ -52,7 +59,12 @@ class Combination:
 
 
 def combinations(vocab_size: int, probable: Seq[int], options: LosslessOptions) -> list[Combination]:
-    """Eight that together use every parameter which changes the law. probable: six tokens that are, after a prompt."""
+    """Returns eight combinations that together use every parameter which changes the distribution.
+
+    vocab_size: the model's.
+    probable: six tokens that are probable after a prompt.
+    options: what to certify.
+    """
     k, t = options.num_speculative_tokens, options.temperature
     least = NUM_ITERATIONS * (k + 1) + 1  # the first token comes without drafts, later ones at most k + 1 at a time
     plain = SamplingParams(max_tokens=least, temperature=t, ignore_eos=True)
@@ -78,25 +90,33 @@ class Plan:
     """What the parts share. Sample i of a rule has combination i % C and prompt i // C % P, and its own seed."""
 
     options: LosslessOptions
+    """What to certify."""
     engine: Engine
-    prompts: list[list[int]]  # of the samples
+    """The engine that is certified."""
+    prompts: list[list[int]]
+    """The P prompts of the samples."""
     comparison_prompts: list[list[int]]
+    """Prompts of the comparisons."""
     combinations: list[Combination]
+    """The C parameter combinations."""
 
     @property
     def vocab_size(self) -> int:
+        """The model's number of tokens."""
         return self.engine.checkpoint.config.vocab_size
 
     @property
     def longest(self) -> int:
+        """The most tokens of a sample."""
         return max(c.params.max_tokens for c in self.combinations)
 
     def request(self, sample: int) -> tuple[int, int]:
-        """-> combination, prompt."""
+        """Returns the numbers of a sample's combination and prompt."""
         return sample % len(self.combinations), sample // len(self.combinations) % len(self.prompts)
 
     def seed(self, rule: str, sample: int) -> int:
-        return (self.options.seed * len(RULES) + RULES.index(cast(Verification, rule))) * MAX_SAMPLES + sample
+        """Returns the seed of a sample."""
+        return (self.options.seed * len(RULES) + RULES.index(cast(VerificationRule, rule))) * MAX_SAMPLES + sample
 
     @property
     def num_pooled(self) -> int:
@@ -106,7 +126,8 @@ class Plan:
 
 
 def make_plan(options: LosslessOptions, progress: Progress = silent) -> Plan:
-    """Loads the engine, and finds prompts and parameters that suit it."""
+    """Loads the engine, and finds prompts and parameters that suit it. Raises CheckpointError for a checkpoint that
+    cannot be certified, ValueError for options that do not fit it."""
     checkpoint = open_checkpoint(resolve_model(options.model))
     vocab_size, k = checkpoint.config.vocab_size, options.num_speculative_tokens
     if not checkpoint.index.has_mtp_layer:
@@ -124,8 +145,8 @@ def make_plan(options: LosslessOptions, progress: Progress = silent) -> Plan:
     activations = engine.runtime.model.target.kernels.activation_dtype
     if activations not in (torch.float32, torch.float64):
         raise ValueError(
-            f"dtype = {options.dtype!r} computes in {activations}, in which a law depends on the batch by about 1e-2: "
-            "there is no exact law to compare with; choose dtype = 'float32'"
+            f"dtype = {options.dtype!r} computes in {activations}, in which a distribution depends on the batch by "
+            "about 1e-2: there is no exact one to compare with; choose dtype = 'float32'"
         )
     prompts = _prompts(engine, max(options.num_prompts, options.comparison_prompts), options.seed)
     logits = PlainTarget(engine, PROMPT_TOKENS).logits_after(prompts[0])
@@ -135,7 +156,7 @@ def make_plan(options: LosslessOptions, progress: Progress = silent) -> Plan:
 
 
 def _prompts(engine: Engine, count: int, seed: int) -> list[list[int]]:
-    """Starts of the `stdlib` texts; random tokens where the tokenizer does not know text."""
+    """Returns starts of the `stdlib` texts; random tokens where the tokenizer does not know text."""
     texts = [p.prompt for p in load_stdlib()]
     try:
         found = [engine.checkpoint.encode(texts[(seed + i) % len(texts)])[:PROMPT_TOKENS] for i in range(count)]

@@ -1,4 +1,4 @@
-"""A `Certificate` as a summary for people and as JSON for machines."""
+"""Writes a `Certificate` as a summary for people and as JSON for machines."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ SCHEMA = 1
 
 
 def as_json(certificate: Certificate) -> dict[str, Any]:
-    """Version `SCHEMA`, strict JSON: the fields of `Certificate` with its verdict. A log10_e of null is infinite."""
+    """Returns the fields of a `Certificate` with its verdict as strict JSON, version `SCHEMA`. A log10_e of null is
+    infinite."""
     document = {"schema": SCHEMA, "passed": certificate.passed, **asdict(certificate)}
     cleaned: dict[str, Any] = finite(document)
     return cleaned
 
 
 def write_json(certificate: Certificate, path: Path) -> None:
-    """Complete or not at all."""
+    """Writes a certificate as JSON, complete or not at all."""
     write_whole(path, json.dumps(as_json(certificate), indent=2) + "\n")
 
 
 def print_certificate(certificate: Certificate, out: Console) -> None:
+    """Prints a certificate as a summary."""
     for key, value in certificate.provenance.items():
         out.print(f"{key}: {value}", markup=False, soft_wrap=True)
     out.print(_rules_table(certificate))
@@ -36,8 +38,8 @@ def print_certificate(certificate: Certificate, out: Console) -> None:
     out.print(
         f"{s.num_tests} tests, alpha {certificate.options.alpha:g} over all of them: an e-process fails at log10 E >= "
         f"{s.log10_e_limit:.2f}, a G-test at p <= {s.p_limit:.2g}. The table has the largest E and the least p of each "
-        "rule, tokens per iteration (length), and the smallest shift of the law, in total variation, that would have "
-        f"been found with {POWER:.0%} power.",
+        "rule, tokens per iteration (length), and the smallest shift of the distribution, in total variation, that "
+        f"would have been found with {POWER:.0%} power.",
         soft_wrap=True,
     )
     for r in s.rules:
@@ -83,7 +85,7 @@ def _rules_table(certificate: Certificate) -> Table:
 
 
 def _shift(detectable: Detectable) -> str:
-    """The larger of both directions."""
+    """Returns the larger shift of both directions as text."""
     values = (detectable.from_top, detectable.to_top)
     found = [v for v in values if v is not None]
     return "none" if len(found) < len(values) else f"{max(found):.2g}"

@@ -1,4 +1,4 @@
-"""Part A: the outputs at temperature > 0 follow the target's law."""
+"""The sampling part: outputs at temperature > 0 follow the target's distribution."""
 
 from __future__ import annotations
 
@@ -40,22 +40,28 @@ from specdec.eval.lossless.plan import Plan
 from specdec.kernels.progress import Progress
 
 G_TESTS_PER_GROUP, G_TEST_VISITS = 4, 50
-BATCH_ELEMENTS = 2**22  # of logits at once
+BATCH_ELEMENTS = 2**22  # logits at once
 KV_BYTES = 2**28
 
 
 @dataclass
 class Samples:
-    """Outputs of one rule: tokens [n, L], -1 after the end."""
+    """Outputs of one rule."""
 
     rule: str
+    """The rule."""
     tokens: NDArray[np.int32]
+    """[n, L]: the outputs, -1 after their ends."""
     iterations: int = 0
+    """Verifications of drafts."""
     accepted: int = 0
+    """Drafts accepted."""
     few_iterations: int = 0
+    """Outputs with fewer than `NUM_ITERATIONS` verifications of drafts."""
 
 
 def draw_samples(plan: Plan, rule: str, progress: Progress) -> Samples:
+    """Draws the samples of one rule through the engine."""
     options = plan.options
     templates = [
         replace(c.params, speculation=c.speculation(rule, options.num_speculative_tokens)) for c in plan.combinations
@@ -80,21 +86,24 @@ def draw_samples(plan: Plan, rule: str, progress: Progress) -> Samples:
 
 @dataclass
 class Accounts:
-    """What the walk over all contexts adds up, per group g = combination * rules + rule.
-
-    log_e [groups, concentrations]. watched: (prompt, depth) -> (node, group) of each G-test there; laws of each
-    group: prompt, output tokens, p [V] and counts [V] of these. examples: of impossible tokens, as (group,
-    prompt, output tokens, token).
-    """
+    """What the walk over all contexts adds up, by group g = combination * number of rules + rule."""
 
     num_groups: int
+    """Number of groups."""
     log_e: Tensor = field(init=False)
+    """[groups, concentrations] fp64: logarithms of the e-processes over contexts."""
     pooled: list[PooledProcess] = field(init=False)
+    """[groups]: the pooled e-processes."""
     rounded: Ints = field(init=False)
+    """[groups]: contexts left out because rounding decides their distribution."""
     impossible: Ints = field(init=False)
+    """[groups]: tokens that are impossible."""
     watched: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    """(node, group) of each G-test, by (prompt, depth)."""
     laws: dict[int, list[tuple[int, list[int], Tensor, Tensor]]] = field(init=False)
+    """What each G-test needs, by group: prompt, output tokens, the distribution p [V] and the counts [V]."""
     examples: list[tuple[int, int, list[int], int]] = field(default_factory=list)
+    """Some impossible tokens, as (group, prompt, output tokens before, token)."""
 
     def __post_init__(self) -> None:
         self.log_e = torch.zeros(self.num_groups, len(CONCENTRATIONS), dtype=torch.float64)
@@ -121,16 +130,30 @@ def watch(levels: list[list[Level]], accounts: Accounts) -> None:
 def account(
     plan: Plan, prompt: int, level: Level, depth: int, first: int, logits: Tensor, outputs: Tensor, accounts: Accounts
 ) -> None:
-    """Adds the contexts `first`.. of a level, with logits [R, V] and output tokens [R, d]."""
+    """Adds R contexts of a level to the accounts.
+
+    plan: what the parts share.
+    prompt: number of the prompt.
+    level, depth: the level, and its number of output tokens.
+    first: number of the first of the contexts.
+    logits: [R, V], the target's after each context.
+    outputs: [R, depth], the contexts' output tokens.
+    accounts: what is added to.
+    """
+    # Three numberings meet here: entries of the level (visits), contexts from `first` on, and `rows`, those of these
+    # contexts that a combination visits. `row` says for each entry which row it belongs to.
     num_rules = len(plan.options.rules)
     here = slice(*np.searchsorted(level.node, [first, first + len(logits)]).tolist())
     combination = level.group[here] // num_rules
     for c in np.unique(combination).tolist():
+        # 1) The exact distributions of the contexts that this combination visits.
         ours = np.flatnonzero(combination == c) + here.start
         rows, row = np.unique(level.node[ours] - first, return_inverse=True)
         params = plan.combinations[c].params
         z = edited_logits(logits[rows], plan.prompts[prompt], outputs[rows], params)
         p, rounded = truncated_probs(z, params)
+        # 2) The e-process over contexts, its share of tokens. Where rounding decides, only tokens count that are
+        # impossible whatever rounding does.
         group, token = level.group[ours], torch.from_numpy(level.next_token[ours])
         count, at = torch.from_numpy(level.count[ours]), torch.from_numpy(row)
         p_token = p[at, token]
@@ -141,12 +164,14 @@ def account(
             accounts.impossible[group[i]] += int(count[i])
             if len(accounts.examples) < MAX_EXAMPLES:
                 accounts.examples.append((int(group[i]), prompt, outputs[rows[row[i]]].tolist(), int(token[i])))
+        # 3) Its share of contexts, group by group.
         for g in np.unique(group).tolist():
             of_group = torch.from_numpy(np.flatnonzero(group == g))
             visits = torch.bincount(at[of_group], count[of_group].double(), minlength=len(rows))
             accounts.rounded[g] += int((rounded & (visits > 0)).sum())
             usable = (visits > 0) & ~rounded
             accounts.log_e[g] += context_terms(visits[usable]).sum(0)
+        # 4) The pooled e-process, and the contexts that G-tests watch.
         usable_entries = ~rounded[at] & (torch.from_numpy(level.pooled[ours]) > 0) & ~outside
         _account_pooled(p, at[usable_entries], token[usable_entries], level, ours[usable_entries.numpy()], accounts)
         for context, g in accounts.watched.get((prompt, depth), ()):
@@ -159,7 +184,14 @@ def account(
 
 
 def _account_pooled(p: Tensor, at: Tensor, token: Tensor, level: Level, entries: Ints, accounts: Accounts) -> None:
-    """Rows `at` [m] of the laws p [R, V] went on with `token` [m], as the level's `entries` say."""
+    """Adds tokens to the pooled e-processes.
+
+    p: [R, V], distributions.
+    at: [m], the row of p under which each entry's token was emitted.
+    token: [m], the tokens.
+    level, entries: [m], where group and number of the tokens are.
+    accounts: what is added to.
+    """
     if len(entries) == 0:
         return
     probs, limits = cell_probs(p)
@@ -173,6 +205,8 @@ def _account_pooled(p: Tensor, at: Tensor, token: Tensor, level: Level, entries:
 
 
 def certify_sampling(plan: Plan, progress: Progress) -> tuple[Sampling, list[Failure]]:
+    """Draws samples of every rule and tests them against the target's distribution."""
+    # 1) Samples of all rules, and the contexts that they visited.
     options, num_combinations, num_rules = plan.options, len(plan.combinations), len(plan.options.rules)
     samples = [draw_samples(plan, rule, progress) for rule in options.rules]
     accounts = Accounts(num_combinations * num_rules)
@@ -191,6 +225,7 @@ def certify_sampling(plan: Plan, progress: Progress) -> tuple[Sampling, list[Fai
         for level in of_prompt:
             _, group, visits = level.visits()
             repeated += np.bincount(group[visits > 1], minlength=accounts.num_groups)
+    # 2) A walk over all contexts, then the verdicts.
     watch(levels, accounts)
     _walk_all(plan, levels, accounts, progress)
     return _conclude(plan, samples, accounts, contexts, repeated, progress)
@@ -204,7 +239,7 @@ def _walk_all(plan: Plan, levels: list[list[Level]], accounts: Accounts, progres
     total, done = sum(len(level.parent) for of_prompt in levels for level in of_prompt), 0
     for prompt, of_prompt in enumerate(levels):
         for depth, first, logits, outputs in visit_contexts(target, plan.prompts[prompt], of_prompt, width):
-            progress("laws of the contexts", done, total)
+            progress("distributions of the contexts", done, total)
             account(plan, prompt, of_prompt[depth], depth, first, logits, outputs, accounts)
             done += len(logits)
 
@@ -212,6 +247,7 @@ def _walk_all(plan: Plan, levels: list[list[Level]], accounts: Accounts, progres
 def _conclude(
     plan: Plan, samples: list[Samples], accounts: Accounts, contexts: Ints, repeated: Ints, progress: Progress
 ) -> tuple[Sampling, list[Failure]]:
+    # The number of all tests first: it decides at which level each of them fails.
     options, num_rules = plan.options, len(samples)
     tests = {g: [t for law in laws if (t := _g_test(*law)).num_cells > 1] for g, laws in accounts.laws.items()}
     num_tests = 2 * (accounts.num_groups + num_rules) + sum(map(len, tests.values()))
@@ -266,7 +302,7 @@ def _g_test(prompt: int, context: list[int], p: Tensor, counts: Tensor) -> GTest
 
 
 def _impossible(plan: Plan, samples: list[Samples], accounts: Accounts) -> Iterator[Failure]:
-    """Tokens that no correct engine emits, each with the first sample that has it."""
+    """Yields a failure for each token that no correct engine emits, with the first sample that has it."""
     for group, prompt, context, token in accounts.examples:
         c, r = divmod(group, len(samples))
         start = np.array([*context, token])
@@ -295,7 +331,7 @@ def _unlikely(plan: Plan, sampling: Sampling) -> Iterator[Failure]:
 
 
 def _reproduce(plan: Plan, rule: str, combination: int | None) -> dict[str, Any]:
-    """How sample i is drawn: see `Plan`."""
+    """Returns what reproduces the samples of a rule, or of one combination; `Plan` says how sample i is drawn."""
     o, step = plan.options, len(plan.combinations)
     first = plan.seed(rule, 0)
     seeds: dict[str, Any] = {"first_seed": first, "last_seed": first + o.samples - 1}

@@ -1,4 +1,5 @@
-"""Prompts from JSONL files: UTF-8, one JSON object a line, blank lines allowed, `.gz` or not. Each line has a form:
+"""Reads prompts from JSONL files: UTF-8, one JSON object a line, blank lines allowed, `.gz` or not. Each line has a
+form:
 
     {"question_id": 81, "category": "writing", "turns": ["Compose ...", "Rewrite ..."], "reference": [...]}
         Spec-Bench and MT-Bench: one conversation, its user turns in order. reference may be missing and is ignored.
@@ -34,10 +35,13 @@ TYPE_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boo
 
 
 def read_jsonl(path: Path, *, category: str | None = None, skip_bad: bool = False) -> tuple[list[Prompt], int]:
-    """The file's prompts in its order, and the number of bad lines left out.
+    """Returns the file's prompts in its order, and the number of bad lines left out.
 
-    category: of prompts that do not say theirs; None: the file's name without .jsonl. Raises ValueError for a bad line,
-    as `FILE line N: reason`, N from 1, unless skip_bad; and for a file without a good one.
+    path: the file.
+    category: of prompts that do not say theirs; None: the file's name without .jsonl.
+    skip_bad: whether bad lines are left out instead of raised.
+
+    Raises ValueError for a bad line, as `FILE line N: reason`, N from 1, and for a file without a good one.
     """
     default = Path(path.name.removesuffix(".gz")).stem if category is None else category
     prompts: list[Prompt] = []
@@ -60,7 +64,7 @@ def read_jsonl(path: Path, *, category: str | None = None, skip_bad: bool = Fals
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers from 1; only a line feed ends a line."""
+    """Yields the lines that are not blank, with their numbers from 1; only a line feed ends a line."""
     data = path.read_bytes()
     if path.suffix == ".gz":
         try:

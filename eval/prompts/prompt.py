@@ -1,4 +1,4 @@
-"""What is asked of the model: conversations of one or several user turns, and sets of them."""
+"""Prompts: conversations of one or several user turns, and sets of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ TURN_SEPARATOR = "\n\n"  # plain text: between an answer and the turn after it
 
 @dataclass(frozen=True)
 class Prompt:
-    """The user's turns of one conversation, first to last; a plain prompt is one turn.
-
-    `category` groups results; `source` says where the text comes from.
-    """
+    """What a user says in one conversation. Raises ValueError where there is no turn."""
 
     turns: tuple[str, ...]
+    """The user's turns, first to last; a plain prompt is one turn."""
     category: str
+    """The category that results are grouped by."""
     source: str
+    """Where the text comes from."""
 
     def __post_init__(self) -> None:
         if isinstance(self.turns, str) or not self.turns:
@@ -31,10 +31,12 @@ class Prompt:
         return self.turns[0]
 
     def messages(self, answers: Sequence[str] = ()) -> list[dict[str, str]]:
-        """The prompt of turn len(answers) for a chat template: every turn before it with its answer, then the turn.
+        """Returns the prompt of turn len(answers) for a chat template: every turn before it with its answer, then the
+        turn. Each message is {"role": "user" | "assistant", "content": text}.
 
-        answers: what the model said to the turns before, first to last. Each message is {"role": "user" | "assistant",
-        "content": text}. Raises ValueError where there is no such turn.
+        answers: what the model said to the turns before, first to last.
+
+        Raises ValueError where there is no such turn.
         """
         *before, last = self._asked(answers)
         messages = []
@@ -43,10 +45,10 @@ class Prompt:
         return [*messages, {"role": "user", "content": last}]
 
     def text(self, answers: Sequence[str] = ()) -> str:
-        """The prompt of turn len(answers) as plain text: turn, answer, `TURN_SEPARATOR`, turn, answer, ..., turn.
+        """Returns the prompt of turn len(answers) as plain text: turn, answer, `TURN_SEPARATOR`, turn, ..., turn.
 
         An answer follows its turn directly, as the model wrote it: the text of one turn and its answer starts the text
-        of the next. answers and errors: as `messages`.
+        of the next. For the parameter and the errors see `messages`.
         """
         *before, last = self._asked(answers)
         return "".join(f"{turn}{answer}{TURN_SEPARATOR}" for turn, answer in zip(before, answers)) + last
@@ -63,11 +65,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order of their sources. num_skipped: bad lines that were left out."""
+    """A set of prompts."""
 
     name: str
+    """The set's name, for reports."""
     prompts: tuple[Prompt, ...]
+    """The prompts, in the order of their sources."""
     num_skipped: int = 0
+    """Bad lines that were left out."""
 
     @property
     def categories(self) -> dict[str, int]:
@@ -75,7 +80,7 @@ class PromptSet:
         return dict(Counter(prompt.category for prompt in self.prompts))
 
     def take(self, num_prompts: int) -> PromptSet:
-        """The set's first `num_prompts`, one of each category in turn, so that they are balanced.
+        """Returns the set's first `num_prompts`, one of each category in turn, so that they are balanced.
 
         Within a category the order stays. Categories differ by at most one prompt until one has no more.
         Raises ValueError unless 1 <= num_prompts <= the set's size.
@@ -91,11 +96,12 @@ class PromptSet:
         return replace(self, prompts=tuple(interleaved[:num_prompts]))
 
     def up_to(self, num_prompts: int | None) -> PromptSet:
-        """`take`, of fewer where the set has fewer; None: of all."""
+        """Returns `take` of so many prompts, or of all where the set has fewer, or for None."""
         size = len(self.prompts)
         return self.take(size if num_prompts is None else min(num_prompts, size))
 
     def as_dict(self) -> dict[str, object]:
+        """Returns a document for JSON, without the prompts themselves."""
         return {
             "name": self.name,
             "num_prompts": len(self.prompts),

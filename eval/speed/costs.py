@@ -1,4 +1,4 @@
-"""The cost of forwards by number of rows at given batch sizes and draft lengths, for reports."""
+"""Measures the cost of forwards by number of rows at given batch sizes and draft lengths, for reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ CHAIN_LENGTH = 3
 
 
 def measure_speed_costs(engine: Engine, batch_sizes: Sequence[int], draft_lengths: Sequence[int]) -> CostTable:
-    """Every number of rows that these settings have in one step; of the MTP layer too, where the model has one."""
+    """Measures forwards of every number of rows that these settings have in one step; the MTP layer's too, where the
+    model has one."""
     shapes = sorted({(b, k + 1) for b in batch_sizes for k in draft_lengths}, key=lambda shape: math.prod(shape))
     trials = [Trial("target", b, rows) for b, rows in shapes]
     if engine.runtime.model.mtp is not None:

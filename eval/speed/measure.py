@@ -1,4 +1,4 @@
-"""Speed of decoding, with and without speculation, in one interleaved run: `specdec eval speed`.
+"""Measures the speed of decoding, with and without speculation, in one interleaved run: `specdec eval speed`.
 
 Every repeat goes through all settings, peers included, before the next one begins, so a slow moment of the
 machine meets all of them alike. Decode time is that of N tokens per prompt less that of 1, for every engine.
@@ -36,26 +36,36 @@ GREEDY = 0.0
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """What to measure. Greedy at temperature 0; peers are always greedy.
-
-    prompt_tokens: length of every prompt; max_tokens: tokens generated from each. num_prompts: at every batch
-    size, in groups of that size (at least one group). peer_draft_lengths: K of the peers, clipped to what they can.
-    """
+    """What to measure. Raises ValueError for what cannot be."""
 
     model: str = "bundled"
+    """The checkpoint, as `Engine.from_pretrained` takes it."""
     kernels: str = "auto"
+    """The backend, as `Engine.from_pretrained` takes it."""
     dtype: str = "auto"
+    """Dtype of the matrices, as `Engine.from_pretrained` takes it."""
     num_threads: int | None = None
+    """CPU threads; None leaves torch's own number."""
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Requests at once."""
     draft_lengths: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    """K, with 0 for plain decoding."""
     prefill_lengths: tuple[int, ...] = (512, 2048)
+    """Prompt lengths whose prefill is timed; those beyond the context are left out."""
     temperature: float = GREEDY
+    """Temperature; 0 is greedy. Peers are always greedy."""
     num_prompts: int = 4
+    """Prompts at every batch size, in groups of that size (at least one group)."""
     prompt_tokens: int = 32
+    """Tokens of every prompt."""
     max_tokens: int = 64
+    """Tokens generated from each."""
     repeats: int = 5
+    """Passes through all settings."""
     peers: tuple[PeerSpec, ...] = ()
+    """Other engines to measure beside."""
     peer_draft_lengths: tuple[int, ...] = (0, 1, 3)
+    """K of the peers, clipped to what they can."""
 
     def __post_init__(self) -> None:
         for name, low in (("num_prompts", 1), ("prompt_tokens", 1), ("max_tokens", 2), ("repeats", 1)):
@@ -76,50 +86,69 @@ class SpeedOptions:
 
 @dataclass
 class Decoding:
-    """One engine at one batch size and K. Rates in tokens per second, one per repeat.
-
-    step_s: seconds per target forward with all that belongs to it. python_share: of a step, outside the C++ library;
-    dispatch_share: the part of it that lies within the two calls of the kernels.
-    bytes: per step. predicted: tokens per second from the cost table and the realised acceptance.
-    """
+    """Decoding of one engine at one batch size and K."""
 
     engine: str
+    """The engine's name, with its version for a peer."""
     batch_size: int
+    """Requests at once."""
     num_draft_tokens: int
+    """K."""
     rates: list[float] = field(default_factory=list)
+    """[repeats]: tokens per second."""
     mean_acceptance_length: float | None = None
+    """Tokens per verification; None without drafts or where a peer does not tell."""
     step_s: list[float] = field(default_factory=list)
+    """[repeats]: seconds per target forward with all that belongs to it; none for peers."""
     python_share: float | None = None
+    """Share of a step that is spent outside the C++ library; None without that library."""
     dispatch_share: float | None = None
+    """Share of a step that is spent outside the C++ library and inside the two calls of the kernels."""
     step_bytes: float | None = None
+    """Bytes that a step reads; None for peers."""
     distinct_experts: float | None = None
+    """Distinct experts per layer and forward; None for peers."""
     predicted: float | None = None
+    """Tokens per second from the cost table and the realised acceptance; None for peers."""
 
 
 @dataclass
 class Prefill:
+    """Prefill of one engine and prompt length."""
+
     engine: str
+    """The engine's name, with its version for a peer."""
     num_tokens: int
+    """Tokens of the prompt."""
     rates: list[float] = field(default_factory=list)
+    """[repeats]: tokens per second."""
 
 
 @dataclass
 class SpeedReport:
+    """What was measured."""
+
     options: SpeedOptions
+    """What was asked for."""
     machine: dict[str, str]
-    bandwidth_samples: list[float] = field(default_factory=list)  # bytes per second, one per repeat
+    """What it was measured on."""
+    bandwidth_samples: list[float] = field(default_factory=list)
+    """Read bandwidth in bytes per second, one per repeat."""
     decoding: list[Decoding] = field(default_factory=list)
+    """Decoding, by setting."""
     prefill: list[Prefill] = field(default_factory=list)
+    """Prefill, by setting."""
     costs: CostTable | None = None
+    """Seconds of forwards; None before they are measured."""
 
     @property
     def bandwidth(self) -> float:
-        """The most that was measured: the limit."""
+        """The most read bandwidth that was measured, in bytes per second: the limit."""
         return max(self.bandwidth_samples)
 
 
 class Subject:
-    """An engine under test: a way to complete prompts greedily or by sampling, and how long that takes."""
+    """The engine under test: completes prompts and says how long that takes."""
 
     name = "specdec"
 
@@ -129,6 +158,7 @@ class Subject:
     def generate(
         self, prompts: list[list[int]], max_tokens: int, num_draft_tokens: int
     ) -> tuple[float, list[GenerationOutput]]:
+        """Completes prompts; returns the seconds that it took, and the outputs."""
         params = [
             SamplingParams(
                 max_tokens=max_tokens, temperature=self.options.temperature, seed=seed, ignore_eos=True,
@@ -157,7 +187,7 @@ class Subject:
             cell.mean_acceptance_length = 1 + sum(s.num_accepted_tokens for s in stats) / num_drafts
 
     def inspect(self, groups: list[list[list[int]]], cell: Decoding) -> None:
-        """Bytes and distinct experts per step, and the share of Python, in runs of their own."""
+        """Adds bytes and distinct experts per step and the share of Python to `cell`, from runs of their own."""
         k, counts, shares = cell.num_draft_tokens, StepBytes(), []
         for group in groups:
             with traced(self.engine) as first:
@@ -173,7 +203,8 @@ class Subject:
             cell.python_share, cell.dispatch_share = np.array(shares).mean(0).tolist()
 
     def _python_shares(self, group: list[list[int]], num_draft_tokens: int) -> tuple[float, float] | None:
-        """Outside the C++ library, and of that within the kernels' calls; None where there is no such library."""
+        """Returns the share of a step outside the C++ library, and the part of it inside the kernels' calls; None where
+        there is no such library."""
         kernels = self.engine.runtime.model.target.kernels
         if not isinstance(kernels, CpuKernels):
             return None
@@ -186,18 +217,19 @@ class Subject:
         return 1 - native_s / whole, (called_s - native_s) / whole
 
     def prefill(self, prompt: list[int]) -> float:
-        """Tokens per second until the first token."""
+        """Returns the tokens per second of a prompt until the first token."""
         seconds, _ = self.generate([prompt], 1, 0)
         return len(prompt) / seconds
 
 
 class PeerSubject:
-    """A peer at one K."""
+    """A peer at one K, measured like `Subject`."""
 
     def __init__(self, peer: Peer, options: SpeedOptions) -> None:
         self.peer, self.options, self.name = peer, options, peer.version
 
     def measure(self, groups: list[list[list[int]]], cell: Decoding) -> None:
+        """Adds one repeat to `cell`."""
         seconds, tokens, drafted, accepted = 0.0, 0, 0, 0
         for group in groups:
             first = self.peer.generate(group, 1)
@@ -211,15 +243,18 @@ class PeerSubject:
             cell.mean_acceptance_length = 1 + accepted / (drafted / cell.num_draft_tokens)
 
     def prefill(self, prompt: list[int]) -> float:
+        """Returns the tokens per second of a prompt until the first token."""
         return len(prompt) / self.peer.generate([prompt], 1).seconds
 
 
 def measure_speed(
     options: SpeedOptions, progress: Callable[[str], None] = lambda _: None, loading: Progress = silent
 ) -> SpeedReport:
-    """Runs everything. Raises ValueError for options that do not fit the model, PeerError for a peer's fault.
+    """Measures everything. Raises ValueError for options that do not fit the model, PeerError for a peer's fault.
 
-    progress: hears what is measured next; loading: how far the model is loaded.
+    options: what to measure.
+    progress: hears what is measured next.
+    loading: hears how far the model is loaded.
     """
     most = max(options.batch_sizes)
     longest = max([options.prompt_tokens + options.max_tokens, *(n + 1 for n in options.prefill_lengths)])
@@ -305,7 +340,7 @@ def _measure_prefill(
 def _start_peers(
     stack: ExitStack, engine: Engine, options: SpeedOptions, max_model_len: int, progress: Callable[[str], None]
 ) -> list[tuple[PeerSubject, int]]:
-    """One process per peer and K, all loaded at once."""
+    """Starts one process per peer and K, all loaded at once; returns each with its K."""
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="specdec-peers-"))) if options.peers else Path()
     dtype = str(engine.runtime.model.target.kernels.dtype).removeprefix("torch.")
     started = []
@@ -333,7 +368,8 @@ def _groups(prompts: list[list[int]], batch_size: int, num_prompts: int) -> list
 
 
 def _prompts(engine: Engine, count: int, length: int, offset: int = 0) -> list[list[int]]:
-    """Token ids: random ones for a planted checkpoint, else stretches of the `stdlib` prompts, one after another."""
+    """Returns prompts of `length` token ids: random ones for a planted checkpoint, else stretches of the `stdlib`
+    prompts, one after another."""
     if (engine.checkpoint.folder / RECIPE_NAME).exists():
         return planted_prompts(engine.checkpoint.config.vocab_size, count, length, seed=offset)
     texts = [p.prompt for p in load_stdlib()]

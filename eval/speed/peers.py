@@ -1,4 +1,4 @@
-"""Other engines as peers: each runs in its own interpreter, loads once and answers requests.
+"""Runs other engines as peers: each in its own interpreter, loaded once, answering requests.
 
     with Peer(parse_peer("llamacpp=/venvs/llamacpp/bin/python"), settings) as peer:
         run = peer.generate(prompts, max_tokens=64)
@@ -33,17 +33,19 @@ BOOTSTRAP = "import runpy, sys; sys.path.append(sys.argv[2]); runpy.run_module(s
 
 
 class PeerError(ValueError):
-    """A peer that cannot be used as it was asked for: the message names the peer, the fault and the remedy."""
+    """A peer cannot be used as it was asked for: the message names the peer, the fault and the remedy."""
 
 
 @dataclass(frozen=True)
 class PeerKind:
-    """What an engine can do. packages: what its interpreter needs. most_drafts: the largest K;
-    most_prompts_with_drafts: prompts per request where K > 0 (None: any number)."""
+    """What an engine can do."""
 
     packages: str
+    """Packages that its interpreter needs."""
     most_drafts: int
+    """The largest K."""
     most_prompts_with_drafts: int | None = None
+    """The most prompts per request where K > 0; None: any number."""
 
 
 PEERS = {
@@ -55,14 +57,16 @@ PEERS = {
 
 @dataclass(frozen=True)
 class PeerSpec:
-    """interpreter: the python of the environment in which the engine is installed."""
+    """A peer that was asked for."""
 
     name: str
+    """One of `PEERS`."""
     interpreter: Path
+    """The python of the environment in which the engine is installed."""
 
 
 def parse_peer(text: str) -> PeerSpec:
-    """NAME=INTERPRETER -> PeerSpec. Raises PeerError for another form, an unknown name, a missing interpreter."""
+    """Reads NAME=INTERPRETER. Raises PeerError for another form, an unknown name, a missing interpreter."""
     name, separator, interpreter = text.partition("=")
     if not separator or not interpreter:
         raise PeerError(f"peer {text!r} must be NAME=INTERPRETER, for instance llamacpp=/venvs/llamacpp/bin/python")
@@ -78,7 +82,11 @@ class Peer:
     """One engine at one K. Entering it loads the engine, leaving it ends the process.
 
     Every fault is a PeerError: a K or dtype that the engine does not have, a driver that died (with the end of
-    what it wrote to stderr), an answer that took longer than timeout_s. After one of the latter the peer is over.
+    what it wrote to stderr), an answer that took longer than timeout_s. After one of the latter two the peer is over.
+
+    spec: which engine, and by which interpreter.
+    settings: what is fixed while it is loaded.
+    timeout_s: seconds to wait for an answer.
     version: engine and version, once entered.
     """
 
@@ -111,7 +119,8 @@ class Peer:
         self._stderr.close()
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> Answer:
-        """Adds `max_tokens` token ids to every prompt. PeerError also for what the settings leave no room for."""
+        """Generates `max_tokens` token ids from every prompt. Raises PeerError also for what the settings leave no room
+        for."""
         self._check_request(prompts, max_tokens)
         assert self._process.stdin is not None
         try:

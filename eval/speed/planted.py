@@ -1,4 +1,4 @@
-"""Planted checkpoints: the real cost of an engine, at an acceptance that is chosen.
+"""Writes planted checkpoints, which have the real cost of an engine at an acceptance that is chosen.
 
     python -m specdec.eval.speed.planted FOLDER [--size medium|small|tiny] [--hidden-size N ...] [--acceptance 1.0]
                                           [--dtype bfloat16] [--seed 0]
@@ -48,8 +48,8 @@ END_TOKEN, END_TOKEN_ID = "<|endoftext|>", 0
 MIN_VOCAB_SIZE = 257  # the end token and one token per byte
 MIN_ACCEPTANCE = 0.01
 RESIDUAL_STD, HEAD_SCALE = 0.002, 0.05
-MIN_MARGIN = 0.2  # of the greedy logit: what the layers' residual writes may take from it
-TOLERANCE = 0.002  # of the acceptance
+MIN_MARGIN = 0.2  # least margin as a share of the greedy logit: the layers' residual writes may take some of it
+TOLERANCE = 0.002  # distance from the wanted acceptance that is allowed
 LOGITS_BYTES = 2**28
 ARCHITECTURE_CONFIG: dict[str, Any] = {
     "architectures": [ARCHITECTURE],
@@ -72,7 +72,7 @@ ARCHITECTURE_CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class PlantedShape:
-    """The numbers of config.json that may be chosen; names as there."""
+    """The numbers of config.json that may be chosen, by their names there; see `Glm4MoeConfig`."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -98,18 +98,28 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a planted checkpoint was made. draft_agreement: the share of right first drafts over the vocabulary."""
+    """How a planted checkpoint was made."""
 
     seed: int
+    """Seed of all weights."""
     wanted_acceptance: float
+    """The acceptance that was asked for."""
     sigma: float
+    """Size of the noise in the MTP layer's projection."""
     draft_agreement: float
+    """Share of right first drafts over the vocabulary."""
 
 
 def write_planted_checkpoint(
     folder: Path, shape: PlantedShape, *, acceptance: float = 1.0, dtype: str = "bfloat16", seed: int = 0
 ) -> Recipe:
     """Writes a checkpoint shard by shard; `folder` appears complete or not at all.
+
+    folder: must be new or empty.
+    shape: the sizes.
+    acceptance: wanted share of right first drafts.
+    dtype: "bfloat16" or "float32".
+    seed: of all weights.
 
     Raises ValueError for a shape, acceptance, dtype or seed that cannot be, and for a folder that is not empty.
     """
@@ -127,7 +137,7 @@ def write_planted_checkpoint(
 
 
 def successors(vocab_size: int, seed: int) -> Tensor:
-    """pi [V]: the token that follows each token in the greedy text of a checkpoint made with `seed`."""
+    """Returns pi, [V]: the token that follows each token in the greedy text of a checkpoint made with `seed`."""
     order = torch.randperm(vocab_size, generator=_generator(seed, "cycle"))
     following = torch.empty_like(order)
     following[order] = order.roll(-1)
@@ -135,7 +145,7 @@ def successors(vocab_size: int, seed: int) -> Tensor:
 
 
 def planted_prompts(vocab_size: int, num_prompts: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of `length` random token ids, none of them the end token.
+    """Returns prompts of `length` random token ids, none of them the end token.
 
     The text that follows is the stretch of the cycle after the last id, so different prompts meet different drafts:
     n verified drafts give the acceptance a with a standard error of sqrt(a (1 - a) / n).
@@ -147,7 +157,7 @@ def planted_prompts(vocab_size: int, num_prompts: int, length: int, seed: int = 
 
 
 def _config(shape: PlantedShape, dtype: str) -> dict[str, Any]:
-    """config.json. Raises ValueError for a shape that is no model."""
+    """Returns the content of config.json. Raises ValueError for a shape that is no model."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     if shape.vocab_size < MIN_VOCAB_SIZE:
@@ -178,13 +188,13 @@ def _check_request(folder: Path, acceptance: float, seed: int) -> None:
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """Independent random numbers for every name, whatever else is drawn."""
+    """Returns random numbers that are independent for every name, whatever else is drawn."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def _write_weights(folder: Path, config: Glm4MoeConfig, acceptance: float, dtype: torch.dtype, seed: int) -> Recipe:
-    """One shard for embeddings and head, one for each layer, and the index."""
+    """Writes one shard for embeddings and head, one for each layer, and the index."""
     planted, recipe = _plant(config, acceptance, dtype, seed)
     weight_map: dict[str, str] = {}
     total_bytes = 0
@@ -204,7 +214,7 @@ def _write_weights(folder: Path, config: Glm4MoeConfig, acceptance: float, dtype
 
 
 def _plant(config: Glm4MoeConfig, acceptance: float, dtype: torch.dtype, seed: int) -> tuple[dict[str, Tensor], Recipe]:
-    """-> the tensors outside the layers and the MTP layer's eh_proj, and the recipe."""
+    """Returns the tensors outside the layers and the MTP layer's eh_proj, and the recipe."""
     hidden_size, vocab_size = config.hidden_size, config.vocab_size
     embed = torch.randn(vocab_size, hidden_size, generator=_generator(seed, "embed_tokens")).to(dtype)
     following = successors(vocab_size, seed)
@@ -236,7 +246,7 @@ def _rms_normed(x: Tensor) -> Tensor:
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """hidden [R, H], head [V, H] -> (rows, their logits [r, V]), a bounded number of rows at a time."""
+    """Yields (rows, their logits [r, V]) of hidden [R, H] and head [V, H], a bounded number of rows at a time."""
     step = max(1, LOGITS_BYTES // (4 * len(head)))
     wide = head.float().T
     for start in range(0, len(hidden), step):
@@ -245,7 +255,7 @@ def _logits(hidden: Tensor, head: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _check_margins(embed: Tensor, head: Tensor, following: Tensor) -> None:
-    """Refuses embeddings of so few dimensions that another token comes close to the planted one."""
+    """Raises ValueError for embeddings of so few dimensions that another token comes close to the planted one."""
     least = 1.0
     for rows, logits in _logits(_rms_normed(embed), head):
         wanted = following[rows, None]
@@ -260,7 +270,7 @@ def _check_margins(embed: Tensor, head: Tensor, following: Tensor) -> None:
 
 
 def _bisect(agreement: Callable[[float], float], wanted: float, resolution: float) -> tuple[float, float]:
-    """-> (sigma, agreement(sigma)) nearest to `wanted`; the agreement falls from 1 as sigma grows."""
+    """Returns (sigma, agreement(sigma)) nearest to `wanted`; the agreement falls from 1 as sigma grows."""
     if wanted == 1:
         return 0.0, agreement(0.0)
     low, high = 0.0, 1.0
@@ -275,7 +285,7 @@ def _bisect(agreement: Callable[[float], float], wanted: float, resolution: floa
 
 
 def tensor_shapes(config: Glm4MoeConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's tensors, the MTP layer's last."""
+    """Returns names and shapes of a checkpoint's tensors, the MTP layer's last."""
     model = build_model(config, select(torch.device("meta"), torch.float32, "reference"), with_mtp=True)
     assert model.mtp is not None
     slots = dict(iter_slots(model.target)) | dict(iter_slots(model.mtp, mtp_prefix(config)))
@@ -283,14 +293,15 @@ def tensor_shapes(config: Glm4MoeConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _layer_shapes(config: Glm4MoeConfig) -> Iterator[dict[str, tuple[int, ...]]]:
-    """The same layer by layer."""
+    """Yields names and shapes layer by layer, the MTP layer last."""
     shapes = tensor_shapes(config)
     for layer in range(config.num_hidden_layers + 1):
         yield {name: shape for name, shape in shapes.items() if name.startswith(f"model.layers.{layer}.")}
 
 
 def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """A layer's tensor: norms 1, correction biases of std 0.1 in fp32, matrices that keep activations of order 1."""
+    """Returns a layer's tensor: norms 1, correction biases of std 0.1 in fp32, matrices that keep activations of order
+    1."""
     if "norm" in name:
         return torch.ones(shape, dtype=dtype)
     noise = torch.randn(shape, generator=_generator(seed, name))
@@ -311,7 +322,7 @@ def _write_small_files(folder: Path, config: dict[str, Any], recipe: Recipe) -> 
 
 
 def _byte_tokenizer(vocab_size: int) -> Tokenizer:
-    """The end token, one token per byte, and names for the ids that text never becomes."""
+    """Returns a tokenizer with the end token, one token per byte, and names for the ids that text never becomes."""
     tokens = [END_TOKEN, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [f"<{token_id}>" for token_id in range(len(tokens), vocab_size)]
     tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))

@@ -1,4 +1,4 @@
-"""A `SpeedReport` as tables for people and as JSON for machines."""
+"""Writes a `SpeedReport` as tables for people and as JSON for machines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specdec.eval.speed.roofline import describe
 
 
 def as_json(report: SpeedReport) -> dict[str, Any]:
-    """See docs/json.md."""
+    """Returns a document for JSON, see docs/json.md."""
     document = asdict(report)
     document["options"]["peers"] = [f"{p.name}={p.interpreter}" for p in report.options.peers]
     document["read_bandwidth_bytes_per_s"] = report.bandwidth
@@ -27,13 +27,15 @@ def as_json(report: SpeedReport) -> dict[str, Any]:
 
 
 def fraction_of_bandwidth(report: SpeedReport, cell: Decoding) -> float | None:
-    """The least time that reading a step's bytes takes, over the time that the step took."""
+    """Returns the least time that reading a step's bytes takes, over the time that the step took; None where the bytes
+    are not known."""
     if cell.step_bytes is None:
         return None
     return cell.step_bytes / report.bandwidth / statistics.median(cell.step_s)
 
 
 def print_report(report: SpeedReport, out: Console) -> None:
+    """Prints a report as tables."""
     for key, value in report.machine.items():
         out.print(f"{key}: {value}", markup=False, soft_wrap=True)
     out.print(f"read bandwidth: {report.bandwidth / 1e9:.1f} GB/s")

@@ -1,4 +1,4 @@
-"""What decoding reads from memory, and how fast the machine can read at all.
+"""Counts what decoding reads from memory, and measures how fast the machine can read at all.
 
 Decoding is bound by the weights it reads, so the least time of a step is its bytes over the read bandwidth.
 """
@@ -24,7 +24,7 @@ PROBE_REPEATS = 3
 
 
 def read_bandwidth(kernels: AnyBackend, num_bytes: int = PROBE_BYTES, repeats: int = PROBE_REPEATS) -> float:
-    """Bytes per second of reading `num_bytes` of memory once, on all threads; the best of `repeats`."""
+    """Returns the bytes per second of reading `num_bytes` of memory once, on all threads; the best of `repeats`."""
     buffer = torch.zeros(num_bytes // 8, dtype=torch.int64)
     read = getattr(kernels, "read", Tensor.sum)
     times = []
@@ -37,26 +37,33 @@ def read_bandwidth(kernels: AnyBackend, num_bytes: int = PROBE_BYTES, repeats: i
 
 @dataclass
 class StepBytes:
-    """Bytes read and forwards run; num_expert_reads: distinct experts, added up over layers and forwards."""
+    """What some forwards read."""
 
     weights: int = 0
+    """Bytes of weights."""
     kv_cache: int = 0
+    """Bytes of keys and values."""
     num_target_forwards: int = 0
+    """Forwards of the target."""
     num_mtp_forwards: int = 0
+    """Forwards of the MTP layer."""
     num_expert_reads: int = 0
+    """Distinct experts, added up over layers and forwards."""
     num_layer_runs: int = 0
+    """Layers with experts, added up over forwards."""
 
     def __sub__(self, other: StepBytes) -> StepBytes:
         return StepBytes(**{name: value - getattr(other, name) for name, value in vars(self).items()})
 
     @property
     def total(self) -> int:
+        """All bytes."""
         return self.weights + self.kv_cache
 
 
 @contextmanager
 def traced(engine: Engine) -> Iterator[StepBytes]:
-    """Counts what the engine reads while it is entered; the counts are there once it is left.
+    """Counts what the engine reads while the context is entered; the counts are there once it is left.
 
     Every forward is taken to read the head once, as decoding does; prefill that decides nothing reads less.
     """
@@ -87,7 +94,7 @@ def _count(engine: Engine, decoder: Decoder, runs: list[DecoderRun], counts: Ste
 
 
 def describe(samples: list[float]) -> tuple[float, float, float]:
-    """(lower quartile, median, upper quartile)."""
+    """Returns lower quartile, median and upper quartile."""
     if len(samples) == 1:
         return samples[0], samples[0], samples[0]
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")

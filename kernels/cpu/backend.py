@@ -1,4 +1,4 @@
-"""`CpuKernels`: the operations of `specdec.kernels.backend` by the C++ library."""
+"""`CpuKernels`: a backend, and all single operations, by the C++ library."""
 
 from __future__ import annotations
 
@@ -77,11 +77,14 @@ class CpuKernels:
         architecture: str = "native",
         progress: Progress = silent,
     ) -> None:
-        """weight_dtype: float32, bfloat16, or int8, which is quantised from load_dtype, per output channel.
-        architecture: what the compiler builds for; results do not depend on it.
+        """Loads the library, and compiles it first where need be.
+
+        weight_dtype: float32, bfloat16, or int8, which is quantised from load_dtype, per output channel.
+        load_dtype: dtype of matrices as they are loaded, where weight_dtype is int8.
+        architecture: the compiler's -march; results do not depend on it.
         progress: hears of the compilation, if there is one.
 
-        Raises KernelsUnavailableError, and ValueError for another dtype.
+        Raises KernelsUnavailableError where nothing can be compiled, ValueError for another dtype.
         """
         if weight_dtype not in DTYPES:
             raise ValueError(f"kernels='cpu' have weights in float32, bfloat16 or int8, not {weight_dtype}")
@@ -288,13 +291,13 @@ class CpuKernels:
         return uniforms.tolist()
 
     def read(self, buffer: Tensor) -> None:
-        """Reads every byte of a contiguous tensor once, on all threads: a probe of the memory's bandwidth."""
+        """Reads every byte of a contiguous tensor once, on all threads, to measure the memory's bandwidth."""
         result = torch.empty(1, dtype=torch.int64)
         self._library.sd_read(buffer.data_ptr(), buffer.nbytes // 8, result.data_ptr(), _num_threads())
 
     @contextmanager
     def timed(self) -> Iterator[NativeTime]:
-        """Adds up the time spent in the C++ library while it is entered."""
+        """Adds up the seconds spent in the C++ library while the context is entered."""
         library, time = self._library, NativeTime()
         self._library = native.TimedLibrary(library, time)
         try:

@@ -23,9 +23,14 @@ COMPILERS = ("g++", "clang++")
 
 
 def library_path(architecture: str = "native", progress: Progress = silent) -> Path:
-    """The compiled library; compiles it where the cache does not hold it yet. Raises KernelsUnavailableError.
+    """Returns the path of the compiled library, and compiles it where the cache does not hold it yet.
 
-    architecture: the compiler's -march. The environment's SPECDEC_CXXFLAGS are added to the flags.
+    The environment's SPECDEC_CXXFLAGS are added to the compiler's flags.
+
+    architecture: the compiler's -march.
+    progress: hears of a compilation.
+
+    Raises KernelsUnavailableError without a compiler, where the cache cannot be written and where compiling fails.
     """
     compiler = _find_compiler()
     flags = [*FLAGS, f"-march={architecture}", *os.environ.get("SPECDEC_CXXFLAGS", "").split()]
@@ -38,6 +43,8 @@ def library_path(architecture: str = "native", progress: Progress = silent) -> P
 
 
 def cache_folder() -> Path:
+    """Returns the folder for compiled libraries: below SPECDEC_CACHE, XDG_CACHE_HOME or ~/.cache, the first that is
+    set."""
     base = os.environ.get("SPECDEC_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "specdec" / "kernels"
 
@@ -60,7 +67,7 @@ def _key(compiler: str, flags: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """Returns a text that changes whenever -march=native could mean something else."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -71,7 +78,8 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, flags: list[str], path: Path, progress: Progress) -> None:
-    """Into a file of its own, then renamed: processes that do it at once each end with a whole library."""
+    """Compiles the sources into a file of its own and renames it: several processes that compile at once each end with
+    a whole library."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)

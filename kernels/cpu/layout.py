@@ -23,13 +23,13 @@ _SCALARS: dict[type, str] = {
 
 
 class _Entry(Structure):
-    """LayoutEntry of src/layout.h."""
+    """The struct `LayoutEntry` of src/layout.h."""
 
     _fields_: ClassVar = [("name", c_char_p), ("type", c_char_p), ("bytes", c_int64)]
 
 
 def library_layout(library: ctypes.CDLL) -> Layout:
-    """The layout that the C++ compiler gave the structs."""
+    """Returns the layout that the C++ compiler gave the structs."""
     library.sd_layout.restype = POINTER(POINTER(_Entry))
     layout = {}
     for table in takewhile(bool, _items(library.sd_layout())):

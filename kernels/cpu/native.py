@@ -147,7 +147,10 @@ def _structures() -> list[type[ctypes.Structure]]:
 
 
 def load_library(architecture: str, progress: Progress = silent) -> ctypes.CDLL:
-    """Compiles if need be, and declares every function. Raises KernelsUnavailableError."""
+    """Loads the library with every function declared, and compiles it first where need be.
+
+    Raises KernelsUnavailableError as `library_path` does, AssertionError where a structure is not the library's.
+    """
     library = ctypes.CDLL(str(library_path(architecture, progress)))
     check_layout(library_layout(library), _structures())
     for name, arguments in _SIGNATURES.items():
@@ -158,13 +161,14 @@ def load_library(architecture: str, progress: Progress = silent) -> ctypes.CDLL:
 
 @dataclass
 class NativeTime:
-    """Seconds spent in the library."""
+    """Time spent in the library."""
 
     seconds: float = 0.0
+    """Seconds of all calls so far."""
 
 
 class TimedLibrary:
-    """The library's functions, with the time that they take added to `time`."""
+    """The library's functions, each of which adds the seconds it takes to `time`."""
 
     def __init__(self, library: ctypes.CDLL, time: NativeTime) -> None:
         for name in _SIGNATURES:

@@ -1,6 +1,6 @@
-"""What a call hands to the C++ library: structures of native.py made from the values of `specdec.kernels.data`.
+"""Makes the structures of native.py, which a call hands to the C++ library, from the values of `specdec.kernels.data`.
 
-Structures hold addresses. Arrays that nobody else has live in their attribute `alive`; tensors and edits are the
+Structures hold addresses. Arrays that were made for them live in their attribute `alive`; tensors and edits are the
 caller's to keep.
 """
 
@@ -30,12 +30,13 @@ from specdec.kernels.data import (
 
 
 def at(values: array[Any]) -> int:
-    """The address of an array's first value."""
+    """Returns the address of an array's first value."""
     return values.buffer_info()[0]
 
 
 def one_array(*lists: list[int]) -> tuple[array[int], list[int]]:
-    """The lists as int64, one after the other, and the address of each, valid as long as the array lives."""
+    """Returns one array of all lists, as int64 one after the other, and the address of each, valid as long as the array
+    lives."""
     values = array("q", reduce(iadd, lists, []))  # faster than an array that grows
     start, addresses = at(values), []
     for part in lists:
@@ -45,7 +46,7 @@ def one_array(*lists: list[int]) -> tuple[array[int], list[int]]:
 
 
 def zeros(size: int) -> array[int]:
-    """Room for `size` int64 results."""
+    """Returns room for `size` int64 results."""
     return array("q", bytes(8 * size))
 
 
@@ -66,7 +67,8 @@ def forward_struct(
     kv_cache: Tensor,
     expert_ids: Tensor | None,
 ) -> native.Forward:
-    """What a forward reads; where its output goes is left out."""
+    """Returns what a forward reads; where its output goes is left for the caller to fill in. Parameters: see
+    `Backend.decode`."""
     assert (previous is None) == (decoder.weights.fusion is None), "previous states and a fusion belong together"
     tokens, batch = array("q", input_ids), batch_struct(metadata)
     rows = None if previous is None else _row_addresses(previous)
@@ -96,14 +98,14 @@ def sampling_struct(sampling: RowSampling) -> native.Sampling:
 
 
 def edit_structs(edits: list[LogitEdits | None]) -> Any:
-    """An array of structures, which the edits must outlive; or None where there is nothing to do."""
+    """Returns an array of structures, one per entry, which the edits must outlive; None where nothing is edited."""
     if not any(edits):
         return None
     return (native.Edits * len(edits))(*(_EDIT_NOTHING if e is None else _edit_struct(e) for e in edits))
 
 
 def edits_address(structs: Any) -> int | None:
-    """The address of what `edit_structs` made, if anything."""
+    """Returns the address of what `edit_structs` made; None where it made nothing."""
     return None if structs is None else addressof(structs)
 
 
@@ -119,7 +121,7 @@ def _edit_struct(e: LogitEdits) -> native.Edits:
 
 
 def draft_sampling_struct(sampling: ChainSampling, probs: Tensor | None, prob_rows: list[int]) -> native.DraftSampling:
-    """probs, prob_rows: where the drafts' distributions go, see `room_for_probs`."""
+    """Returns how a chain's drafts are drawn. probs, prob_rows: where their distributions go, see `room_for_probs`."""
     rows, edits = sampling_struct(sampling.rows), edit_structs(sampling.edits)
     confidence, row_of = array("d", sampling.min_confidence), array("q", prob_rows)
     struct = native.DraftSampling(
@@ -156,7 +158,8 @@ class VerificationCall:
         self.struct.alive = rows, edits, ints
 
     def token_ids(self) -> list[list[int]]:
-        """What each sequence emits, once the library has written it: the first ones of as many as it has rows."""
+        """Returns what each sequence emits, [B], once the library has written it."""
+        # Each sequence has room for one token per row, of which the first `_num_tokens` are written.
         firsts = [start + b for b, start in enumerate(self._starts)]
         return [self._tokens[first : first + count].tolist() for first, count in zip(firsts, self._num_tokens)]
 

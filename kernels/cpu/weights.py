@@ -23,16 +23,16 @@ def blocks(size: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """`shape` as before packing, [out, in] or [E, out, in]; `data` holds [ceil(out / 16)][in][16] per matrix.
-
-    scales: int8 only, fp32 [ceil(out / 16) * 16] per matrix. num_outputs: rows as the kernels see them, which for
-    gate and up projections are both halves padded to whole blocks.
-    """
+    """A matrix, or a stack of E of them, in the form that the C++ kernels read: sixteen outputs side by side."""
 
     shape: tuple[int, ...]
+    """The shape before packing, (out, in) or (E, out, in)."""
     data: Tensor
+    """[ceil(out / 16)][in][16] values per matrix, in the packed dtype."""
     scales: Tensor | None
+    """[ceil(out / 16) * 16] fp32 per matrix, one for each output; None unless the dtype is int8."""
     num_outputs: int
+    """Outputs as the kernels see them, which for gate and up projections are both halves padded to whole blocks."""
 
     @cached_property
     def unbiased(self) -> native.Matrix:
@@ -46,12 +46,12 @@ class PackedWeight:
 
 
 def pack(library: ctypes.CDLL, weight: Tensor, dtype: torch.dtype) -> PackedWeight:
-    """weight [out, in] or [E, out, in], any floating dtype -> packed in `dtype`, quantised if that is int8."""
+    """Packs weight [out, in] or [E, out, in], in any floating dtype, in `dtype`; quantises it if that is int8."""
     return _pack(library, weight, dtype, weight.shape[-2], lambda matrix: matrix)
 
 
 def pack_gate_up(library: ctypes.CDLL, weight: Tensor, dtype: torch.dtype) -> PackedWeight:
-    """weight [2I, H] or [E, 2I, H], gate rows first -> blocks of sixteen rows of gate and up in turns."""
+    """Packs weight [2I, H] or [E, 2I, H], gate rows first, as blocks of sixteen rows of gate and up in turns."""
     both, size_in = weight.shape[-2:]
     width, padded = both // 2, blocks(both // 2) * LANES
 
@@ -81,7 +81,8 @@ def _pack(
 
 
 def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """[out, in] -> int8 [out, in] and fp32 scales [out]: weight ~ scale * q, |q| <= 127, rounded to nearest."""
+    """Returns q, int8 [out, in], and fp32 scales [out] of a matrix [out, in]: matrix ~ scale * q, |q| <= 127, rounded
+    to nearest."""
     wide = matrix.float()
     scales = wide.abs().amax(-1) / 127
     return (wide / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).round().to(torch.int8), scales
@@ -123,13 +124,13 @@ def _layer_struct(weights: LayerWeights) -> native.Layer:
 
 
 def cache_struct(kv_cache: Tensor) -> native.Cache:
-    """[..., pages, 2, page_size, Hkv, D]: of one layer, or of the first of several."""
+    """Returns the structure of one layer's cache [pages, 2, page_size, Hkv, D], or of the first layer of several."""
     assert kv_cache.is_contiguous()
     return native.Cache(kv_cache.data_ptr(), DTYPES[kv_cache.dtype], *kv_cache.shape[-3:])
 
 
 class PreparedDecoder:
-    """A decoder's structures; keeps the weights they point into alive."""
+    """A decoder's structures, with the weights that they point into."""
 
     def __init__(self, weights: DecoderWeights) -> None:
         self._bound: tuple[Tensor, native.Cache, int] | None = None
@@ -156,7 +157,8 @@ class PreparedDecoder:
             self.struct.eh_proj = fusion.eh_proj.matrix()
 
     def bind(self, kv_cache: Tensor) -> tuple[native.Cache, int]:
-        """The cache [layers, ...] and the elements from a layer to the next; the last one is remembered."""
+        """Returns the structure of a cache [layers, pages, 2, page_size, Hkv, D] and the number of elements from one
+        layer to the next; remembers them for the cache that was asked for last."""
         if self._bound is None or self._bound[0] is not kv_cache:
             self._bound = kv_cache, cache_struct(kv_cache), kv_cache.stride(0)
         return self._bound[1:]

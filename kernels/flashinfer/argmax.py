@@ -1,6 +1,6 @@
 """Decisions at temperature 0, without edits: argmaxes on the device, and one reading of them at a step's end.
 
-What `sampled` would do, too, but with no batch to pack and no kernels to compile.
+The module `sampled` could do this as well; here there is no batch to pack and no kernel to compile.
 
 Shapes: B sequences, of which b still draft; K draft tokens, R rows that decide, T packed tokens, H hidden.
 """
@@ -22,6 +22,7 @@ class ChoosesArgmax(Protocol):
     """A backend with a head's argmax."""
 
     device: torch.device
+    """Where tensors are."""
 
     def head_argmax(self, x: Tensor, head: Any) -> Tensor:
         """See `Operations.head_argmax`."""
@@ -29,9 +30,10 @@ class ChoosesArgmax(Protocol):
 
 
 class ArgmaxDraws:
-    """`specdec.kernels.flashinfer.chain.Draws` of chains without sampling."""
+    """The `specdec.kernels.flashinfer.chain.Draws` of chains without sampling: every draft is an argmax."""
 
     probs: Tensor | None = None
+    """None: point masses have no distributions to keep."""
 
     def __init__(self, kernels: ChoosesArgmax, head: Any, chain: DraftChain) -> None:
         self._kernels, self._head = kernels, head
@@ -46,7 +48,7 @@ class ArgmaxDraws:
 
 
 def decides(batch: VerifyBatch) -> bool:
-    """Whether the argmax of each row is all that is asked for."""
+    """Returns whether the argmax of each row is all that a batch asks for."""
     return not (
         batch.keep_logits
         or any(batch.edits)
@@ -56,7 +58,7 @@ def decides(batch: VerifyBatch) -> bool:
 
 
 def decide(kernels: ChoosesArgmax, head: Any, hidden: Tensor, batch: VerifyBatch) -> Verified:
-    """What follows the target's hidden states [T, H]. Choices and drafts are read together."""
+    """Decides a batch from the target's hidden states [T, H]. Choices and drafts are read from the device together."""
     choices = kernels.head_argmax(deciding(hidden, batch), head)  # [R]
     drafts = choices.new_empty(0) if batch.drafts.on_device is None else batch.drafts.on_device.flatten()
     numbers = torch.cat([choices, drafts]).tolist()

@@ -57,16 +57,18 @@ HEAD_DIMS = (64, 128, 256)  # of FlashInfer's RoPE and attention
 
 @dataclass(eq=False)
 class PreparedDecoder:
-    """graphs: from `FlashInferKernels.capture` on."""
+    """A decoder as this backend reads it."""
 
     weights: DecoderWeights
+    """Its weights, packed."""
     graphs: DecoderGraphs | None = None
+    """Its recorded forwards; None before `FlashInferKernels.capture`."""
 
 
 class FlashInferKernels(TritonSampling, ReferenceOperations):
-    """See `specdec.kernels.backend.Backend` for the contracts.
+    """The CUDA backend; see `specdec.kernels.backend.Backend` for the contracts.
 
-    deciders, drawers: for verifications and draft chains.
+    deciders, drawers: what decides verifications and draws drafts on the device, kept from step to step.
     """
 
     name = "flashinfer"
@@ -82,7 +84,8 @@ class FlashInferKernels(TritonSampling, ReferenceOperations):
 
     @classmethod
     def on(cls, device: torch.device) -> FlashInferKernels:
-        """A CUDA device, which becomes the process's current one: streams and events are that one's."""
+        """Returns the backend for a CUDA device, which becomes the process's current one: streams and events are that
+        one's."""
         torch.cuda.set_device(device if device.index is not None else 0)
         capability = torch.cuda.get_device_capability(device)
         return cls(device, experts_for(capability), fp8_kinds(capability))
@@ -133,12 +136,15 @@ class FlashInferKernels(TritonSampling, ReferenceOperations):
         return experts(x, expert_ids, expert_weights, gate_up, down)
 
     def append_kv(self, k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-        """To FlashInfer the whole cache is one sequence: its pages are all there are, its positions the slots."""
+        """Writes k, v into their slots, see `Operations.append_kv`.
+
+        FlashInfer is told that the whole cache is one sequence: its pages are all there are, its positions the slots.
+        """
         no_batch = torch.zeros_like(slot_mapping, dtype=torch.int32)
         append_paged_kv_cache(k, v, no_batch, slot_mapping.int(), kv_cache, *self._whole_cache(kv_cache), "NHD")
 
     def _whole_cache(self, kv_cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Its page table: indices, indptr, last_page_len."""
+        """Returns the page table of a sequence that owns all pages: indices, indptr, last_page_len."""
         num_pages, page_size = kv_cache.shape[0], kv_cache.shape[2]
         if (num_pages, page_size) not in self._whole_caches:
             self._whole_caches[num_pages, page_size] = (
@@ -149,7 +155,8 @@ class FlashInferKernels(TritonSampling, ReferenceOperations):
         return self._whole_caches[num_pages, page_size]
 
     def paged_attention(self, q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata | Wrapper) -> Tensor:
-        """metadata: or what was planned for it, as a forward does once for all layers."""
+        """Computes `Operations.paged_attention`. metadata: the forward's, or the wrapper that was planned for it, as a
+        forward does once for all layers."""
         if isinstance(metadata, AttentionMetadata):
             metadata = self.planner.plan(metadata, AttentionShape.of(q.shape[1], kv_cache))
         return metadata.run(q, kv_cache)
@@ -163,7 +170,7 @@ class FlashInferKernels(TritonSampling, ReferenceOperations):
         kv_cache: Tensor,
         expert_ids: Tensor | None = None,
     ) -> DecoderOutput:
-        """`decode` from tokens [T] int32 and previous states [T, H] on the device."""
+        """Runs `decode` from tokens [T] int32 and previous states [T, H] that are on the device."""
         captured = None if decoder.graphs is None else decoder.graphs.find(metadata, kv_cache)
         if captured is not None and expert_ids is None:
             return captured.run(tokens, previous, metadata)
@@ -227,8 +234,11 @@ class FlashInferKernels(TritonSampling, ReferenceOperations):
         max_model_len: int,
         progress: Progress = silent,
     ) -> None:
-        """See `CapturesGraphs`. The MTP layer's pairs of a step are up to 1 + K rows; each later draft is one more,
-        and as many graphs of that shape take turns."""
+        """Records CUDA graphs, see `CapturesGraphs`.
+
+        The MTP layer's pairs of a step are up to 1 + K rows. Each later draft is one more row, and as many graphs of
+        that shape take turns.
+        """
         longest = max(draft_lengths, default=0)
         query_lens = sorted({1, *(length + 1 for length in draft_lengths)})
         wanted = [(target, kv_cache, num, n) for num in batch_sizes(max_num_seqs) for n in query_lens]

@@ -19,9 +19,10 @@ Prepared = TypeVar("Prepared", contravariant=True)
 
 
 class RunsDecoders(Protocol[Prepared]):
-    """A backend's forwards from tokens and states on the device."""
+    """A backend that runs forwards from tokens and states on the device."""
 
     device: torch.device
+    """Where tensors are."""
 
     def run(
         self,
@@ -32,7 +33,7 @@ class RunsDecoders(Protocol[Prepared]):
         kv_cache: Tensor,
         expert_ids: Tensor | None = None,
     ) -> DecoderOutput:
-        """`Backend.decode` from tokens [T] int32 and previous states [T, H]."""
+        """Runs `Backend.decode` from tokens [T] int32 and previous states [T, H] on the device."""
         ...
 
 
@@ -40,22 +41,27 @@ class Draws(Protocol):
     """How one chain's drafts are drawn, on the device."""
 
     ids: Tensor
-    """[B, K], padded with NOT_DRAFTED, perhaps in memory that the next chain takes"""
+    """[B, K] int64: drafts so far, padded with NOT_DRAFTED, perhaps in memory that the next chain takes."""
     prob_rows: list[int]
-    """[B], see `Drafts.prob_rows`"""
+    """[B]: see `Drafts.prob_rows`."""
     probs: Tensor | None
-    """[Q, K, V], see `Drafts.probs`"""
+    """[Q, K, V]: see `Drafts.probs`."""
 
     def draw(self, normed: Tensor, step: int, active: list[int]) -> None:
-        """Hidden states [b, H] of the sequences `active` [b] -> ids[active, step]; NOT_DRAFTED where the chain ends, or
-        has ended."""
+        """Draws the next drafts into ids[active, step]; NOT_DRAFTED where a chain ends, or has ended.
+
+        normed: [b, H], hidden states after the final norm.
+        step: number of the draft, from 0.
+        active: [b], the sequences that still draft.
+        """
         ...
 
 
 def device_chain(
     kernels: RunsDecoders[Prepared], decoder: Prepared, chain: DraftChain, make_draws: Callable[[], Draws]
 ) -> Drafts:
-    """`Backend.draft_chain` where the host does not look: it runs every chain for as many steps as it may have drafts.
+    """Runs `Backend.draft_chain` without a look at the drafts: every chain runs for as many steps as it may have
+    drafts.
 
     make_draws: called once the pairs are queued, if there are drafts to draw.
     """

@@ -76,14 +76,19 @@ FUNCTIONS = {
 
 
 def build(name: str) -> None:
-    """In an environment of `environment`."""
+    """Compiles a module and loads it, in a process that has the variables of `environment`. Raises what either raises,
+    AttributeError for a function that is not there."""
     module = MODULES[name]().build_and_load()
     for function in FUNCTIONS[name]:
         getattr(module, function)
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Modules are linked against libcuda, which comes with a driver; an empty one will do to load them."""
+    """Returns the environment variables to build below `folder` in.
+
+    Modules are linked against libcuda, which comes with a driver; an empty one, which is made here, will do to load
+    them.
+    """
     stub = folder / "stub"
     stub.mkdir(parents=True, exist_ok=True)
     library = stub / "libcuda.so.1"

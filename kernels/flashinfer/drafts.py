@@ -1,4 +1,5 @@
-"""Drafts that verification finds on the device: into the target's tokens, before the rules, and onto the host.
+"""Handles drafts that verification finds on the device: places them in the target's tokens, orders them for the rules,
+reads them onto the host.
 
 Shapes: B sequences, D of a draft chain, K draft tokens, T packed tokens, R rows that decide, H hidden.
 """
@@ -29,13 +30,18 @@ def place_(tokens: Tensor, batch: VerifyBatch) -> None:
 
 
 def deciding(hidden: Tensor, batch: VerifyBatch) -> Tensor:
-    """Hidden states [T, H] -> the deciding rows [R, H]: each sequence's first one, and one for each of its drafts."""
+    """Returns the deciding rows [R, H] of hidden states [T, H]: each sequence's first one, and one for each draft."""
     rows = [first + i for first, count in zip(batch.first_rows, batch.drafts.counts) for i in range(count + 1)]
     return hidden.index_select(0, upload(rows, hidden.device))
 
 
 def in_order(on_device: Tensor, rows: list[int], num: int) -> Tensor:
-    """Drafts [D, K] -> [num, K]: each sequence's are those in its row; NOT_DRAFTED where that is -1 and beyond them."""
+    """Returns drafts [num, K] in the order of sequences, padded with NOT_DRAFTED.
+
+    on_device: [D, K], see `Drafts.on_device`.
+    rows: [B], each sequence's row of it; -1: it has no drafts.
+    num: rows of the result, at least B.
+    """
     none = torch.full((1, on_device.shape[1]), NOT_DRAFTED, device=on_device.device)
     last = len(on_device)
     places = [last if row < 0 else row for row in rows] + [last] * (num - len(rows))
@@ -43,7 +49,7 @@ def in_order(on_device: Tensor, rows: list[int], num: int) -> Tensor:
 
 
 def on_host(drafts: Drafts, ids: list[int]) -> list[list[int]]:
-    """Each sequence's drafts [B], out of what was on the device, read row by row."""
+    """Returns each sequence's drafts, [B]. ids: `drafts.on_device`, read onto the host row by row."""
     if drafts.on_device is None:
         return drafts.token_ids
     starts = [row * drafts.on_device.shape[1] for row in drafts.device_rows]
@@ -51,5 +57,5 @@ def on_host(drafts: Drafts, ids: list[int]) -> list[list[int]]:
 
 
 def up_to_end(ids: list[int]) -> list[int]:
-    """Strips the NOT_DRAFTED padding of one sequence's drafts."""
+    """Returns one sequence's drafts without their NOT_DRAFTED padding."""
     return ids[: ids.index(NOT_DRAFTED)] if NOT_DRAFTED in ids else ids

@@ -18,21 +18,25 @@ from specdec.kernels.fp8 import Fp8Matrix, fp8_grouped_linear
 
 
 class Experts(Protocol):
+    """Computes a mixture of routed experts."""
+
     def pack_gate_up(self, weight: Tensor) -> Tensor:
-        """[E, 2I, H], the gate rows first, in the order that the kernel reads."""
+        """Returns weight [E, 2I, H], the gate rows first, in the order that the kernel reads."""
         ...
 
     def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """See `Backend.moe`."""
+        """See `Operations.moe`."""
         ...
 
 
 def experts_for(capability: Capability) -> Experts:
+    """Returns the fused kernel where a GPU of this compute capability has it, else grouped products."""
     return FusedExperts() if has_fused_moe(capability) else GroupedExperts()
 
 
 class FusedExperts:
-    """`cutlass_fused_moe`, which reads the up rows first. Its order of summation is fixed, but not by expert id."""
+    """FlashInfer's `cutlass_fused_moe`, which reads the up rows first. Its order of summation is fixed, but not by
+    expert id."""
 
     def pack_gate_up(self, weight: Tensor) -> Tensor:
         gate, up = weight.chunk(2, 1)
@@ -48,7 +52,7 @@ class FusedExperts:
 
 
 class GroupedExperts:
-    """Rows sorted by expert, one grouped product for all of them, in bf16 or FP8."""
+    """Sorts rows by expert and multiplies them in one grouped product, in bf16 or FP8."""
 
     def pack_gate_up(self, weight: Tensor) -> Tensor:
         return weight
@@ -74,7 +78,8 @@ class GroupedExperts:
 
 
 def _grouped_linear(x: Tensor, weight: Tensor | Fp8Matrix, ends: Tensor) -> Tensor:
-    """Rows x [T, in] in groups, the ones of expert e before ends[e], weight [E, out, in] -> [T, out]."""
+    """Returns rows x [T, in] times their experts' weights [E, out, in], [T, out]. ends: [E], expert e's rows end before
+    ends[e]."""
     if isinstance(weight, Fp8Matrix):
         return fp8_grouped_linear(x, weight, ends)
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)

@@ -24,7 +24,8 @@ Forward = Callable[[DecoderWeights, ForwardInputs, Tensor], DecoderOutput]
 
 
 class CapturedForward:
-    """num_seqs sequences of query_len rows each; smaller batches are filled up with padding on the scratch page."""
+    """A recorded forward of num_seqs sequences with query_len rows each. Smaller batches are filled up with padding on
+    the scratch page."""
 
     @torch.inference_mode(False)  # its buffers live on after a caller's inference mode
     def __init__(
@@ -39,7 +40,16 @@ class CapturedForward:
         query_len: int,
         max_model_len: int,
     ) -> None:
-        """kv_cache [layers, pages, 2, page_size, Hkv, D], its last page for scratch."""
+        """Records a forward.
+
+        forward: runs a decoder's layers.
+        decoder: the decoder's weights.
+        kv_cache: [layers, pages, 2, page_size, Hkv, D], its last page for scratch.
+        planner: plans the attention.
+        pool: memory that graphs share, from `torch.cuda.graph_pool_handle`.
+        num_seqs, query_len: the shape that is recorded.
+        max_model_len: the most tokens of a sequence.
+        """
         self.num_seqs, self.query_len, self._kv_cache = num_seqs, query_len, kv_cache
         self._shape = AttentionShape.of(decoder.shape.num_heads, kv_cache)
         num_rows, size = num_seqs * query_len, self._shape.page_size
@@ -65,7 +75,8 @@ class CapturedForward:
             self._output = forward(decoder, self._inputs, kv_cache)
 
     def run(self, tokens: Tensor, previous: Tensor | None, metadata: AttentionMetadata) -> DecoderOutput:
-        """tokens [T] int32, previous [T, H] -> outputs [T, H], which the next replay leaves as they are."""
+        """Replays the forward for tokens [T] int32 and previous states [T, H]; returns outputs [T, H], which the next
+        replay leaves as they are."""
         rows = upload(self._prepare(metadata).rows, tokens.device, torch.int64)
         self._inputs.tokens.index_copy_(0, rows, tokens)
         if self._inputs.previous is not None and previous is not None:
@@ -74,7 +85,7 @@ class CapturedForward:
         return DecoderOutput(*(x.index_select(0, rows) for x in self._output))
 
     def _prepare(self, metadata: AttentionMetadata) -> FixedBatch:
-        """What the graph reads into its buffers, and a plan where the last one does not fit."""
+        """Copies what the graph reads into its buffers, and plans anew where the last plan does not fit."""
         batch = FixedBatch.fill(metadata, self.num_seqs, self.query_len, self._kv_cache.shape[1] - 1)
         pages = batch.pages
         numbers = pinned(batch.positions + batch.slots + pages.last_page_len + pages.indices)
@@ -88,8 +99,8 @@ class CapturedForward:
 
 
 class DecoderGraphs:
-    """A decoder's captured forwards over one cache. Those of a shape take turns, so that one can be prepared while the
-    one before still runs."""
+    """A decoder's recorded forwards over one cache. Several of one shape take turns, so that one can be prepared while
+    the one before still runs."""
 
     def __init__(self, kv_cache: Tensor) -> None:
         self._cache_address = kv_cache.data_ptr()
@@ -99,7 +110,8 @@ class DecoderGraphs:
         self._by_shape.setdefault((captured.query_len, captured.num_seqs), []).append(captured)
 
     def find(self, metadata: AttentionMetadata, kv_cache: Tensor) -> CapturedForward | None:
-        """The smallest that holds the batch: of the fewest rows per sequence, then of the fewest sequences."""
+        """Returns the smallest that holds the batch (the fewest rows per sequence, then the fewest sequences); None
+        where none does, or where they were recorded over another cache."""
         if kv_cache.data_ptr() != self._cache_address:
             return None
         longest, num = max(metadata.query_lens), len(metadata.query_lens)
@@ -112,6 +124,6 @@ class DecoderGraphs:
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
-    """Powers of two, and the largest batch there is."""
+    """Returns the batch sizes to record: powers of two, and the largest batch there is."""
     sizes = [2**i for i in range(max_num_seqs.bit_length()) if 2**i < max_num_seqs]
     return [*sizes, max_num_seqs]

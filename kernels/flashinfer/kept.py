@@ -1,4 +1,4 @@
-"""What decides on the device, kept from step to step: buffers of fixed size and address, made when first needed.
+"""A cache of what decides on the device, from step to step: buffers of fixed size and address, made when first needed.
 
 Shapes: B sequences, K draft tokens, V vocabulary.
 """
@@ -19,8 +19,8 @@ Worker = TypeVar("Worker", Decider, Drawer)
 
 
 class Kept(Generic[Worker]):
-    """Deciders, or drawers, by power of two of sequences, number of drafts and vocabulary. One whose batch has no room
-    for a step's edits gives way to one with twice the room that they need."""
+    """A cache of Deciders or Drawers, keyed by number of sequences (rounded up to a power of two), number of drafts and
+    vocabulary size. One whose batch has no room for a step's edits gives way to one with twice the room they need."""
 
     def __init__(self, make: Callable[[Batch, int], Worker], device: torch.device) -> None:
         self._make: Callable[[Batch, int], Worker] = make
@@ -29,8 +29,14 @@ class Kept(Generic[Worker]):
 
     @contextmanager
     def packing(self, num_drafts: int, edits: Seq[LogitEdits | None], vocab_size: int) -> Iterator[Worker]:
-        """One for B sequences with these edits [B], whose batch is packed while this is entered. It waits for the copy
-        of what was packed before, which is done where a step's result has been read since."""
+        """Yields a worker whose batch is to be packed while the context is entered.
+
+        Waits for the copy of what was packed before, which is done already where a step's result has been read since.
+
+        num_drafts: the most drafts of a sequence.
+        edits: [B], those of the step's sequences.
+        vocab_size: of the logits.
+        """
         shape, needed = (_power_of_two(len(edits)), num_drafts, vocab_size), edit_words(edits)
         if shape not in self._workers or self._workers[shape][0].batch.edit_words < needed:
             self._workers[shape] = self._new(*shape, 2 * needed), torch.cuda.Event()
@@ -45,5 +51,5 @@ class Kept(Generic[Worker]):
 
 
 def _power_of_two(num: int) -> int:
-    """The least that is not below."""
+    """Returns the least power of two that is at least num."""
     return 1 << (num - 1).bit_length()

@@ -13,14 +13,18 @@ from specdec.kernels.data import AttentionMetadata
 
 @dataclass(frozen=True, slots=True)
 class PageTable:
-    """Sequence b's pages are indices[indptr[b] : indptr[b + 1]], of which the last holds last_page_len[b] tokens."""
+    """The pages of B sequences: sequence b's are indices[indptr[b] : indptr[b + 1]]."""
 
-    indptr: list[int]  # [B + 1]
-    indices: list[int]  # [P]
-    last_page_len: list[int]  # [B]
+    indptr: list[int]
+    """[B + 1]: where each sequence's pages begin in `indices`."""
+    indices: list[int]
+    """[P]: page ids."""
+    last_page_len: list[int]
+    """[B]: tokens in each sequence's last page."""
 
     @classmethod
     def of(cls, kv_lens: list[int], page_tables: list[list[int]], page_size: int) -> PageTable:
+        """Returns the table of `AttentionMetadata`'s kv_lens [B] and page_tables [B]."""
         counts = [-(-length // page_size) for length in kv_lens]
         return cls(
             indptr=list(accumulate(counts, initial=0)),
@@ -31,20 +35,29 @@ class PageTable:
 
 @dataclass(frozen=True, slots=True)
 class FixedBatch:
-    """num_seqs sequences of query_len rows each. rows [T]: where the tokens of the batch lie among them.
+    """A batch filled up to num_seqs sequences of query_len rows each.
 
-    The other rows are padding: they stand after a sequence's own, or make up sequences without any. They read what
-    their sequence sees and the scratch page, which alone they write.
+    The rows that are added are padding: they stand after a sequence's own, or make up sequences without any. They read
+    what their sequence sees and the scratch page, which alone they write.
     """
 
-    positions: list[int]  # [num_seqs * query_len]
-    slots: list[int]  # [num_seqs * query_len]
+    positions: list[int]
+    """[num_seqs * query_len]: each row's position in its sequence."""
+    slots: list[int]
+    """[num_seqs * query_len]: each row's place in the cache."""
     pages: PageTable
+    """The pages of the num_seqs sequences."""
     rows: list[int]
+    """[T]: where the tokens of the batch lie among the rows."""
 
     @classmethod
     def fill(cls, metadata: AttentionMetadata, num_seqs: int, query_len: int, scratch_page: int) -> FixedBatch:
-        """metadata: of at most num_seqs sequences with at most query_len tokens each."""
+        """Fills a batch up.
+
+        metadata: at most num_seqs sequences with at most query_len tokens each.
+        num_seqs, query_len: the shape to fill.
+        scratch_page: the page that padding writes.
+        """
         size, num_padding = metadata.page_size, num_seqs - len(metadata.query_lens)
         scratch_slots = [scratch_page * size + i % size for i in range(query_len)]
         scratch_table = [scratch_page] * -(-query_len // size)

@@ -30,24 +30,29 @@ NUM_IN_TURN = 10
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What a plan needs to know beside lengths and pages. q is of the cache's dtype."""
+    """What a plan needs to know beside lengths and pages."""
 
     num_heads: int
+    """Query heads, Hq."""
     num_kv_heads: int
+    """Key and value heads, Hkv."""
     head_dim: int
+    """Size of a head, D."""
     page_size: int
+    """Tokens of a page."""
     dtype: torch.dtype
+    """Dtype of the cache, and of the queries."""
 
     @classmethod
     def of(cls, num_heads: int, kv_cache: Tensor) -> AttentionShape:
-        """kv_cache [..., pages, 2, page_size, Hkv, D]."""
+        """Returns the shape for a cache [..., pages, 2, page_size, Hkv, D]."""
         page_size, num_kv_heads, head_dim = kv_cache.shape[-3:]
         return cls(num_heads, num_kv_heads, head_dim, page_size, kv_cache.dtype)
 
 
 class Wrapper:
-    """One FlashInfer wrapper, which copies its plan to the device some time after `plan` has returned; so the next plan
-    waits for that."""
+    """One FlashInfer wrapper. It copies its plan to the device some time after `plan` has returned, so the next plan
+    waits for that copy."""
 
     def __init__(self, wrapper: Any, workspace: Tensor) -> None:
         self.wrapper = wrapper
@@ -63,7 +68,7 @@ class Wrapper:
         self._copied.record()
 
     def run(self, q: Tensor, kv_cache: Tensor) -> Tensor:
-        """q [T, Hq, D], one layer's cache -> [T, Hq, D]."""
+        """Returns the attention [T, Hq, D] of q [T, Hq, D] over one layer's cache, as planned."""
         return self.wrapper.run(q, kv_cache)
 
 
@@ -80,7 +85,7 @@ class Planner:
         self._prefill: list[Wrapper] = []
 
     def plan(self, metadata: AttentionMetadata, shape: AttentionShape) -> Wrapper:
-        """A wrapper that is ready for all layers of one forward."""
+        """Returns a wrapper that is ready for all layers of one forward."""
         pages = PageTable.of(metadata.kv_lens, metadata.page_tables, metadata.page_size)
         page_table = pinned(pages.indptr), upload(pages.indices, self.device), pinned(pages.last_page_len)
         query_len = metadata.query_lens[0]
@@ -94,7 +99,10 @@ class Planner:
         return wrapper
 
     def for_graph(self, indptr: Tensor, indices: Tensor, last_page_len: Tensor) -> Wrapper:
-        """A wrapper whose runs read these buffers on the device, [B + 1], [pages], [B]."""
+        """Returns a wrapper whose runs read these buffers on the device.
+
+        indptr [B + 1], indices [pages], last_page_len [B]: see `PageTable`; int32.
+        """
         wrapper = BatchDecodeWithPagedKVCacheWrapper(
             self.workspace, "NHD", use_cuda_graph=True, use_tensor_cores=True, paged_kv_indptr_buffer=indptr,
             paged_kv_indices_buffer=indices, paged_kv_last_page_len_buffer=last_page_len, backend="fa2",
@@ -102,7 +110,7 @@ class Planner:
         return Wrapper(wrapper, self.workspace)
 
     def _next(self, wrappers: list[Wrapper], make: Any) -> Wrapper:
-        """The one whose plan is the oldest."""
+        """Returns the wrapper whose plan is the oldest, or a new one while there are few."""
         wrapper = Wrapper(make(), self.workspace) if len(wrappers) < NUM_IN_TURN else wrappers.pop(0)
         wrappers.append(wrapper)
         return wrapper

@@ -1,4 +1,4 @@
-"""What the CUDA backend needs and what of it is there, found without importing FlashInfer; which kernels a GPU gets.
+"""Finds what the CUDA backend needs and what of it is there, without importing FlashInfer; which kernels a GPU gets.
 
 FlashInfer compiles its kernels at first use, so that a compiler and headers are needed at run time.
 """
@@ -28,16 +28,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Requirement:
-    """remedy: what to do unless it is ok."""
+    """Something that the CUDA backend needs."""
 
     name: str
+    """What is needed."""
     found: str
+    """What is there."""
     ok: bool
+    """Whether that will do."""
     remedy: str
+    """What to do where it will not."""
 
 
 def requirements(environ: Mapping[str, str] = os.environ) -> list[Requirement]:
-    """In the order in which they are best met."""
+    """Returns all requirements, in the order in which they are best met. environ: environment variables to look at."""
     cuda_home = _cuda_home(environ)
     flags = shlex.split(environ.get("FLASHINFER_EXTRA_CUDAFLAGS", ""))
     includes = [cuda_home / "include", *(Path(flag[2:]) for flag in flags if flag.startswith("-I"))]
@@ -52,13 +56,13 @@ def requirements(environ: Mapping[str, str] = os.environ) -> list[Requirement]:
 
 
 def missing(found: list[Requirement] | None = None) -> str:
-    """Of `requirements()`: why the backend cannot run, with the remedies; empty where it can."""
+    """Returns why the backend cannot run, with the remedies; empty where it can. found: None looks now."""
     lacking = [r for r in (requirements() if found is None else found) if not r.ok]
     return "; ".join(f"{r.name}: {r.found} ({r.remedy})" for r in lacking)
 
 
 def visible_capability() -> Capability | None:
-    """Compute capability of the current CUDA device."""
+    """Returns the compute capability of the current CUDA device; None where torch sees none."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
@@ -107,13 +111,13 @@ def _flashinfer() -> Requirement:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Of "0.7.2" and "0.7.2.post1": (0, 7, 2). Pre-releases count as older than any."""
+    """Returns (0, 7, 2) for "0.7.2" and "0.7.2.post1". Pre-releases count as older than any: ()."""
     match = re.fullmatch(r"(\d+(?:\.\d+)*)(?:\.post\d+)?(?:\+.*)?", version)
     return tuple(map(int, match[1].split("."))) if match else ()
 
 
 def _cuda_home(environ: Mapping[str, str]) -> Path:
-    """Where FlashInfer looks for the CUDA toolkit."""
+    """Returns the folder where FlashInfer looks for the CUDA toolkit."""
     named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     if named:
         return Path(named)
@@ -136,17 +140,22 @@ def _header(name: str, includes: list[Path]) -> Requirement:
 
 @dataclass(frozen=True)
 class Paths:
-    """Which kernels run, by operation. FlashInfer's: fa2, cutlass_fused_moe."""
+    """Names of the kernels that run on a GPU, by operation; fa2 and cutlass_fused_moe are FlashInfer's."""
 
     attention: str
+    """Paged attention."""
     norm_rope_silu: str
+    """Norms, RoPE and the activation."""
     experts: str
+    """Routed experts in bf16."""
     fp8_linear: str
+    """Linear layers of an FP8 checkpoint."""
     fp8_experts: str
+    """Routed experts of an FP8 checkpoint."""
 
 
 def paths(capability: Capability) -> Paths:
-    """ValueError for a GPU that is too old."""
+    """Returns the kernels that a GPU of this compute capability gets. Raises ValueError for one that is too old."""
     if capability < LEAST_CAPABILITY:
         raise ValueError(f"compute capability {capability[0]}.{capability[1]}: 8.0 or more is needed")
     kept = fp8_kinds(capability)
@@ -163,13 +172,14 @@ DEQUANTISED = "dequantised to bf16 at load"
 
 
 def has_fused_moe(capability: Capability) -> bool:
-    """FlashInfer's cutlass_fused_moe, in bf16. In FP8 it takes a scale per expert and one for all activations, not per
-    channel and token."""
+    """Returns whether a GPU has FlashInfer's cutlass_fused_moe, in bf16. (In FP8 it takes a scale per expert and one
+    for all activations, not per channel and token.)"""
     return capability in {(8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)}
 
 
 def fp8_kinds(capability: Capability) -> frozenset[Fp8Kind]:
-    """What stays in FP8: where torch's row-wise scaled products are known to work, see `specdec.kernels.fp8`."""
+    """Returns the kinds of matrices that stay in FP8 on a GPU: those for which torch's row-wise scaled products are
+    known to work there, see `specdec.kernels.fp8`."""
     kinds: dict[Capability, tuple[Fp8Kind, ...]] = {
         (8, 9): ("linear",),
         (9, 0): ("linear", "experts"),

@@ -24,14 +24,16 @@ from specdec.kernels.triton import Decider, Drawer
 
 
 class DecidesOnDevice(Operations, Protocol):
-    """A backend with what decides on the device, kept from step to step."""
+    """A backend that keeps what decides on the device from step to step."""
 
     deciders: Kept[Decider]
+    """Verify drafts."""
     drawers: Kept[Drawer]
+    """Draw drafts."""
 
 
 class SampledDraws:
-    """`specdec.kernels.flashinfer.chain.Draws` of chains with sampling."""
+    """The `specdec.kernels.flashinfer.chain.Draws` of chains with sampling."""
 
     def __init__(self, kernels: DecidesOnDevice, head: Any, chain: DraftChain) -> None:
         assert chain.sampling is not None
@@ -54,7 +56,7 @@ class SampledDraws:
 
 
 def decide(kernels: DecidesOnDevice, head: Any, hidden: Tensor, batch: VerifyBatch) -> Verified:
-    """What follows the target's hidden states [T, H]."""
+    """Decides a batch from the target's hidden states [T, H], with one wait for the device, at the end."""
     logits = compute_logits(kernels, drafts.deciding(hidden, batch), head)  # [R, V]
     on_device, counts = batch.drafts.on_device, batch.drafts.counts
     num_drafts = max(counts) if on_device is None else on_device.shape[1]

@@ -28,6 +28,8 @@ GREEDY = tl.constexpr(data.GREEDY)
 
 
 class Choice:
+    """Chooses a token for each slot, with buffers for it."""
+
     def __init__(self, tiling: Tiling) -> None:
         self.tiling = tiling
         self.scores = tiling.scratch(dtype=torch.float64)
@@ -35,7 +37,8 @@ class Choice:
         self.choices = torch.empty(tiling.num_slots, dtype=torch.int64, device=tiling.device)
 
     def run(self, logits: Tensor, slots: Slots) -> Tensor:
-        """-> ids [slots] for the rows that exact match decides; -1 where a row is not sound."""
+        """Returns ids [slots], valid for the rows that exact match decides; -1 where a row has a NaN or +inf, or no
+        finite logit."""
         t = self.tiling
         t.check(logits)
         _best_of_tile[t.grid](logits, slots, t.vocab_size, self.scores, self.ids, TILE=TILE, **UNFUSED)

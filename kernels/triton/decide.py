@@ -1,4 +1,4 @@
-"""From a target forward's logits to accepted tokens, on the device: no call here waits for it.
+"""Turns a target forward's logits into accepted tokens, on the device: no call here waits for it.
 
 Every buffer has a fixed size and address, and launches depend on nothing but `Batch.cuts`, so they can be captured into
 a CUDA graph: of a batch that cuts, for all.
@@ -22,14 +22,16 @@ from specdec.kernels.triton.truncate import Truncation
 
 
 class Decided(NamedTuple):
-    """num_accepted [B]; token_ids [B, K + 1]: the accepted drafts and one token more, which is -1 where logits that
-    decide are not finite; then -1. Padding accepts 0 drafts and emits nothing."""
+    """What was decided, on the device. Padding accepts 0 drafts and emits nothing."""
 
     num_accepted: Tensor
+    """[B] int64: how many drafts each sequence accepts."""
     token_ids: Tensor
+    """[B, K + 1] int64: the accepted drafts and one token more, which is -1 where logits that decide are not finite;
+    then -1."""
 
     def tolist(self) -> list[list[int]]:
-        """What each sequence emits; waits for the device."""
+        """Returns what each sequence emits, [B]; waits for the device."""
         return [row[: n + 1] for n, row in zip(self.num_accepted.tolist(), self.token_ids.tolist())]
 
 
@@ -56,23 +58,27 @@ class Decider:
         self._decided = Decided(ints(num), ints(num, num_drafts + 1))
 
     def decide(self, logits: Tensor, drafts: Tensor, draft_probs: Tensor | None) -> Decided:
-        """logits [R, V] fp32, which are spent; drafts [B, K], -1 padded: the batch's own, or those of a device's chain,
-        which may be fewer than was packed; draft_probs [Q, K', V]. -> buffers that the next call overwrites."""
+        """Decides the packed batch; returns buffers that the next call overwrites.
+
+        logits: [R, V] fp32, which are overwritten.
+        drafts: [B, K], -1 padded: the batch's own, or those of a device's chain, which may be fewer than was packed.
+        draft_probs: [Q, K', V] fp32, the distributions that drafts were drawn from; None without any.
+        """
         self.transform_(logits, drafts)
         return self.emit(logits, drafts, draft_probs)
 
     def transform_(self, logits: Tensor, drafts: Tensor) -> None:
-        """The first half: edits and truncation, in place; what `Verified.processed` keeps."""
+        """Does the first half of `decide`: edits and truncation, in place; `Verified.processed` is the result."""
         slots = verified_slots(self.batch, drafts)
         edit_(logits, slots)
         self._truncation.run_(logits, slots, cuts=self.batch.cuts)
 
     def emit(self, logits: Tensor, drafts: Tensor, draft_probs: Tensor | None) -> Decided:
-        """The second half: rules. Rows that rejection decides on become probabilities."""
+        """Does the second half of `decide`: the rules. Rows that rejection decides on become probabilities."""
         slots = verified_slots(self.batch, drafts)
         choices = self._choice.run(logits, slots)
         self._softmax.normalise_(logits, slots)
-        q = logits.unsqueeze(1) if draft_probs is None else draft_probs  # without laws nothing of it is read
+        q = logits.unsqueeze(1) if draft_probs is None else draft_probs  # without distributions nothing of it is read
         assert q.dtype == torch.float32
         self._reach(logits, q, slots)
         self._accept(choices, q, slots)

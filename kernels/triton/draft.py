@@ -32,10 +32,14 @@ class Drawer:
         self._truncation, self._choice, self._softmax = Truncation(tiling), Choice(tiling), Softmax(tiling)
 
     def draw(self, logits: Tensor, step: int, draft_probs: Tensor | None) -> None:
-        """logits [B, V] fp32, which are spent -> batch.drafts[:, step], and the laws in draft_probs [Q, K', V].
+        """Draws one draft of each sequence into batch.drafts[:, step].
 
-        NOT_DRAFTED where the chain has ended, NOT_FINITE where it ends because logits are not finite. Unlike in
-        `Backend.draft_chain` the others go on then.
+        It is NOT_DRAFTED where the chain ends or has ended, NOT_FINITE where it ends because logits are not finite.
+        Unlike in `Backend.draft_chain` the others go on then.
+
+        logits: [B, V] fp32, which are overwritten.
+        step: number of the draft, from 0.
+        draft_probs: [Q, K', V] fp32, filled with the distributions that are kept; None for none.
         """
         slots = drafted_slots(self.batch, self.batch.drafts, step)
         edit_(logits, slots)

@@ -1,4 +1,4 @@
-"""What requests do to single logits: one program per row and kind of edit, whose writes do not meet.
+"""Edits single logits as requests ask: one program per row and kind of edit, whose writes do not meet.
 
 The kinds are launches of their own because they follow one another on the same logits.
 """
@@ -30,7 +30,7 @@ LANES = 256
 
 
 def edit_(logits: Tensor, slots: Slots) -> None:
-    """See `Backend.edit_`; every active row, in place."""
+    """Edits every active row in place, see `Operations.edit_`. logits: [R, V] fp32, contiguous."""
     assert logits.is_contiguous()
     grid, vocab_size = (slots.size * slots.steps,), logits.shape[-1]
     _add_biases[grid](logits, slots, vocab_size, LANES=LANES, **UNFUSED)
@@ -41,14 +41,14 @@ def edit_(logits: Tensor, slots: Slots) -> None:
 
 @triton.jit
 def _open(slots, slot, vocab_size):
-    """-> sequence, step, offset of the row, where its edits begin, 0 if it has none."""
+    """Returns sequence, step, offset of the row, and where its edits begin, 0 if it has none."""
     b, i, row = locate(slots, slot)
     return b, i, row * vocab_size, tl.where(row < 0, 0, field(slots, EDITS, b))
 
 
 @triton.jit
 def _span(slots, edits, name: tl.constexpr):
-    """-> where one of the lists begins, and its length."""
+    """Returns where one of the lists begins, and its length."""
     start = tl.load(slots.words + edits + name)
     return start, tl.load(slots.words + edits + name + 1) - start
 
@@ -108,7 +108,7 @@ def _ban(logits, slots, vocab_size, LANES: tl.constexpr):
 
 @triton.jit
 def _penalised(x, number, slots, edits):
-    """Logits of tokens that occur `number` times in the output; 0: in the prompt only."""
+    """Returns the penalised logits of tokens that occur `number` times in the output; 0: in the prompt only."""
     repetition = _single(slots, edits, REPETITION)
     x = tl.where(x > 0, tl.div_rn(x, x * 0 + repetition), x * repetition)
     x = x - _single(slots, edits, PRESENCE) * tl.minimum(number, 1).to(tl.float32)

@@ -1,4 +1,4 @@
-"""What a step hands over to the device: B sequences in one buffer of 8-byte words, copied at once.
+"""Packs what a step hands over to the device: B sequences in one buffer of 8-byte words, copied at once.
 
 First a table [fields, B], then drafts [B, K], then the edits of the sequences that have some. Sequences beyond those of
 a step are padding: no row of theirs is active. Doubles are there by their bits.
@@ -25,8 +25,9 @@ from specdec.kernels.data import (
     VerifyBatch,
 )
 
-# Fields of a sequence. ROW: of the logits, at step 0. FIRST, LAST: the steps, which are numbers of drafts before a row,
-# that are active. LAW: whether its rows become probabilities. EDITS: where its edits begin, 0 if it has none.
+# Fields of a sequence. ROW: its row of logits at step 0. FIRST, LAST: the first and the last step that is active, where
+# a step is the number of drafts before a row. LAW: whether its rows become probabilities (a distribution). EDITS: where
+# its edits begin, 0 if it has none.
 ROW, FIRST, LAST, RULE, LAW, PROB_ROW, EDITS = (tl.constexpr(i) for i in range(7))
 TOP_K, STREAM, POSITION, START, SEED = (tl.constexpr(i) for i in range(7, 12))
 SCALE, TOP_P, MIN_P, CONFIDENCE = (tl.constexpr(i) for i in range(12, 16))
@@ -58,8 +59,11 @@ class Batch:
         self.drafts = self.words[table.size : self._edits_at].view(size, num_drafts)  # [B, K], -1 padded
 
     def pack_verification(self, v: VerifyBatch, first_rows: list[int]) -> None:
-        """first_rows [B]: each sequence's first row of the logits that will be decided on. Drafts are packed where the
-        host knows them."""
+        """Packs a verification. Drafts are packed where the host knows them.
+
+        v: what is to be decided.
+        first_rows: [B], each sequence's first row of the logits that will be decided on.
+        """
         self._fill(v.rows, v.edits)
         self._put(ROW, first_rows)
         self._put(LAST, v.drafts.counts)
@@ -71,8 +75,9 @@ class Batch:
         self._copy()
 
     def pack_drafting(self, sampling: ChainSampling, counts: list[int], prob_rows: list[int]) -> None:
-        """Row b of a step's logits will be sequence b's.
+        """Packs a chain's draws. Row b of a step's logits will be sequence b's.
 
+        sampling: how drafts are drawn.
         counts: [B], the most drafts of each sequence.
         prob_rows: [B], where its drafts' distributions are kept, see `Drafts.prob_rows`.
         """
@@ -88,7 +93,7 @@ class Batch:
         self._copy()
 
     def pack_rows(self, sampling: RowSampling, *, laws: bool = False) -> None:
-        """Rows that stand for themselves: to be chosen from, or to become laws."""
+        """Packs independent rows, one sequence each without drafts: to sample from, or (laws=True) to normalise."""
         num = len(sampling)
         self._fill(sampling, [None] * num)
         self._put(ROW, range(num))
@@ -98,7 +103,7 @@ class Batch:
         self._copy()
 
     def pack_edits(self, edits: Seq[LogitEdits | None], drafts: list[list[int]]) -> None:
-        """Rows that stand for themselves, each after its own drafts."""
+        """Packs independent rows to be edited, each after its own drafts."""
         counts = [len(before) for before in drafts]
         self._clear()
         self._put_edits(edits)
@@ -153,7 +158,7 @@ class Batch:
 
 
 def edit_words(edits: Seq[LogitEdits | None]) -> int:
-    """The room that edits take in a batch."""
+    """Returns the room that edits take in a batch, in 8-byte words."""
     return sum(NUM_EDIT_FIELDS + sum(map(len, _lists(e))) for e in edits if e is not None)
 
 
@@ -171,7 +176,7 @@ def _packed_edits(e: LogitEdits, at: int) -> bytes:
 
 
 def device_words(values: Seq[int], reals: Seq[float], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Integers and doubles on the device, by one copy."""
+    """Returns integers (int64) and doubles on the device, copied at once."""
     host = torch.frombuffer(bytearray(array("q", values) + array("q", array("d", reals).tobytes())), dtype=torch.int64)
     words = host.to(device)
     return words[: len(values)], words[len(values) :].view(torch.float64)

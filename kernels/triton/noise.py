@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _words(calls, seed, stream, position, start):
-    """Four words of each call."""
+    """Returns the four words of each call."""
     c = calls.to(tl.uint32)
     zero = c * 0
     return tl.philox(
@@ -21,7 +21,7 @@ def _words(calls, seed, stream, position, start):
 
 @triton.jit
 def gumbel_noise(tile, seed, stream, position, start, TILE: tl.constexpr):
-    """[TILE] of a row's tokens; token v takes word v % 4 of call v // 4."""
+    """Returns Gumbel noise [TILE] for a tile of a row; token v takes word v % 4 of call v // 4."""
     calls = tile * (TILE // 4) + tl.arange(0, TILE // 4)
     w0, w1, w2, w3 = _words(calls, seed, stream, position, start)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
@@ -30,7 +30,7 @@ def gumbel_noise(tile, seed, stream, position, start, TILE: tl.constexpr):
 
 @triton.jit
 def uniform(seed, stream, position, start):
-    """In [0, 1): 53 bits of the first two words of call 0."""
+    """Returns a number in [0, 1): 53 bits of the first two words of call 0."""
     w0, w1, _, _ = _words(position * 0, seed, stream, position, start)
     bits = (w0.to(tl.int64) << 21) ^ (w1.to(tl.int64) >> 11)
     return bits.to(tl.float64) * 1.1102230246251565e-16  # 2^-53
@@ -38,7 +38,7 @@ def uniform(seed, stream, position, start):
 
 @triton.jit
 def uniform_numbers(keys, stream, num, out):
-    """Seeds, positions, starts [3, num] -> [num]."""
+    """Writes a uniform number for each key into out [num]. keys: seeds, positions, starts [3, num]."""
     n = tl.program_id(0)
     seed, position, start = tl.load(keys + n), tl.load(keys + num + n), tl.load(keys + 2 * num + n)
     tl.store(out + n, uniform(seed, position * 0 + stream, position, start))

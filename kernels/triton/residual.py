@@ -1,4 +1,4 @@
-"""Residual laws max(0, scale * p - q), in fp64: their sums, and a token by inverse CDF."""
+"""Residual distributions max(0, scale * p - q), in fp64: their sums, and a token by inverse CDF."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ P_ROW, Q_ROW, EXCLUDED, PLACE = (tl.constexpr(i) for i in range(4))
 
 
 class Laws(NamedTuple):
-    """`num` laws by their rows of p and q, each [rows, V].
-
-    ints [4, num]: P_ROW, -1 where there is nothing to do; Q_ROW, -1: q is 0; EXCLUDED: a token, or -1; PLACE: of the
-    token in the result.
-    """
+    """Residual distributions on the device, see `specdec.kernels.data.Residuals`."""
 
     p: Tensor
+    """[R, V] fp32: the target's probabilities."""
     q: Tensor
+    """[..., V] fp32: the probabilities that drafts were drawn from."""
     ints: Tensor
+    """[4, num] int64. P_ROW: row of p, -1 where there is nothing to do. Q_ROW: row of q, -1: q is 0. EXCLUDED: a token,
+    or -1. PLACE: where the token goes in the result."""
     scales: Tensor
+    """[num] fp64: factors of p."""
     num: int
+    """Number of distributions."""
 
 
 class Residual:
-    """Of as many laws as the tiling has slots."""
+    """Sums and samples as many residual distributions as the tiling has slots."""
 
     def __init__(self, tiling: Tiling) -> None:
         self.tiling = tiling
@@ -37,7 +39,7 @@ class Residual:
         self.p_sums = tiling.scratch(dtype=torch.float64)
 
     def survey(self, laws: Laws) -> Tensor:
-        """-> sums [laws, tiles] of the laws that there are."""
+        """Adds up each tile of each distribution; returns the sums [num_slots, num_tiles], valid where there is one."""
         t = self.tiling
         t.check(laws.p)
         t.check(laws.q)
@@ -45,7 +47,11 @@ class Residual:
         return self.sums
 
     def sample(self, laws: Laws, uniforms: Tensor, tokens: Tensor) -> None:
-        """After `survey`: a token of each law into its place."""
+        """Writes a token of each distribution into its place. Call it after `survey`.
+
+        uniforms: [num] fp64, numbers in [0, 1).
+        tokens: int64, written at the PLACEs.
+        """
         t = self.tiling
         _sample[(t.num_slots,)](
             laws, t.vocab_size, self.sums, self.p_sums, uniforms, tokens, t.num_tiles, TILE=TILE, TILES=t.padded_tiles,
@@ -60,7 +66,7 @@ def _int(laws, name: tl.constexpr, n):
 
 @triton.jit
 def _load(laws, p_row, q_row, scale, excluded, vocab_size, ids):
-    """-> tokens' p, and their law."""
+    """Returns p of the tokens `ids`, and their mass in the residual distribution."""
     p = tl.load(laws.p + p_row * vocab_size + ids, mask=ids < vocab_size, other=0.0).to(tl.float64)
     q_size = tl.where(q_row >= 0, vocab_size, 0)
     q = tl.load(laws.q + q_row * vocab_size + ids, mask=ids < q_size, other=0.0).to(tl.float64)
@@ -84,7 +90,8 @@ def _survey(laws, vocab_size, sums, p_sums, TILE: tl.constexpr):
 
 @triton.jit
 def _crossing(upto, mass, target, SIZE: tl.constexpr):
-    """Where the CDF `upto` exceeds the target, among what has mass; the last that has, where rounding lets none."""
+    """Returns the index of the first entry with mass whose cumulative sum `upto` exceeds `target`; if rounding leaves
+    none, that of the last entry with mass."""
     places = tl.arange(0, SIZE)
     first = tl.min(tl.where((mass > 0) & (upto > target), places, SIZE), 0)
     last = tl.max(tl.where(mass > 0, places, 0), 0)

@@ -21,13 +21,13 @@ RESIDUAL = tl.constexpr(int(Stream.RESIDUAL))
 
 @triton.jit
 def _at_most_one(x):
-    """NaN stays, and passes no test."""
+    """Returns min(x, 1), and NaN for NaN, which passes no test."""
     return tl.where(x > 1, 1.0, x)
 
 
 @triton.jit
 def _num_drafts(slots, b):
-    """Of a sequence's drafts as many as it has before the first place without one."""
+    """Returns how many drafts a sequence has before the first place without one."""
     last = field(slots, LAST, b)
     num = last * 0
     for i in range(slots.num_drafts):
@@ -45,7 +45,7 @@ def _describe(laws, num_laws, n, needed, p_row, q_row, excluded, place):
 
 @triton.jit
 def _law_after(slots, b, i, num_drafts, num_steps):
-    """-> of the law after i accepted drafts: the row of q, and the token that is excluded."""
+    """Returns the row of q and the excluded token of the residual distribution after i accepted drafts."""
     prob_row = field(slots, PROB_ROW, b)
     more = i < num_drafts
     q_row = tl.where(more & (prob_row >= 0), prob_row * num_steps + i, -1)
@@ -55,8 +55,13 @@ def _law_after(slots, b, i, num_drafts, num_steps):
 
 @triton.jit
 def reach(probs, draft_probs, slots, vocab_size, num_steps, ratios, reached, laws, scales):
-    """ratios [B, K] of p and q at the drafts; reached [B, K + 1]: r_0..r_k of block verification, else 1. laws [4, B K]
-    with their scales: those whose mass block verification needs, after the first, second .. last but one draft."""
+    """Computes what the thresholds of the rejection rules are made of.
+
+    ratios: [B, K], filled with p / q of the drafts.
+    reached: [B, K + 1], filled with r_0..r_k of block verification (see `specdec.kernels.rules`), else with 1.
+    laws, scales: [4, B K] and [B K], filled with the residual distributions whose mass block verification needs: those
+        after the first, second, ..., last but one draft.
+    """
     b = tl.program_id(0)
     rule, row, prob_row = field(slots, RULE, b), field(slots, ROW, b), field(slots, PROB_ROW, b)
     num_drafts = tl.where(rule == EXACT_MATCH, 0, _num_drafts(slots, b))
@@ -84,8 +89,14 @@ def accept(
     slots, choices, ratios, reached, masses, num_tiles, num_steps, num_accepted, token_ids, laws, scales, uniforms,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """num_accepted [B], and token_ids [B, K + 1] but for the last one of the rejection rules: laws [4, B], scales and
-    uniforms say how to draw it."""
+    """Decides how many drafts stay.
+
+    choices: [B (K + 1)], the target's own, for exact match.
+    ratios, reached: from `reach`. masses: [B K, num_tiles], sums of the residual distributions that `reach` described.
+    num_accepted: [B], filled.
+    token_ids: [B, K + 1], filled with what is emitted, but for the last token of the rejection rules.
+    laws, scales, uniforms: [4, B], [B], [B], filled with how to draw that token.
+    """
     b = tl.program_id(0)
     rule, seed, start = field(slots, RULE, b), field(slots, SEED, b), field(slots, POSITION, b)
     num_drafts = _num_drafts(slots, b)

@@ -1,4 +1,4 @@
-"""The operations of `specdec.kernels.backend.Backend` from logits on, by the Triton kernels."""
+"""The single operations (`specdec.kernels.operations`) from logits on, by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from specdec.kernels.triton.truncate import Truncation
 
 
 class TritonSampling:
-    """One half of a backend, which has `device` and `linear`; see `Kernels` for the contracts.
+    """One half of a backend: the operations from logits on. The other half has `device` and `linear`; see `Operations`
+    for the contracts.
 
     Each call packs its arguments and allocates its buffers; a step that repeats has `Decider` and `Drawer` instead.
     """
 
     device: torch.device
+    """Where tensors are."""
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Laws: softmax(scale * logits), with the row's largest logit and its sum in fp64."""
+"""Distributions: softmax(scale * logits), with the row's largest logit and its sum in fp64."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from specdec.kernels.triton.slots import (
 
 
 class Softmax:
+    """Turns rows of logits into distributions, with buffers for it."""
+
     def __init__(self, tiling: Tiling) -> None:
         self.tiling = tiling
         self.tops = tiling.scratch(dtype=torch.float64)
         self.sums = tiling.scratch(dtype=torch.float64)
 
     def survey(self, logits: Tensor, slots: Slots) -> None:
-        """Leaves the tiles' largest logits and sums, of the rows that become laws."""
+        """Leaves the largest logit and the sum of every tile, of the rows that become distributions."""
         t = self.tiling
         t.check(logits)
         _survey[t.grid](logits, slots, t.vocab_size, self.tops, self.sums, TILE=TILE, **UNFUSED)
 
     def normalise_(self, logits: Tensor, slots: Slots) -> None:
-        """Rows that become laws, in place."""
+        """Turns the rows that become distributions into them, in place."""
         t = self.tiling
         self.survey(logits, slots)
         _normalise[t.grid](
@@ -43,7 +45,7 @@ class Softmax:
         )  # fmt: skip
 
     def store_laws(self, logits: Tensor, slots: Slots, probs: Tensor) -> None:
-        """After `survey`: the laws of sequences that have a row in probs [Q, K, V]."""
+        """Writes the distributions of sequences that have a row in probs [Q, K, V]. Call it after `survey`."""
         t = self.tiling
         t.check(probs)
         _store_laws[t.grid](
@@ -68,7 +70,7 @@ def _survey(logits, slots, vocab_size, tops, sums, TILE: tl.constexpr):
 
 @triton.jit
 def row_sum(slots, slot, b, num_tiles, tops, sums, TILES: tl.constexpr):
-    """-> the largest logit of a row, and the sum of exp(scale * (logit - largest))."""
+    """Returns the largest logit of a row, and the sum of exp(scale * (logit - largest))."""
     each = load_tiles(tops, slot, num_tiles, -float("inf"), TILES)
     top = tl.max(each, 0)
     shrink = tl.where(each == -float("inf"), 0.0, tl.exp((each - top) * real(slots, SCALE, b)))

@@ -37,17 +37,24 @@ DIGITS = tl.constexpr(16)
 
 
 class Truncation:
+    """Truncates rows of logits, with buffers for it."""
+
     def __init__(self, tiling: Tiling) -> None:
         self.tiling = tiling
         self.tops = tiling.scratch(dtype=torch.float32)
-        # of one pass and of the one before; and of each pass: the digits so far, what lies above them, the target
+        # `sums` of one pass and of the one before; `states` of each pass: the digits so far, what lies above them, the
+        # target
         self.sums = [tiling.scratch(DIGITS.value, dtype=torch.int64) for _ in range(2)]
         self.states = torch.empty(NUM_PASSES, tiling.num_slots, 3, dtype=torch.int64, device=tiling.device)
         self.unit = 2.0 ** (62 - tiling.vocab_size.bit_length())
 
     def run_(self, logits: Tensor, slots: Slots, *, cuts: bool) -> None:
-        """See `Backend.truncate_`; every active row, in place. cuts: the rows' `RowSampling.cuts`; where nothing is cut
-        there is nothing to search for, and these are most of the launches."""
+        """Truncates every active row in place, see `Operations.truncate_`.
+
+        logits: [R, V] fp32, contiguous.
+        slots: the rows.
+        cuts: the rows' `RowSampling.cuts`. Without it nothing is searched for, which spares most of the launches.
+        """
         t = self.tiling
         t.check(logits)
         assert logits.dtype == torch.float32
@@ -75,7 +82,7 @@ class Truncation:
 
 @triton.jit
 def _survey(logits, slots, vocab_size, tops, TILE: tl.constexpr):
-    """The largest logit of each tile; +inf where one is NaN."""
+    """Leaves the largest logit of each tile; +inf where one is NaN."""
     tile, slot = tl.program_id(0), tl.program_id(1)
     _, _, row = locate(slots, slot)
     if row < 0:
@@ -86,14 +93,14 @@ def _survey(logits, slots, vocab_size, tops, TILE: tl.constexpr):
 
 @triton.jit
 def _row_top(tops, slot, num_tiles, TILES: tl.constexpr):
-    """-> a row's largest logit; whether the row is sound."""
+    """Returns a row's largest logit, and whether the row is sound: that logit is finite."""
     top = tl.max(load_tiles(tops, slot, num_tiles, -float("inf"), TILES), 0)
     return top, (top > -float("inf")) & (top < float("inf"))
 
 
 @triton.jit
 def _ordinal(x):
-    """In the order of the floats, 32 bits; 0 and -0 are the same."""
+    """Returns integers of 32 bits in the order of the floats; 0 and -0 are the same."""
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True).to(tl.int64)
     return tl.where(bits < 0, -1 - bits, bits + 2147483648)
 
@@ -121,7 +128,7 @@ def _cuts(slots, b, vocab_size, BY_WEIGHT: tl.constexpr):
 
 @triton.jit
 def _digit_sums(sums, slot, num_tiles, TILES: tl.constexpr):
-    """[TILES, DIGITS] of a slot."""
+    """Returns the sums [TILES, DIGITS] of a slot."""
     tiles, digits = tl.arange(0, TILES)[:, None], tl.arange(0, DIGITS)[None, :]
     return tl.load(sums + (slot * num_tiles + tiles) * DIGITS + digits, mask=tiles < num_tiles, other=0)
 
@@ -134,7 +141,7 @@ def _state(states, number, slot, num_slots):
 
 @triton.jit
 def _descend(sums, slot, num_tiles, prefix, above, target, TILES: tl.constexpr):
-    """-> the digits up to the one in which what lies above reaches the target, and what lies above those."""
+    """Returns the digits up to the one in which what lies above reaches the target, and what lies above those."""
     digits = tl.arange(0, DIGITS)
     each = tl.sum(_digit_sums(sums, slot, num_tiles, TILES), 0)
     reached = above + tl.cumsum(each, 0, reverse=True)
@@ -199,7 +206,7 @@ def _drop_below_kth(logits, slots, vocab_size, tops, sums, states, TILE: tl.cons
 def _drop_the_rest(
     logits, slots, vocab_size, tops, sums, states, UNIT: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
 ):
-    """Top-p and min-p; rows that are not sound."""
+    """Drops what top-p and min-p leave out, and fills rows that are not sound with NaN."""
     tile, slot, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     b, _, row = locate(slots, slot)
     if row < 0:

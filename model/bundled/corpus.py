@@ -21,13 +21,16 @@ MAX_FILE_BYTES = 400_000
 
 @dataclass(frozen=True)
 class Document:
-    """One source file: `name` is its path below the standard library, with forward slashes."""
+    """One source file of the standard library."""
 
     name: str
+    """Its path below the standard library, with forward slashes."""
     text: str
+    """Its content."""
 
     @property
     def held_out(self) -> bool:
+        """Whether no training step sees it."""
         digest = hashlib.sha256(self.name.encode()).digest()
         return int.from_bytes(digest[:4], "big") % HELD_OUT_BUCKETS == 0
 
@@ -41,7 +44,8 @@ class Document:
 
 
 def load_documents(root: Path | None = None) -> list[Document]:
-    """All documents below `root` (default: this interpreter's standard library), by name."""
+    """Returns all documents below `root` (default: this interpreter's standard library), sorted by name. Raises
+    ValueError where there is none."""
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     documents = []
     for path in sorted(root.rglob("*.py")):

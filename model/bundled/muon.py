@@ -17,7 +17,7 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """[N, rows, cols] with rows <= cols -> the nearest semi-orthogonal matrices, roughly."""
+    """Returns roughly the nearest semi-orthogonal matrices to matrices [N, rows, cols] with rows <= cols."""
     a, b, c = NEWTON_SCHULZ
     x = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
@@ -27,7 +27,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """lr is the spectral norm of an update; `views` splits a stacked parameter into its matrices."""
+    """The Muon optimiser. A stacked parameter is split into its matrices, each of which is updated by itself.
+
+    lr is the spectral norm of an update of a square matrix.
+    """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -54,7 +57,8 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def _matrices(p: Tensor) -> list[Tensor]:
-        """A matrix, or the experts of a stack; a [2I, H] gate_up stack is two matrices an expert."""
+        """Returns the matrices of a parameter: itself, or one for each expert of a stack, two where gate and up
+        projections are stacked."""
         if p.dim() == 2:
             return [p]
         if p.shape[1] < p.shape[2]:  # gate_up [E, 2I, H]

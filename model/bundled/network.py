@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes of the bundled model; `hf_config` gives the config.json of the checkpoint."""
+    """Sizes of the bundled model, by the names of config.json; see `specdec.model.config.Glm4MoeConfig`."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -39,6 +39,7 @@ class NetworkConfig:
     max_position_embeddings: int = 1024
 
     def hf_config(self) -> dict[str, object]:
+        """Returns the content of the checkpoint's config.json."""
         return {
             "architectures": ["Glm4MoeForCausalLM"],
             "model_type": "glm4_moe",
@@ -78,7 +79,7 @@ class NetworkConfig:
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """y[rows of e] = x[rows of e] @ weight[e].T, with one GEMM per expert in both directions."""
+    """Computes y[rows of e] = x[rows of e] @ weight[e].T, with one matrix product per expert in both directions."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:  # x [R, in], weight [E, out, in]
@@ -133,7 +134,7 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """No bias. `write=True` marks a write to the residual stream, which starts at zero."""
+    """A projection without bias. `write=True`: it writes to the residual stream, and its weights start at zero."""
 
     def __init__(self, size_in: int, size_out: int, write: bool = False) -> None:
         super().__init__()
@@ -156,7 +157,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = Norm(self.dim, cfg.rms_norm_eps), Norm(self.dim, cfg.rms_norm_eps)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, H] -> q, k, v [B, Hq, T, D], keys and values repeated for their group."""
+        """Returns q, k, v [B, Hq, T, D] of x [B, T, H]; keys and values are repeated for their group of queries."""
         b, t, _ = x.shape
         q = _norm_rotate(self.q_proj(x).view(b, t, self.heads, self.dim), self.q_norm.weight, *rope, self.eps)
         k = _norm_rotate(self.k_proj(x).view(b, t, self.kv_heads, self.dim), self.k_norm.weight, *rope, self.eps)
@@ -189,7 +190,7 @@ class Router(Linear):
 
 
 class SharedHead(nn.Module):
-    """Only the norm: the head itself is the target's."""
+    """The norm before the head; the head itself is the target's."""
 
     def __init__(self, cfg: NetworkConfig) -> None:
         super().__init__()
@@ -230,7 +231,8 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def balance(self, rate: float) -> None:
-        """Auxiliary-loss-free balancing (arXiv 2408.15664): nudge the bias towards an even load."""
+        """Nudges the router's bias towards an even load: auxiliary-loss-free balancing (Wang et al. 2024,
+        arXiv 2408.15664)."""
         self.gate.e_score_correction_bias += rate * torch.sign(self.load.mean() - self.load)
         self.load.zero_()
 
@@ -269,7 +271,13 @@ class MTPLayer(DecoderLayer):
         self.shared_head = SharedHead(cfg)
 
     def unroll(self, hidden: Tensor, next_embeds: Tensor, rope: tuple[Tensor, Tensor], steps: int) -> list[Tensor]:
-        """hidden, next_embeds [B, T, H] -> one output [B, T, H] a step, after `shared_head.norm`."""
+        """Returns one output [B, T, H] for each step, after `shared_head.norm`.
+
+        hidden: [B, T, H], the target's hidden states.
+        next_embeds: [B, T, H], the embeddings of the tokens after them.
+        rope: cosines and sines.
+        steps: how many drafts a chain has.
+        """
         embeds = self.enorm(next_embeds)
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -308,6 +316,8 @@ def _shift(x: Tensor, lag: int) -> Tensor:
 
 
 class Network(nn.Module):
+    """Target and MTP layer together."""
+
     def __init__(self, cfg: NetworkConfig) -> None:
         super().__init__()
         self.cfg = cfg
@@ -325,7 +335,7 @@ class Network(nn.Module):
         return angles.cos()[:, None], angles.sin()[:, None]  # [T, 1, rotary/2]
 
     def forward(self, tokens: Tensor, mtp_steps: int) -> tuple[Tensor, list[Tensor]]:
-        """tokens [B, T+1] -> hidden states [B, T, H] (row p predicts token p+1) and the MTP outputs."""
+        """Returns hidden states [B, T, H] (row p predicts token p+1) and the MTP layer's outputs of tokens [B, T+1]."""
         rope = self.rope(tokens.shape[1] - 1)
         embeds = self.embed_tokens(tokens)
         x = embeds[:, :-1]
@@ -338,7 +348,7 @@ class Network(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, MoE)}
 
     def export_tensors(self) -> dict[str, Tensor]:
-        """The checkpoint's tensors by GLM-4.5's names, bf16 (correction biases fp32)."""
+        """Returns the checkpoint's tensors by GLM-4.5's names, in bf16 (correction biases in fp32)."""
         tensors: dict[str, Tensor] = {}
         for name, value in self.state_dict().items():
             if name.startswith("mtp."):

@@ -19,7 +19,8 @@ SPLIT = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` entries, all 256 bytes and the special tokens included."""
+    """Returns a byte-level BPE of exactly `vocab_size` entries, all 256 bytes and the special tokens included. Raises
+    ValueError where the texts are too few for that."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -31,11 +31,14 @@ TOKENS_PER_STEP = 4096
 
 @dataclass(frozen=True)
 class Phase:
-    """From `start` (a fraction of all steps) on: windows of `length` tokens, the MTP unrolled `mtp_steps` times."""
+    """A part of the training."""
 
     start: float
+    """When it begins, as a fraction of all steps."""
     length: int
+    """Tokens of a window."""
     mtp_steps: int
+    """How many drafts the MTP layer is unrolled for."""
 
 
 PHASES = (Phase(0.0, 256, 1), Phase(0.60, 512, 3), Phase(0.88, 1024, 3))
@@ -43,19 +46,31 @@ PHASES = (Phase(0.0, 256, 1), Phase(0.60, 512, 3), Phase(0.88, 1024, 3))
 
 @dataclass(frozen=True)
 class Recipe:
+    """How the network is trained."""
+
     muon_lr: float = 0.02
+    """Learning rate of the hidden matrices."""
     embed_lr: float = 0.03
+    """Learning rate of the embeddings."""
     head_lr: float = 0.008
+    """Learning rate of the head."""
     other_lr: float = 0.01
+    """Learning rate of norms and routers."""
     warmup_steps: int = 40
+    """Steps over which learning rates rise."""
     decay_start: float = 0.5
+    """Fraction of all steps after which learning rates fall."""
     mtp_weight: float = 0.3
-    mtp_scored_fraction: float = 0.25  # of the positions, at each MTP step
+    """Weight of the MTP layer's loss; the target's has 1."""
+    mtp_scored_fraction: float = 0.25
+    """Share of the positions that are scored at each draft of the MTP layer."""
     balance_rate: float = 0.01
+    """Step by which a router's bias is nudged towards an even load."""
     seed: int = 0
+    """Seed of weights, windows and scored positions."""
 
     def lr_factor(self, step: int, steps: int) -> float:
-        """Linear warm-up, constant, then linear decay to zero."""
+        """Returns the factor of all learning rates: linear warm-up, constant, then linear decay to zero."""
         decay = (steps - step) / max(1.0, steps * (1 - self.decay_start))
         return min(1.0, (step + 1) / self.warmup_steps, decay)
 
@@ -78,7 +93,7 @@ class Windows:
 
 
 def losses(net: Network, tokens: Tensor, mtp_steps: int, recipe: Recipe, step: int) -> tuple[Tensor, list[Tensor]]:
-    """Cross-entropy of the target at every position, and of each MTP step at a random quarter.
+    """Returns the cross-entropy of the target at every position, and of each MTP step at a random quarter.
 
     Early on the MTP layer learns the text itself; once it is unrolled, the target's own distribution,
     since that is what decides acceptance.
@@ -131,7 +146,13 @@ def make_optimizers(net: Network, recipe: Recipe) -> list[torch.optim.Optimizer]
 def evaluate(
     net: Network, tokens: Tensor, text_bytes: int, length: int = 512, num_windows: int = 32
 ) -> dict[str, float]:
-    """Held-out figures on evenly spaced windows: nats per token, bits per byte, teacher-forced MTP agreement."""
+    """Returns figures of held-out text: nats per token, bits per byte, and how often drafts equal the target's choices.
+
+    net: the network.
+    tokens: [n], the held-out text.
+    text_bytes: its length in bytes.
+    length, num_windows: evenly spaced windows that are evaluated.
+    """
     stride = (len(tokens) - length - 1) // num_windows
     windows = torch.stack([tokens[i * stride : i * stride + length + 1] for i in range(num_windows)])
     total, agreed = 0.0, [0.0, 0.0, 0.0]
@@ -154,6 +175,8 @@ def evaluate(
 
 
 def train(work: Path, output: Path, steps: int, recipe: Recipe, cfg: NetworkConfig) -> None:
+    """Trains from the state in `work`, if there is one, up to step number `steps`, and writes the checkpoint to
+    `output`."""
     work.mkdir(parents=True, exist_ok=True)
     documents = load_documents()
     training = [d for d in documents if not d.held_out]
@@ -210,7 +233,7 @@ def train(work: Path, output: Path, steps: int, recipe: Recipe, cfg: NetworkConf
 
 
 def encode(tokenizer_path: Path, documents: list[Document]) -> Tensor:
-    """One stream: every document followed by the end-of-text token."""
+    """Returns all documents' token ids [n], every document followed by the end-of-text token."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_path))

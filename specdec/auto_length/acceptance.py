@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from specdec.config import MAX_SPECULATIVE_TOKENS
 
-FIRST_GUESS = 0.7  # before anything is known
+FIRST_GUESS = 0.7  # acceptance that is assumed before anything is known
 POSITION_WEIGHT = 4.0  # verified drafts that the position before counts for
 ENGINE_MEMORY, REQUEST_MEMORY = 128.0, 48.0  # verified drafts after which one counts for 1/e
 MIN_PRIOR_WEIGHT, MAX_PRIOR_WEIGHT = 4.0, 48.0  # verified drafts of a request that the engine's rate counts for
@@ -14,36 +14,39 @@ REQUEST_MEMORY_STEPS = 512.0  # steps after which what a request has shown count
 
 MIN_SHOWN = 6.0  # verified drafts of a request that say something about how requests differ
 OPTIMISM = 0.8  # standard deviations: a draft that is wrongly left out is not observed, one wrongly taken is
-OWN_SHARE = 0.5  # of a request's difference from the engine at one position that is expected at the next
+OWN_SHARE = 0.5  # share of a request's difference from the engine at one position that is expected at the next
 
 
 class Counts:
-    """Verified drafts by position: how many were reached, all drafts before them being accepted, and how many of these
-    were accepted; the older, the less they count."""
+    """Verified drafts by position: how many were reached (all drafts before them were accepted), and how many of these
+    were accepted. The older a draft, the less it counts."""
 
     def __init__(self, memory: float) -> None:
+        """memory: verified drafts after which one counts for 1/e."""
         self.keep = 1 - 1 / memory
         self.reached = [0.0] * MAX_SPECULATIVE_TOKENS
         self.accepted = [0.0] * MAX_SPECULATIVE_TOKENS
 
     def record(self, num_drafted: int, num_accepted: int) -> None:
+        """Counts one verification."""
         for position in range(min(num_drafted, num_accepted + 1)):
             self.reached[position] = self.keep * self.reached[position] + 1
             self.accepted[position] = self.keep * self.accepted[position] + (position < num_accepted)
 
     def fade(self, factor: float) -> None:
+        """Multiplies all counts by `factor`."""
         self.reached = [factor * n for n in self.reached]
         self.accepted = [factor * n for n in self.accepted]
 
 
 class EngineAcceptance:
-    """Of all requests together: the prior of each."""
+    """Acceptance of all requests together, which is where the estimate of each one starts."""
 
     def __init__(self) -> None:
         self.counts = Counts(ENGINE_MEMORY)
 
     def rates(self) -> list[float]:
-        """Conditional acceptance by position; one that was hardly reached resembles the one before it."""
+        """Returns the conditional acceptance by position; one that was hardly reached resembles the one before it."""
         rate, rates = FIRST_GUESS, []
         for reached, accepted in zip(self.counts.reached, self.counts.accepted):
             rate = (POSITION_WEIGHT * rate + accepted) / (POSITION_WEIGHT + reached)
@@ -51,8 +54,11 @@ class EngineAcceptance:
         return rates
 
     def prior_weight(self, requests: Iterable[RequestAcceptance]) -> float:
-        """How many of its own verified drafts outweigh the engine's rate for a request: few where first drafts of
-        requests differ by more than chance, many where they do not (the moments of a beta-binomial law)."""
+        """Returns how many of a request's own verified drafts weigh as much as the engine's rate.
+
+        They are few where requests differ in the acceptance of first drafts by more than chance, many where they do not
+        (the method of moments for a beta-binomial distribution).
+        """
         shown = [(r.counts.accepted[0], r.counts.reached[0]) for r in requests if r.counts.reached[0] >= MIN_SHOWN]
         if len(shown) < 2:
             return MIN_PRIOR_WEIGHT
@@ -67,15 +73,16 @@ class EngineAcceptance:
 
 
 class RequestAcceptance:
-    """Of one request: the engine's rates, and what the request itself has shown lately."""
+    """Acceptance of one request, from the engine's rates and what the request itself has shown lately."""
 
     def __init__(self, step: int) -> None:
+        """step: the number of this step, counted by the engine."""
         self.counts = Counts(REQUEST_MEMORY)
         self._faded_at = step
 
     def survivals(self, engine_rates: list[float], prior_weight: float, step: int) -> list[float]:
-        """Returns by position: the probability that this draft and all before it are accepted, as high as is still
-        plausible. `engine_rates` decide for how many positions.
+        """Returns the probability, by position, that this draft and all before it are accepted, as high as is still
+        plausible. There are as many positions as `engine_rates` has.
 
         engine_rates: `EngineAcceptance.rates`.
         prior_weight: `EngineAcceptance.prior_weight`.

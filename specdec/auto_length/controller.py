@@ -22,9 +22,9 @@ from specdec.cost import CostTable
 from specdec.step.draft_length import DraftLengthStats
 from specdec.step.scheduler import ScheduledSequence
 
-KEPT_STEPS, KEPT_PLAIN_STEPS = 8, 16  # for which a decision stands, with drafts and without
-TIMED_STEPS = 16  # one of so many is timed, while a decision stands
-RESUME_STEPS = 64  # over which drafting must earn what catching up with waiting pairs costs
+KEPT_STEPS, KEPT_PLAIN_STEPS = 8, 16  # steps for which a decision stands, with drafts and without
+TIMED_STEPS = 16  # one step of so many is timed, while a decision stands
+RESUME_STEPS = 64  # steps in which drafting must earn what catching up with waiting pairs costs
 
 
 class AutoDraftLength:
@@ -41,10 +41,12 @@ class AutoDraftLength:
         *,
         follow_clock: bool = True,
     ) -> None:
-        """measure: gives a table, before the first decision; and again, given the table that has proved wrong.
-        clock: gives seconds.
-        follow_clock: steps that draft are weighed against plain ones as they were measured lately. Otherwise what is
-            decided is a function of the table and of past acceptances alone, and the clock serves the statistics.
+        """Starts without a table; `prepare` measures it.
+
+        measure: returns a table; it is called before the first decision, and again with a table that has proved wrong.
+        clock: returns seconds.
+        follow_clock: whether the times of recent steps correct the table. Otherwise what is decided is a function of
+            the table and of past acceptances alone, and the clock serves the statistics.
         """
         self.stats = DraftLengthStats()
         self._clock, self._follow_clock = clock, follow_clock
@@ -56,12 +58,14 @@ class AutoDraftLength:
         self._plan: StepPlan | None = None  # of the last step; None where nobody left a length to the controller
 
     def snapshot(self) -> DraftLengthStats:
+        """Returns a copy of the statistics, which no later step changes."""
         stats = self.stats
         return DraftLengthStats(
             list(stats.chosen), stats.num_probes, stats.num_flushes, stats.between_s, stats.times.snapshot()
         )
 
     def prepare(self) -> None:
+        """Measures a table where there is none, or where the one in use has proved wrong."""
         wrong = self._follow_clock and self._table.is_wrong(self.stats.times)
         if self._table.current is None or wrong:
             self._table.measure()
@@ -70,15 +74,17 @@ class AutoDraftLength:
 
     @property
     def table(self) -> CostTable:
-        """The cost table in use; there is one from `prepare` on."""
+        """The cost table in use. There is one after `prepare`."""
         assert self._table.current is not None, "an automatic request came unannounced"
         return self._table.current
 
     def plain_step_s(self, rows: int) -> float | None:
+        """Returns the seconds of a step of so many sequences without drafts; None before costs are known."""
         table = self._table.current
         return None if table is None else self.stats.times.plain.factor * table.plain_s(rows)
 
     def choose(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        """Lowers the numbers of drafts of "auto" requests, by the decision that stands or a new one."""
         if self._table.current is None:  # nobody asks for it
             return scheduled
         self._step += 1
@@ -88,6 +94,7 @@ class AutoDraftLength:
         return self._carry_over(scheduled) if self._rests else self._decide_and_rest(scheduled)
 
     def record(self, scheduled: Seq[ScheduledSequence], drafts: Seq[Seq[int]], output_token_ids: Seq[Seq[int]]) -> None:
+        """Learns what became of the step that `choose` was asked about, see `DraftLength.record`."""
         plan = self._plan
         if plan is None:
             return
@@ -100,6 +107,8 @@ class AutoDraftLength:
 
     @property
     def _rests(self) -> bool:
+        """Whether deciding again would take more than DECISION_SHARE of the time; until it would not, the last decision
+        is kept, even for other requests."""
         return self._follow_clock and self._standing.rests(self._clock())
 
     def _choose_again(self, scheduled: list[ScheduledSequence], plan: StepPlan) -> list[ScheduledSequence]:
@@ -112,13 +121,13 @@ class AutoDraftLength:
         return self._chosen(scheduled, self._standing.lengths)
 
     def _time(self, scheduled: list[ScheduledSequence], plan: StepPlan) -> None:
-        """Has this step timed: all its sequences decode, and none is probed or flushed."""
+        """Times this step, all of whose sequences decode, and none of which is probed or flushed."""
         lengths = [min(k, scheduled[b].num_draft_tokens) for b, k in zip(plan.members, plan.lengths)]
         self._plan = plan_step(self.table, scheduled, plan.members, plan.requests, lengths)
         self._timer.start()
 
     def _carry_over(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
-        """Applies the last decision to a changed set of sequences."""
+        """Applies the last decision to a changed set of sequences; newcomers get the most common length."""
         members = members_of(scheduled)
         if not members:
             self._plan = None
@@ -187,7 +196,7 @@ class AutoDraftLength:
         self.stats.num_flushes += len(plan.flushed)
 
     def _keep(self, scheduled: Seq[ScheduledSequence], plan: StepPlan) -> None:
-        """Has the plan's lengths stand."""
+        """Makes the plan's lengths the decision that stands."""
         lengths: list[int | None] = [None] * len(scheduled)
         for b, k in zip(plan.members, plan.lengths):
             lengths[b] = k

@@ -1,4 +1,4 @@
-"""The draft lengths with which one step is expected to give the most tokens per second. No torch here."""
+"""Finds the draft lengths with which one step is expected to give the most tokens per second. No torch here."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Candidate(NamedTuple):
     """A sequence that may draft."""
 
     survivals: Seq[float]
-    """By position: the probability that this draft and all before it are accepted. As many as it may draft."""
+    """Probability, by position, that this draft and all before it are accepted; as many as it may draft."""
     catch_up_s: float = 0.0
     """Seconds that its waiting pairs add to the step if it drafts, beyond one pair for each token."""
     sampled: bool = False
-    """Its temperature is above 0."""
+    """Whether its temperature is above 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,13 @@ class StepBase:
     """The step to which the candidates' drafts are added."""
 
     num_sequences: int
+    """Sequences that take part, candidates included."""
     num_rows: int
     """Rows of the target's forward without the candidates' drafts."""
     others: Seq[int] = ()
     """Draft lengths of the sequences that sample but are no candidates."""
     between_s: float = 0.0
-    """Seconds from one step to the next."""
+    """Seconds from the end of one step to the next one's drafts."""
     drafting_factor: float = 1.0
     """How much longer steps with drafts take than the table says, relative to plain ones."""
 
@@ -48,7 +49,12 @@ def best_lengths(table: CostTable, base: StepBase, candidates: Seq[Candidate]) -
 
     Drafts are admitted in descending order of survival, and of all prefixes of that order the best one is taken: the
     first draft of a step costs an extend of the MTP layer and later ones do not, so the rate has more than one maximum.
+
+    table: the costs to predict by.
+    base: the step without the candidates' drafts.
+    candidates: the sequences that may draft.
     """
+    # Survivals of a candidate fall with the position, so a prefix of this order holds its drafts from the first on.
     order = sorted(
         (-survival, depth, i)
         for i, candidate in enumerate(candidates)
@@ -63,7 +69,7 @@ def best_lengths(table: CostTable, base: StepBase, candidates: Seq[Candidate]) -
 
 
 def _rates(table: CostTable, base: StepBase, candidates: Seq[Candidate], order: list[Draft]) -> list[float]:
-    """Returns tokens per second with none of the drafts, with the first, with the first two ...
+    """Returns the tokens per second with none of the drafts in `order`, with the first, with the first two, and so on.
 
     The MTP layer's extend is taken at its mean: each drafting sequence has as many new pairs as it emits tokens.
     """

@@ -29,7 +29,7 @@ from specdec.step.verify import TargetVerifier
 log = logging.getLogger(__name__)
 
 CONTEXT = 64  # tokens before those that are measured
-MAX_PAIRS = 64  # of one sequence
+MAX_PAIRS = 64  # the most pairs of one sequence that are measured
 MOST_SEQUENCES = 64
 REPEATS, BUDGET_S = 5, 0.8
 
@@ -39,8 +39,15 @@ _tables: dict[object, CostTable] = {}
 def cost_table(
     runtime: Runtime, tokenizer: Tokenizer, config: EngineConfig, wrong: CostTable | None = None
 ) -> CostTable:
-    """Of this model, backend and number of threads; measured once in a process, or again if it is the `wrong` one.
-    Raises what a forward raises."""
+    """Returns the cost table of a model, backend and number of threads; it is measured once in a process.
+
+    runtime: the model and its cache.
+    tokenizer: the model's.
+    config: says how many sequences a step may have.
+    wrong: a table that has proved wrong, which is not returned again but measured anew.
+
+    Raises what a forward raises.
+    """
     target = runtime.model.target
     key = (target.config, target.kernels.name, target.kernels.dtype, config.max_num_seqs, torch.get_num_threads())
     if key not in _tables or _tables[key] is wrong:
@@ -66,21 +73,25 @@ def _log_costs(table: CostTable, seconds: float) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """A forward of `num_sequences`, `rows` of each: of the target (its last token and drafts), the same with sampled
-    tokens, or of the MTP layer (pending pairs and one draft), or of the MTP layer with that many drafts after one
-    pair."""
+    """Something whose time is measured."""
 
     part: Literal["target", "sampled", "extend", "chain"]
+    """What runs. "target": the target's forward over a last token and drafts, with argmaxes. "sampled": the same with
+    sampled tokens. "extend": the MTP layer over pending pairs, with one draft. "chain": the MTP layer over one pair,
+    with several drafts."""
     num_sequences: int
+    """Sequences that take part."""
     rows: int
+    """Rows of each sequence: tokens of the target, pairs of "extend", drafts of "chain"."""
 
     @property
     def num_rows(self) -> int:
+        """Rows of all sequences."""
         return self.num_sequences * self.rows
 
 
 def trials(batch_sizes: Seq[int]) -> list[Trial]:
-    """The most important first."""
+    """Returns what is to be measured for these batch sizes, the most important first."""
     found = [Trial("target", 1, 1), Trial("target", 1, 4), Trial("extend", 1, 1), Trial("chain", 1, 3)]
     for size in batch_sizes:
         found += [Trial("target", size, rows) for rows in (1, 2, 3, 4, 6, MAX_SPECULATIVE_TOKENS + 1)]
@@ -94,9 +105,17 @@ def trials(batch_sizes: Seq[int]) -> list[Trial]:
 def measure_costs(
     runtime: Runtime, tokenizer: Tokenizer, wanted: Seq[Trial], repeats: int = REPEATS, budget_s: float = BUDGET_S
 ) -> CostTable:
-    """Each the lower quartile of `repeats` runs on other tokens, which take other experts, all trials in turn. Once
-    `budget_s` is spent it ends, after the first four trials at least. Those that do not fit into the context are left
-    out."""
+    """Measures a cost table: of each trial the lower quartile of its runs, which are on different tokens and so take
+    different experts. The trials take turns.
+
+    runtime: the model and its cache.
+    tokenizer: the model's.
+    wanted: what to measure; trials that do not fit into the context are left out.
+    repeats: runs of each trial.
+    budget_s: seconds after which it ends, but for the first four trials, which run once at least.
+
+    Raises RowsError where a forward fails.
+    """
     bench = Bench(runtime, tokenizer, max(trial.num_sequences for trial in wanted))
     wanted = [trial for trial in wanted if bench.length + trial.rows <= runtime.max_model_len]
     times: dict[Trial, list[float]] = {}
@@ -126,12 +145,15 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _table(seconds: dict[Trial, float]) -> CostTable:
-    """What a sequence costs beyond its rows is taken out of the target's entries. More rows never cost less."""
+    """Returns a table of the measured seconds. What a sequence costs beyond its rows is taken out of the target's
+    entries; more rows never cost less than fewer."""
+    # 1) What a sequence costs beyond its rows: n sequences of one row each against one sequence of n rows.
     sequence_s = sampled_s = 0.0
     for number in sorted(trial.rows for trial in seconds if trial.part == "target" and trial.num_sequences == 1):
         apart, together = Trial("target", number, 1), Trial("target", 1, number)
         if number > 1 and apart in seconds:  # the largest such pair decides
             sequence_s = max(0.0, (seconds[apart] - seconds[together]) / (number - 1))
+    # 2) Seconds by number of rows, of each part by itself.
     target: dict[int, list[float]] = {}
     extend: dict[int, list[float]] = {}
     step: dict[int, list[float]] = {}
@@ -150,14 +172,14 @@ def _table(seconds: dict[Trial, float]) -> CostTable:
 
 
 def _rising(entries: dict[int, list[float]]) -> dict[int, float]:
-    """The least of each entry and of those with more rows."""
+    """Returns for each number of rows the least of its seconds and of those of more rows."""
     rows = sorted(entries, reverse=True)
     least = accumulate((min(entries[n]) for n in rows), min)
     return dict(sorted(zip(rows, least)))
 
 
 class Bench:
-    """Sequences of random tokens in a cache of their own."""
+    """Makes the sequences that trials run on, of random tokens, in a cache of their own."""
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer, most_sequences: int) -> None:
         target, mtp, cache = runtime.model.target, runtime.model.mtp, runtime.kv_cache
@@ -177,6 +199,7 @@ class Bench:
         )
 
     def run(self, trial: Trial) -> Callable[[], object]:
+        """Returns a function that runs a trial once, on tokens that were drawn for it."""
         if trial.part in ("target", "sampled"):
             temperature = 1.0 if trial.part == "sampled" else 0.0
             scheduled = self._scheduled(trial.num_sequences, 1, trial.rows - 1, temperature)

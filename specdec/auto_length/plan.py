@@ -22,9 +22,9 @@ class RequestState:
     length: int | None = None
     """The draft length chosen last; None before it had a choice."""
     hot: bool = False
-    """Its last probe was accepted whole, so another may follow at once."""
+    """Whether its last probe was accepted whole, so that a longer one may follow at once."""
     probe_length: int = 1
-    """Drafts of its next probe, beyond those that pay."""
+    """Number of drafts of its next probe, beyond those that pay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class StepLoad:
     """The rows of one step by kind: what a cost table needs to predict its seconds."""
 
     num_sequences: int
+    """Sequences that take part."""
     num_rows: int
     """Rows of the target's forward."""
     num_sampled: int
@@ -43,7 +44,7 @@ class StepLoad:
 
     @classmethod
     def plain(cls, scheduled: Seq[ScheduledSequence]) -> StepLoad:
-        """Returns the load of a step without drafts, in which no pairs of the MTP layer run either."""
+        """Returns the load of a step of these sequences without drafts, in which the MTP layer does not run."""
         num_sampled = sum(s.samples and not s.sequence.params.greedy for s in scheduled)
         return cls(len(scheduled), sum(s.num_new_tokens for s in scheduled), num_sampled)
 
@@ -72,26 +73,26 @@ class StepLoad:
         )
 
     def seconds(self, table: CostTable) -> float:
-        """Returns what the step is expected to take by the table."""
+        """Returns the seconds that the step is expected to take by the table."""
         return table.seconds(self.num_sequences, self.num_rows, self.num_pairs, self.drafting, self.num_sampled)
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """What is decided about one step. b is a place among its scheduled sequences."""
+    """What is decided about one step. The letter b stands for a place among its scheduled sequences."""
 
     members: list[int]
     """The places b of the "auto" sequences that sample."""
     requests: list[RequestState]
-    """State of members[i]."""
+    """requests[i] is the state of members[i]."""
     lengths: list[int]
-    """Draft length of members[i], probes aside."""
+    """lengths[i] is the draft length of members[i], probes aside."""
     load: StepLoad
     """Rows of the whole step, probes and flushed pairs included."""
     plain_s: float
     """Seconds of the same step without drafts, by the table."""
     extra: dict[int, int] = field(default_factory=dict)
-    """How many more tokens sequence b drafts as a probe."""
+    """Probes: how many more tokens than its length sequence b drafts, by b."""
     flushed: list[int] = field(default_factory=list)
     """The places b of sequences whose waiting pairs run though they draft nothing."""
 
@@ -112,7 +113,7 @@ def plan_step(
 
     table: the costs to predict by.
     scheduled: all sequences of the step.
-    members, requests, lengths: as the fields of `StepPlan`.
+    members, requests, lengths: see the fields of `StepPlan`.
     """
     drafts = [s.num_draft_tokens for s in scheduled]
     for b, k in zip(members, lengths):

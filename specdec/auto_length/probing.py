@@ -10,21 +10,29 @@ from specdec.auto_length.savings import Savings
 from specdec.cost import CostTable
 from specdec.step.scheduler import ScheduledSequence
 
-PROBE_SHARE = 0.006  # of the time
+PROBE_SHARE = 0.006  # share of the time that probes may take
 PROBE_INTERVAL = 64  # steps between two probes of a sequence, unless the last one was accepted
 DEBT_STEPS = 3.0  # plain steps that may be borrowed to follow up an accepted probe: it pays at some depth alone
 
 
 class Probing:
-    """Adds probes to plans, out of savings. Drafts that are accepted earn what tokens are worth, so probing goes on,
-    and deeper, for as long as it pays."""
+    """Adds probes to plans, for as long as there is time saved up for it.
+
+    Drafts of probes that are accepted earn the time that their tokens were worth. So probing goes on, and deeper, for
+    as long as it pays.
+    """
 
     def __init__(self) -> None:
         self.savings = Savings(PROBE_SHARE, math.inf)
 
     def add(self, plan: StepPlan, scheduled: Seq[ScheduledSequence], table: CostTable, step: int) -> None:
-        """Adds the probes that are due and that there are savings for to the plan of step number `step`, those first
-        that few pairs have to run for."""
+        """Adds to the plan the probes that are due, as far as savings go; those come first that need few pairs to run.
+
+        plan: of the step; `extra` and `load` of it are changed.
+        scheduled: all sequences of the step.
+        table: the costs to predict by.
+        step: the number of this step, counted by the engine.
+        """
         due = _due(plan, scheduled, step)
         plan_s = plan.load.seconds(table) if due else 0.0
         for b, k, request in due:
@@ -37,7 +45,12 @@ class Probing:
             request.probed_at, request.hot = step, False
 
     def record(self, plan: StepPlan, output_token_ids: Seq[Seq[int]], table: CostTable) -> None:
-        """Credits the time that accepted drafts of probes were worth. output_token_ids[b]: what sequence b emitted."""
+        """Credits the time that accepted drafts of probes were worth to the savings, for further probes.
+
+        plan: of the step that has ended.
+        output_token_ids: output_token_ids[b] is what sequence b emitted.
+        table: the costs that tokens are valued by.
+        """
         token_s = plan.load.seconds(table) / sum(map(len, output_token_ids))
         for b, request, k in zip(plan.members, plan.requests, plan.lengths):
             if b in plan.extra:
@@ -48,7 +61,7 @@ class Probing:
 
 
 def _due(plan: StepPlan, scheduled: Seq[ScheduledSequence], step: int) -> list[tuple[int, int, RequestState]]:
-    """Returns place, draft length and state of the members that may be probed, the cheapest first."""
+    """Returns place b, draft length and state of the members that may be probed, the cheapest first."""
     found = [
         (0 if k else scheduled[b].sequence.num_pending_pairs, b, k, request)
         for b, request, k in zip(plan.members, plan.requests, plan.lengths)

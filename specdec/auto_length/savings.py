@@ -1,16 +1,19 @@
-"""Time saved up for steps that do more than is expected to pay."""
+"""Saves up time for steps that do more than is expected to pay."""
 
 from __future__ import annotations
 
-SAVING_STEPS = 256  # the most that is saved up: the shares of so many steps
+SAVING_STEPS = 256  # the most that is saved up is the share of so many steps
 
 
 class Savings:
     """A budget of seconds: a share of the time that steps take, kept until it is spent."""
 
     def __init__(self, share: float, saved_s: float) -> None:
-        """share: of the time, that may be spent. saved_s: what there is before the first step; infinity for as much as
-        can be saved up."""
+        """Starts a budget.
+
+        share: share of the time that may be spent.
+        saved_s: seconds that there are before the first step; infinity for as much as can be saved up.
+        """
         self.share, self.saved_s = share, saved_s
 
     def save(self, step_s: float, num_steps: int) -> None:
@@ -26,5 +29,5 @@ class Savings:
         return True
 
     def earn(self, seconds: float) -> None:
-        """Adds seconds that what was bought has saved."""
+        """Adds seconds that what they were spent on has saved."""
         self.saved_s += seconds

@@ -1,4 +1,5 @@
-"""The decision that stands: deciding takes longer than a small model's plain step can bear."""
+"""Keeps a decision for some steps, since deciding in each would take longer than a small model's plain step can
+bear."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from collections.abc import Sequence as Seq
 
 from specdec.step.scheduler import ScheduledSequence
 
-DECISION_SHARE = 0.01  # of the time, for deciding
-NOBODY = -1  # in place of a sequence that may not draft: its first token is not there, or its last one is next
+DECISION_SHARE = 0.01  # share of the time that deciding may take
+NOBODY = -1  # stands in place of a sequence that may not draft: its first token is not there, or its last one is next
 
 
 class Standing:
@@ -22,7 +23,8 @@ class Standing:
         self._rests_until_s = -math.inf
 
     def fits(self, scheduled: Seq[ScheduledSequence], step: int) -> bool:
-        """Returns whether it is for these sequences: the same ones may draft, and all decode. From now on it is."""
+        """Returns whether the lengths are for these sequences: the same ones may draft, and all decode. Remembers these
+        sequences where they are not, for the lengths that are decided next."""
         drafting = [s.sequence.arrival if s.num_draft_tokens else NOBODY for s in scheduled]
         if drafting == self._drafting and sum(s.num_new_tokens for s in scheduled) == len(scheduled):
             return True
@@ -30,22 +32,26 @@ class Standing:
         return False
 
     def decide(self, step: int, num_steps: int) -> None:
-        """Stands from now on, for `num_steps` steps at most; for fewer soon after requests have come or gone."""
+        """Starts the time for which lengths that were decided in step number `step` stand: at most `num_steps` steps,
+        fewer soon after requests have come or gone."""
         self.decided_at = step
         self._wake_at = step + min(num_steps, 1 + (step - self._changed_at) // 2)
 
     def is_due(self, step: int) -> bool:
-        """Returns whether these sequences' lengths are to be decided anew."""
+        """Returns whether the lengths have stood long enough, in step number `step`."""
         return step >= self._wake_at
 
     def rest(self, started_s: float, ended_s: float) -> None:
-        """Rests for so long that deciding, from started_s to ended_s, takes DECISION_SHARE of the time."""
+        """Rules out deciding for so long that the last decision, from started_s to ended_s, takes DECISION_SHARE of the
+        time."""
         self._rests_until_s = started_s + (ended_s - started_s) / DECISION_SHARE
 
     def rests(self, now_s: float) -> bool:
-        """Returns whether the lengths stand yet, whoever comes or goes, for what deciding has cost."""
+        """Returns whether deciding is still ruled out, whoever comes or goes, because the last decision has cost so
+        much.
+        """
         return now_s < self._rests_until_s
 
     def forget(self) -> None:
-        """Stands for nobody, since costs are others now."""
+        """Makes the lengths stand for nobody, because another cost table is in use."""
         self._drafting = []

@@ -1,4 +1,4 @@
-"""The cost table in use, which is measured again where it has proved wrong."""
+"""Holds the cost table in use, which is measured again where it has proved wrong."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ MIN_TIMED_STEPS, MIN_FACTOR, MAX_TABLES = 16, 0.7, 3  # when a table is measured
 
 
 class MeasuredTable:
-    """A cost table that is there from the first measurement on."""
+    """A cost table that is measured when it is asked for; `current` is None until then."""
 
     def __init__(self, measure: Callable[[CostTable | None], CostTable]) -> None:
-        """measure: gives a table; another one, where it is given the one that has proved wrong."""
+        """measure: returns a table; it is given the one that has proved wrong, None at first."""
         self.current: CostTable | None = None
         self._measure = measure
         self._num_tables = 0
 
     def measure(self) -> None:
+        """Measures a table and takes it into use."""
         self.current = self._measure(self.current)
         self._num_tables += 1
 

@@ -15,14 +15,20 @@ from specdec.model.config import Glm4MoeConfig
 
 
 def page_bytes(config: Glm4MoeConfig, num_layers: int, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers."""
+    """Returns the bytes of one page over all layers.
+
+    config: says how many heads there are and how large.
+    num_layers: layers of the cache, the MTP layer's included.
+    page_size: tokens of a page.
+    dtype: of keys and values.
+    """
     return num_layers * 2 * page_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 def allocate_kv_cache(
     config: Glm4MoeConfig, num_layers: int, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """[num_layers, num_pages, 2, page_size, Hkv, D], keys first."""
+    """Returns a cache of zeros, [num_layers, num_pages, 2, page_size, Hkv, D], keys first."""
     shape = (num_layers, num_pages, 2, page_size, config.num_key_value_heads, config.head_dim)
     return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -39,7 +45,7 @@ class PagePool:
         self.reset()
 
     def reset(self) -> None:
-        """Every page is free, and nothing cached."""
+        """Makes every page free, and forgets what was cached."""
         self._free = list(range(self.num_pages - 1, -1, -1))
         self._num_holders = [0] * self.num_pages
         self._cache = PrefixCache()
@@ -50,10 +56,11 @@ class PagePool:
         return len(self._free) + self._cache.num_idle
 
     def pages_for(self, num_tokens: int) -> int:
+        """Returns how many pages hold so many tokens."""
         return -(-num_tokens // self.page_size)
 
     def allocate(self, num_pages: int) -> list[int]:
-        """Takes pages from the pool; the caller has checked `num_free`."""
+        """Takes pages from the pool and returns their ids; the caller has checked `num_free`."""
         assert num_pages <= self.num_free, f"{num_pages} pages wanted, {self.num_free} free"
         pages = [self._free.pop() if self._free else self._cache.evict() for _ in range(num_pages)]
         for page in pages:
@@ -61,19 +68,29 @@ class PagePool:
         return pages
 
     def cached_prefix(self, token_ids: list[int], max_tokens: int, *, with_mtp: bool) -> list[int]:
-        """Pages of up to max_tokens < len(token_ids) first tokens, with MTP rows if asked; nobody holds them yet."""
+        """Returns the cached pages of the first tokens of a sequence; call `hold` to keep them.
+
+        token_ids: the sequence's tokens.
+        max_tokens: the most tokens that the pages may hold, fewer than there are.
+        with_mtp: whether the pages must have MTP rows.
+        """
         return self._cache.longest_prefix(token_ids, self.page_size, max_tokens, with_mtp=with_mtp)
 
     def hold(self, pages: list[int]) -> None:
-        """One holder more of cached pages, which are the first of a sequence."""
+        """Counts one holder more of cached pages, which are the first of a sequence."""
         for page in pages:
             self._num_holders[page] += 1
             self._cache.set_held(page)
 
     def publish(self, pages: list[int], at: int, token_ids: list[int], *, with_mtp: bool) -> None:
-        """Offers pages[at], full and final, to other sequences. pages: a sequence's; those before `at` are published.
+        """Offers a full and final page to other sequences.
 
-        with_mtp: the page has MTP rows. Where the cache knows such a page already, that one takes its place in `pages`.
+        Where the cache knows such a page already, that one takes its place in `pages`, and this one is released.
+
+        pages: a sequence's; those before `at` are published.
+        at: which of the pages it is.
+        token_ids: the sequence's tokens, one more than the page holds at least.
+        with_mtp: whether the page has MTP rows.
         """
         if not self.prefix_caching:
             return
@@ -89,7 +106,7 @@ class PagePool:
             pages[at] = page
 
     def release(self, pages: list[int]) -> None:
-        """One holder less of each, last page first."""
+        """Counts one holder less of each page, last page first."""
         for page in reversed(pages):
             assert self._num_holders[page] > 0, f"page {page} is released, and nobody holds it"
             self._num_holders[page] -= 1

@@ -57,4 +57,5 @@ def root(
 
 
 def main() -> None:
+    """Runs the command line."""
     app()

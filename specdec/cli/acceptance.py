@@ -71,7 +71,8 @@ def acceptance(
     repeats: Annotated[int, typer.Option(help="Passes through everything, with other seeds.")] = 1,
     seed: Annotated[int, typer.Option(help="Another one draws other samples.")] = 0,
     check_contexts: Annotated[
-        int, typer.Option(help="Verifications per cell that are compared with the model's exact laws; 0: none.")
+        int,
+        typer.Option(help="Verifications per cell that are compared with the model's exact distributions; 0: none."),
     ] = 800,
     mtp_recycling: Recycling = "post_norm",
     chat: Chat = False,
@@ -222,7 +223,7 @@ def compare(
 def _grid(
     num_speculative_tokens: str, temperature: str, verification: str, draft_sampling: str, mtp_recycling: str
 ) -> dict[str, Any]:
-    """What both modes span their settings with, as the fields of their options."""
+    """Returns the settings that both modes combine, as the fields of their options."""
     return {
         "num_speculative_tokens": as_numbers("-k", num_speculative_tokens, int),
         "temperatures": as_numbers("--temperature", temperature, float),

@@ -1,4 +1,4 @@
-"""What all commands share: where messages go, and what becomes of a user's mistake.
+"""Code that all commands share: where messages go, and what becomes of a user's mistake.
 
 Text goes to stdout, everything else to stderr. Exit codes: 0; 1 for a model or prompt that cannot be used, or a check
 that failed; 2 for an invalid option; 130 on Ctrl-C.
@@ -63,7 +63,7 @@ class InvalidOption(SpecdecError):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a user's mistake into one line on stderr and an exit code."""
+    """Turns a user's mistake into one line on stderr and an exit code, while the context is entered."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,7 +83,7 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def option_errors() -> Iterator[None]:
-    """A ValueError in here is about the options' values."""
+    """Turns a ValueError into an InvalidOption, while the context is entered."""
     try:
         yield
     except ValueError as error:
@@ -91,17 +91,18 @@ def option_errors() -> Iterator[None]:
 
 
 def fail(error: Exception, code: int) -> NoReturn:
+    """Prints an error on stderr and ends the command with an exit code."""
     say(f"specdec: {error}", "red")
     raise typer.Exit(code)
 
 
 def say(message: str, style: str) -> None:
-    """One line on stderr, never wrapped."""
+    """Prints one line on stderr, never wrapped. style: rich's."""
     err.print(message, style=style, soft_wrap=True, markup=False, emoji=False)
 
 
 class LogHandler(logging.Handler):
-    """Writes to stderr, above a progress bar that is drawn there."""
+    """Writes log records to stderr, above a progress bar that is drawn there."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -112,7 +113,7 @@ class LogHandler(logging.Handler):
 
 @contextmanager
 def log_to_stderr(level: int) -> Iterator[None]:
-    """What the package logs from `level` on goes to stderr while it is entered."""
+    """Writes what the package logs from `level` on to stderr, while the context is entered."""
     logger, handler = logging.getLogger("specdec"), LogHandler()
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     before = logger.level
@@ -126,7 +127,11 @@ def log_to_stderr(level: int) -> Iterator[None]:
 
 
 def log_level(verbose: int, variable: str) -> int | None:
-    """The level that -v, given so many times, or else the environment's SPECDEC_LOG_LEVEL asks for; None: no log."""
+    """Returns the level to log from; None for no log. Raises InvalidOption for an unknown level.
+
+    verbose: how often -v is given, which wins.
+    variable: the environment's SPECDEC_LOG_LEVEL.
+    """
     if verbose:
         return logging.INFO if verbose == 1 else logging.DEBUG
     if not variable:
@@ -138,7 +143,7 @@ def log_level(verbose: int, variable: str) -> int | None:
 
 @contextmanager
 def progress_bar() -> Iterator[Report]:
-    """Draws one task after the other on stderr while it is entered, and nothing where that is no terminal.
+    """Yields a function that draws one task after the other on stderr, and nothing where that is no terminal.
 
     A task with a total of 1 has a bar that only moves.
     """
@@ -159,13 +164,13 @@ def progress_bar() -> Iterator[Report]:
 
 
 def tables() -> Console:
-    """Standard output for tables: as wide as the terminal, and wide where there is none."""
+    """Returns standard output for tables: as wide as the terminal, or 140 columns where there is none."""
     out = Console(highlight=False)
     return out if out.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=TABLE_WIDTH)
 
 
 def check_backend(device: str, dtype: str, kernels: str, threads: int | None) -> None:
-    """Impossible values are seen before anything is loaded."""
+    """Raises InvalidOption for values that cannot work, before anything is loaded; the parameters are the options."""
     from specdec.kernels import check_name
     from specdec.loading import check_num_threads, resolve_device, resolve_dtype
 
@@ -179,13 +184,14 @@ def check_backend(device: str, dtype: str, kernels: str, threads: int | None) ->
 
 
 def check_folder_of(name: str, path: Path) -> None:
-    """A file or folder can be made at `path`; seen before any work is done."""
+    """Raises InvalidOption where no file or folder can be made at `path`, before any work is done. name: the
+    option's."""
     if not path.absolute().parent.is_dir():
         raise InvalidOption(f"{name} {path}: there is no folder {path.absolute().parent}")
 
 
 def check_matplotlib() -> None:
-    """It can be imported, to draw charts with; seen before any work is done."""
+    """Raises ValueError where matplotlib is not installed, before any work is done."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             "the report's charts are drawn with matplotlib, which is not installed: pip install matplotlib"
@@ -193,12 +199,17 @@ def check_matplotlib() -> None:
 
 
 def as_words(text: str) -> tuple[Any, ...]:
-    """ "a, b" -> ("a", "b")"""
+    """Returns the words of a list with commas: "a, b" gives ("a", "b")."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def as_numbers(name: str, text: str, kind: type[Number]) -> tuple[Number, ...]:
-    """ "1,2,4" -> (1, 2, 4)"""
+    """Returns the numbers of a list with commas: "1,2,4" gives (1, 2, 4). Raises InvalidOption where one is none.
+
+    name: the option's.
+    text: its value.
+    kind: int or float.
+    """
     try:
         return tuple(kind(word) for word in as_words(text))
     except ValueError:

@@ -113,7 +113,10 @@ def lossless(
     output: OutputFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a summary.")] = False,
 ) -> None:
-    """Certify that speculation changes nothing: exact laws, and equality with plain decoding (exit code 1 if not)."""
+    """Certify that speculation changes nothing: exact distributions, and equality with plain decoding.
+
+    Exit code 1 where it changes something.
+    """
     with user_errors():
         from specdec.eval.lossless import LosslessOptions, certify
         from specdec.eval.lossless.report import as_json as certificate_as_json

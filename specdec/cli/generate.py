@@ -232,7 +232,7 @@ def _run(engine: Engine, text: str, params: SamplingParams, as_json: bool) -> No
 
 
 def summary_line(output: GenerationOutput) -> str:
-    """Speed and acceptance of one output, in one line."""
+    """Returns speed and acceptance of one output in one line."""
     stats = output.stats
     parts = [f"{len(output.token_ids)} tokens ({output.finish_reason})"]
     if stats.tokens_per_s is not None:

@@ -1,4 +1,4 @@
-"""From a prompt and parameters to a `Sequence`: everything that can be wrong with a request is found here."""
+"""Turns a prompt and parameters into a `Sequence`: everything that can be wrong with a request is found here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ DraftsWith = Literal["mtp", "drafter", "nothing"]
 
 
 class Admission:
-    """Makes requests for one model. default: the speculation of those that bring none of their own."""
+    """Makes requests for one model.
+
+    default: the speculation of those that bring none of their own.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, max_model_len: int, speculation: SpeculationParams | None, drafts_with: DraftsWith
@@ -32,7 +35,8 @@ class Admission:
     def sequence(
         self, prompt: str | list[int], params: SamplingParams, *, request_id: str | None = None, priority: int = 0
     ) -> Sequence:
-        """Of a request of one sample; otherwise as `sequences`."""
+        """Like `sequences`, for a request with n = 1; returns its only Sequence. Raises ValueError for a larger n,
+        too."""
         if params.n > 1:
             raise ValueError(f"n = {params.n}: one sample can be streamed; pass n = 1, or use Engine.generate()")
         return self.sequences(prompt, params, request_id=request_id, priority=priority)[0]
@@ -40,8 +44,15 @@ class Admission:
     def sequences(
         self, prompt: str | list[int], params: SamplingParams, *, request_id: str | None = None, priority: int = 0
     ) -> list[Sequence]:
-        """One per sample; they are to be queued in this order. request_id: None counts them. Raises ValueError for what
-        this model cannot do. Any thread may call it."""
+        """Returns one Sequence per sample, to be queued in this order. Any thread may call it.
+
+        prompt: text or token ids.
+        params: the request's; their n says how many samples.
+        request_id: None counts requests.
+        priority: lower ones run first.
+
+        Raises ValueError for what this model cannot do.
+        """
         token_ids = self._prompt_token_ids(prompt)
         end_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -72,7 +83,7 @@ class Admission:
         return sequences
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """A text's tokens at the start of a word and after a space."""
+        """Returns all bad words as token ids; a text gives two, its tokens at the start of a line and after a space."""
         words: list[tuple[int, ...]] = []
         for word in params.banned_words:
             if isinstance(word, str):
@@ -84,7 +95,7 @@ class Admission:
     def _check_token_ids(
         self, params: SamplingParams, end_token_ids: frozenset[int], bad_words: tuple[tuple[int, ...], ...]
     ) -> None:
-        """Every id is the model's own, and some token stays possible."""
+        """Raises ValueError unless every id is the model's own, and some token stays possible."""
         vocab_size = self.checkpoint.config.vocab_size
         named = {
             "stop_token_ids": params.stop_token_ids,
@@ -120,7 +131,7 @@ class Admission:
     def _resolve_speculation(
         self, asked: SpeculationParams | None, default: SpeculationParams | None = None
     ) -> SpeculationParams:
-        """What was asked for; plain decoding where nothing drafts. Raises ValueError for what cannot be done."""
+        """Returns what was asked for; plain decoding where nothing drafts. Raises ValueError for what cannot be."""
         if self.drafts_with != "nothing":
             resolved = asked or default or SpeculationParams()
             if self.drafts_with == "drafter":

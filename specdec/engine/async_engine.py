@@ -34,6 +34,7 @@ class AsyncTokenStream(AsyncIterator[StreamChunk]):
 
     @property
     def request_id(self) -> str:
+        """The request's id, as given or counted."""
         return self._request.request_id
 
     async def __anext__(self) -> StreamChunk:
@@ -63,7 +64,7 @@ class AsyncTokenStream(AsyncIterator[StreamChunk]):
 
     @property
     def output(self) -> GenerationOutput:
-        """The whole request, once the engine is done with it."""
+        """The whole request, once the engine is done with it. Raises ValueError while it runs."""
         if not self._request.mailbox.closed:
             raise ValueError("the stream is still running: read it to its end first")
         return GenerationOutput.of(self._request.sequence)
@@ -103,7 +104,12 @@ class AsyncEngine:
     def from_pretrained(
         cls, model: str | Path, *, max_queue: int = 1024, shorten_switch_interval: bool = True, **arguments: Any
     ) -> AsyncEngine:
-        """arguments: those of `Engine.from_pretrained`, and its errors."""
+        """Loads a model as `Engine.from_pretrained` does, and raises what that raises.
+
+        model: "bundled", a checkpoint folder or a Hub id.
+        max_queue, shorten_switch_interval: as for `AsyncEngine`.
+        arguments: the others of `Engine.from_pretrained`.
+        """
         engine = Engine.from_pretrained(model, **arguments)
         return cls(engine, max_queue, shorten_switch_interval=shorten_switch_interval)
 
@@ -118,10 +124,15 @@ class AsyncEngine:
     ) -> AsyncTokenStream:
         """Queues a request at once; its chunks come with `async for`.
 
-        priority: lower ones run first, equal ones in order of arrival. deadline_s: seconds from now after which it ends
-        with finish_reason "deadline" and what it has. Raises ValueError for what cannot be asked for, a request_id in
-        use included; QueueFullError; RuntimeError after a shutdown and in another event loop. While it runs the stream
-        may raise CacheFullError, or what made the engine fail for this request.
+        prompt: text or token ids.
+        params: None is `default_sampling_params()`.
+        request_id: a name that no other request has while this one is under way; None counts requests.
+        priority: lower ones run first, equal ones in order of arrival.
+        deadline_s: seconds from now after which it ends with finish_reason "deadline" and what it has; None for none.
+
+        Raises ValueError for what cannot be asked for, a request_id in use included; QueueFullError; RuntimeError after
+        a shutdown and in another event loop. While it runs the stream may raise CacheFullError, or what made the engine
+        fail for this request.
         """
         if isinstance(params, SamplingParams) and params.n > 1:
             raise ValueError(f"n = {params.n}: this is one stream; `samples` gives one for each")
@@ -136,8 +147,8 @@ class AsyncEngine:
         priority: int = 0,
         deadline_s: float | None = None,
     ) -> list[AsyncTokenStream]:
-        """As `generate`, for `params.n` samples of the prompt, which share its pages: one stream for each. Those after
-        the first are requests of their own, "ID.1", "ID.2", ..."""
+        """Queues `params.n` samples of a prompt, which share its pages; returns one stream for each. Samples after the
+        first are requests of their own, "ID.1", "ID.2", ... Parameters and errors are those of `generate`."""
         return self._queue(prompt, params, request_id, priority, deadline_s)
 
     def _queue(
@@ -160,14 +171,14 @@ class AsyncEngine:
         return [AsyncTokenStream(self, self._thread, request) for request in requests]
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request with finish_reason "abort" and what it has; False where none of this id is there."""
+        """Ends a request with finish_reason "abort" and what it has. Returns False where none of this id is there."""
         request = None if self._mailroom is None else self._mailroom.requests.get(request_id)
         if request is not None:
             self._thread.send(Command("abort", request))
         return request is not None
 
     def stats(self) -> EngineStats:
-        """What the engine did since it was made: a snapshot, between two steps."""
+        """Returns what the engine did since it was made: a snapshot, between two steps."""
         return self._core.stats()
 
     async def shutdown(self, *, drain: bool = True) -> None:
@@ -181,7 +192,7 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
 
     def default_sampling_params(self) -> SamplingParams:
-        """As `Engine.default_sampling_params`."""
+        """Returns what the checkpoint recommends, see `Engine.default_sampling_params`."""
         return self._engine.default_sampling_params()
 
     def _open_mailroom(self) -> Mailroom:

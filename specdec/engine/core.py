@@ -35,13 +35,15 @@ log = logging.getLogger(__name__)
 class EngineCore:
     """The engine below the front doors: queues requests, steps them all, and ends them.
 
-    draft_length, drafter and verifier are the stages of its step; other objects of their protocols may be assigned
-    between two steps.
+    Other objects of their protocols may be assigned to draft_length, drafter and verifier between two steps.
     """
 
     draft_length: DraftLength
+    """Says how many tokens each sequence drafts."""
     drafter: DraftStage
+    """Proposes drafts."""
     verifier: Verifier
+    """Decides tokens."""
 
     def __init__(
         self, checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig, drafter: Drafter | None = None
@@ -64,7 +66,7 @@ class EngineCore:
         self._trace: list[Decision] | None = None
 
     def use_device(self) -> None:
-        """Makes its CUDA device, if it has one, the calling thread's."""
+        """Makes the engine's CUDA device, if it has one, the calling thread's."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
@@ -85,7 +87,7 @@ class EngineCore:
                 self._count_ended([sequence])
 
     def step(self) -> list[Sequence]:
-        """One engine step; -> the sequences that took part.
+        """Runs one engine step; returns the sequences that took part.
 
         Where it fails, those that it failed for end with the error, `Sequence.error`, and the others go on as if
         nothing had been. A KeyboardInterrupt or the like aborts all that run, and is raised.
@@ -146,13 +148,14 @@ class EngineCore:
             self._stats.num_rejected += 1
 
     def stats(self) -> EngineStats:
-        """A snapshot, between two steps. Any thread may call it."""
+        """Returns a snapshot of the statistics, between two steps. Any thread may call it."""
         with self._stats_lock:
             return copy.deepcopy(self._stats)
 
     @contextmanager
     def traced(self) -> Iterator[list[Decision]]:
-        """The list receives every step's decisions while it is entered, prefill's first tokens included."""
+        """Yields a list that receives every step's decisions while the context is entered, prefill's first tokens
+        included."""
         trace: list[Decision] = []
         self._trace = trace
         try:
@@ -163,8 +166,8 @@ class EngineCore:
     def _recover(self, error: BaseException) -> list[Sequence]:
         """Recovers from an exception inside a step, whatever that left half done.
 
-        Ends every request that does not wait, or, where all wait, the first of them; frees all pages and forgets what
-        was cached. Returns these requests.
+        Ends every running request (if none runs, the first waiting one), frees all pages, empties the prefix cache.
+        Returns the ended requests.
         """
         waiting = set(self.scheduler.waiting)
         ended = [s for s in self._alive if s not in waiting] or self.scheduler.waiting[:1]
@@ -185,9 +188,10 @@ class EngineCore:
         self.scheduler.remove(sequence)
 
     def _count_ended(self, sequences: Seq[Sequence]) -> None:
-        """Counts which of these requests have ended, and what is left running, waiting and used.
+        """Moves those of these requests that have ended from "running" to "finished" in the statistics, and counts what
+        is left running, waiting and used.
 
-        Its caller holds the lock of the statistics, so no snapshot shows a request as both running and ended.
+        The caller holds the lock of the statistics, so no snapshot shows a request as both running and ended.
         """
         for sequence in sequences:
             if sequence.finished and sequence in self._alive:
@@ -197,18 +201,20 @@ class EngineCore:
 
 
 def _ending(cause: BaseException) -> tuple[FinishReason, Exception | None]:
-    """How a request ends by an exception: an interrupt is no error of the request."""
+    """Returns how a request ends by an exception; an interrupt is no error of the request."""
     return ("error", cause) if isinstance(cause, Exception) else ("abort", None)
 
 
 def _log_failure(what: str, failed: Seq[Sequence], error: BaseException) -> None:
-    """The traceback as text: a record that kept the error itself would keep its frames, and all they refer to."""
+    """Logs a failure with its traceback as text: a record that kept the error itself would keep its frames, and all
+    they refer to."""
     text = "".join(traceback.format_exception(error)).rstrip()
     log.error("%s for requests %s\n%s", what, [s.request_id for s in failed], text)
 
 
 def _make_draft_length(checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig) -> DraftLength:
-    """Costs are measured when the first "auto" request arrives, and corrected by the clock, unless they are given."""
+    """Returns what chooses draft lengths. Costs are measured when the first "auto" request arrives, and corrected by
+    the clock, unless they are given."""
     if runtime.model.mtp is None:
         return FixedDraftLength()
     if (given := config.cost_table) is not None:

@@ -48,7 +48,7 @@ class Engine:
 
     @property
     def speculation(self) -> SpeculationParams:
-        """Of requests that bring none of their own."""
+        """The default SpeculationParams, for requests that bring none."""
         return self.core.admission.default
 
     @classmethod
@@ -68,15 +68,22 @@ class Engine:
     ) -> Engine:
         """Loads "bundled", a local checkpoint folder or a Hub id.
 
-        device: "cpu", "cuda", or "auto", which is CUDA where torch sees a device. kernels: "cpu" (C++, compiled at
-        first use), "flashinfer" (CUDA) or "reference" (plain torch); "auto" is the device's own where it can run.
+        model: which one.
+        device: "cpu", "cuda", or "auto", which is CUDA where torch sees a device.
         dtype: of the matrices, and with "reference" of the activations; "auto" is float32, with "cpu" bfloat16 where
-        the checkpoint is, with "flashinfer" and for an FP8 checkpoint bfloat16. kv_dtype: of the KV cache; "auto" is
-        the activations'. num_threads: torch's, for the whole process. drafter: one of your own, see `specdec.Drafter`;
-        it drafts in place of the MTP layer, which is then not loaded. progress: called as
-        progress(what, done, total) while kernels are compiled, weights are loaded and CUDA graphs are captured.
-        `config`: the fields of EngineConfig.
-        Raises CheckpointError for a checkpoint that cannot be used, ValueError for arguments.
+            the checkpoint is, with "flashinfer" and for an FP8 checkpoint bfloat16.
+        kernels: "cpu" (C++, compiled at first use), "flashinfer" (CUDA) or "reference" (plain torch); "auto" is the
+            device's own where it can run.
+        kv_dtype: of the KV cache; "auto" is the activations'.
+        revision: of a Hub id; None is the newest.
+        num_threads: torch's, for the whole process; None leaves it as it is.
+        drafter: one of your own, see `specdec.Drafter`; it drafts in place of the MTP layer, which is then not loaded.
+        progress: called as progress(what, done, total) while kernels are compiled, weights are loaded and CUDA graphs
+            are captured.
+        config: the fields of EngineConfig.
+
+        Raises CheckpointError for a checkpoint that cannot be used, KernelsUnavailableError for kernels that cannot run
+        here, NotEnoughMemoryError where the model does not fit, ValueError and TypeError for arguments.
         """
         own = inspect.getfullargspec(cls.from_pretrained).kwonlyargs
         require_keywords("Engine.from_pretrained()", config, own + [field.name for field in fields(EngineConfig)])
@@ -97,11 +104,14 @@ class Engine:
         prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> list[GenerationOutput]:
-        """Completes every prompt (text, or token ids); -> one output per prompt, in order; with n > 1 its
-        `outputs` are all samples, itself the first.
+        """Completes every prompt; returns one output per prompt, in order. With n > 1 its `outputs` are all samples,
+        itself the first. All requests are checked before the first one runs.
 
-        params: one for all, or one per prompt; None is `default_sampling_params()`. All requests are
-        checked before the first one runs.
+        prompts: one, or several, each text or token ids.
+        params: one for all, or one per prompt; None is `default_sampling_params()`.
+
+        Raises ValueError for what cannot be asked for, CacheFullError for a request that the whole KV cache could not
+        hold, ModelError for logits that are not finite.
         """
         batch = as_batch(prompts)
         per_prompt = params_per_prompt(self.default_sampling_params() if params is None else params, len(batch))
@@ -121,7 +131,11 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
         """Completes one prompt chunk by chunk; closing the stream aborts the request. A step serves all open streams:
-        where one's request fails, that one raises the error."""
+        where one's request fails, that one raises the error.
+
+        prompt: text or token ids.
+        params: None is `default_sampling_params()`.
+        """
         one = self.default_sampling_params() if params is None else as_params(params)
         sequence = self.core.admission.sequence(as_prompt(prompt), one)
         self.core.add(sequence)
@@ -137,7 +151,15 @@ class Engine:
         enable_thinking: bool | None = None,
         tools: Seq[Mapping[str, Any]] | None = None,
     ) -> GenerationOutput:
-        """Applies the checkpoint's chat template to `messages` and completes the assistant's turn."""
+        """Applies the checkpoint's chat template to `messages` and completes the assistant's turn.
+
+        messages: a list of {"role", "content", ...}.
+        params: None is `default_sampling_params()`.
+        enable_thinking: handed to the template; None leaves it to the template's own default.
+        tools: descriptions of functions that the model may call; None for none.
+
+        Raises ValueError where there is no template, or the template refuses the messages.
+        """
         prompt = self.tokenizer.apply_chat_template(messages, tools=tools, enable_thinking=enable_thinking)
         return self.generate([prompt], params)[0]
 
@@ -147,14 +169,14 @@ class Engine:
         self.core.draft_length.prepare()
 
     def default_sampling_params(self) -> SamplingParams:
-        """SamplingParams with what the checkpoint's generation_config.json recommends; `do_sample: false` is
+        """Returns SamplingParams with what the checkpoint's generation_config.json recommends; `do_sample: false` is
         temperature 0. A recommendation that is not supported gives a warning."""
         if self.checkpoint.ignored_recommendations:
             warn(f"generation_config.json recommends {self.checkpoint.ignored_recommendations}, which is not supported")
         return self.checkpoint.default_params
 
     def stats(self) -> EngineStats:
-        """What the engine did since it was made: a snapshot."""
+        """Returns what the engine did since it was made: a snapshot."""
         return self.core.stats()
 
     def _chunks(self, sequence: Sequence) -> Generator[StreamChunk]:

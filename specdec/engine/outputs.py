@@ -1,4 +1,4 @@
-"""What the engine hands back."""
+"""The values that the engine hands back."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ class GenerationOutput:
     """One finished request."""
 
     request_id: str
+    """The request's id, as given or counted; the samples after the first have ".1", ".2", ... at its end."""
     prompt_token_ids: list[int]
+    """The prompt's tokens."""
     token_ids: list[int]
-    """The output's tokens alone, the ending token included."""
+    """The output's tokens, without the prompt's, the ending token included."""
     text: str
     """The output's text, cut at stop strings and, unless include_stop_str_in_output, without the ending token."""
     finish_reason: FinishReason
-    """What ended it: "stop" (an end token or a stop string), "length", "abort", "deadline", or "error" where an
-    exception did, which its consumer gets."""
+    """Why the request ended: "stop" (an end token or a stop string), "length", "abort", "deadline", or "error", where
+    an exception ended it, which its consumer gets."""
     seed: int
-    """Reproduces the request."""
+    """The seed that reproduces the request: the given one, or one that was drawn."""
     logprobs: list[TokenLogprobs] | None
-    """One per output token, where SamplingParams.logprobs asks for them."""
+    """Log-probabilities, one entry per output token; None unless SamplingParams.logprobs asks for them."""
     stats: RequestStats
+    """Counts and times of the request."""
     other_samples: list[GenerationOutput] = field(default_factory=list)
     """The other n - 1 samples of the prompt, with SamplingParams.n > 1; those have no others."""
 
@@ -38,7 +41,7 @@ class GenerationOutput:
         return [self, *self.other_samples]
 
     def as_dict(self) -> dict[str, object]:
-        """A document for JSON, see docs/json.md. With n > 1 its "outputs" are the documents of all samples."""
+        """Returns a document for JSON, see docs/json.md. With n > 1 its "outputs" are the documents of all samples."""
         document = self._own_dict()
         if self.other_samples:
             document["outputs"] = [sample._own_dict() for sample in self.outputs]
@@ -58,7 +61,7 @@ class GenerationOutput:
 
     @classmethod
     def of(cls, sequence: Sequence, others: Seq[Sequence] = ()) -> GenerationOutput:
-        """The output of a sequence that has finished, and of the other samples of its prompt."""
+        """Returns the output of a sequence that has finished. others: the other samples of its prompt."""
         assert sequence.finish_reason is not None, "the sequence is still running"
         return cls(
             request_id=sequence.request_id,
@@ -75,21 +78,23 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """What is new since the last chunk.
+    """The part of an output that is new since the chunk before.
 
     The last chunk of a stream read to its end, and only that, has a finish_reason; it may have no tokens where the
     request was ended from outside.
     """
 
     text: str
-    """Text may lag behind the tokens: it is held back while it may be part of a character or a stop string."""
+    """New text. It may lag behind the tokens: it is held back while it may be part of a character or a stop string."""
     token_ids: list[int]
+    """New tokens."""
     finish_reason: FinishReason | None = None
+    """Why the request ended, see `GenerationOutput.finish_reason`; None while it goes on."""
     logprobs: list[TokenLogprobs] | None = None
-    """One per token, where SamplingParams.logprobs asks for them."""
+    """Log-probabilities, one entry per token; None unless SamplingParams.logprobs asks for them."""
 
     def as_dict(self) -> dict[str, object]:
-        """A document for JSON, see docs/json.md."""
+        """Returns a document for JSON, see docs/json.md."""
         return {
             "text": self.text,
             "token_ids": self.token_ids,
@@ -98,7 +103,7 @@ class StreamChunk:
         }
 
     def followed_by(self, later: StreamChunk) -> StreamChunk:
-        """Both as one."""
+        """Returns one chunk that has this one's content and then the later one's."""
         logprobs = None if self.logprobs is None else self.logprobs + (later.logprobs or [])
         return StreamChunk(self.text + later.text, self.token_ids + later.token_ids, later.finish_reason, logprobs)
 
@@ -111,7 +116,7 @@ class ChunkCutter:
         self._num_taken, self._ended = 0, False
 
     def take(self) -> StreamChunk | None:
-        """What is new since the last call; None where there is nothing. The last chunk is that with a finish_reason."""
+        """Returns what is new since the last call; None where there is nothing. The last chunk has a finish_reason."""
         sequence = self._sequence
         start = len(sequence.prompt_token_ids) + self._num_taken
         token_ids = sequence.token_ids[start:]
@@ -128,7 +133,7 @@ class ChunkCutter:
 
 
 def _logprobs(sequence: Sequence, first: int = 0, end: int | None = None) -> list[TokenLogprobs] | None:
-    """Those of output tokens [first, end), with texts; None where the request does not ask for them."""
+    """Returns the log-probabilities of output tokens [first, end), with texts; None where the request does not ask."""
     if sequence.params.logprobs is None:
         return None
     return [entry.with_texts(sequence.output.tokenizer) for entry in sequence.logprobs[first:end]]
@@ -139,7 +144,7 @@ def _as_dicts(logprobs: list[TokenLogprobs] | None) -> list[dict[str, object]] |
 
 
 class TokenStream(Iterator[StreamChunk]):
-    """One request's chunks as they are generated. Closing it, or dropping it, aborts the request."""
+    """One request's chunks as they are generated: an iterator. Closing it, or dropping it, aborts the request."""
 
     def __init__(
         self,
@@ -151,6 +156,7 @@ class TokenStream(Iterator[StreamChunk]):
         self._sequence, self._chunks, self._abort, self._abandon = sequence, chunks, abort, abandon
 
     def __next__(self) -> StreamChunk:
+        """Steps the engine until there is something new, and returns it. Raises the error that ended the request."""
         return next(self._chunks)
 
     def close(self) -> None:
@@ -163,7 +169,7 @@ class TokenStream(Iterator[StreamChunk]):
 
     @property
     def output(self) -> GenerationOutput:
-        """The finished request; after `close` what was generated until then."""
+        """The finished request; after `close` what was generated until then. Raises ValueError while it runs."""
         if not self._sequence.finished:
             raise ValueError("the stream is still running: read it to its end or close it first")
         return GenerationOutput.of(self._sequence)

@@ -1,7 +1,7 @@
 """The engine's own thread, the only one that steps its core, and what passes between it and an event loop.
 
-From the event loop to the thread: commands in a queue. Back: after each step one callback on the event loop with
-everything that is new (`Mailroom.deliver`). The thread never waits for a consumer: a request whose last chunk is
+The event loop puts commands into a queue. The thread answers, after each step, with one callback on the event loop that
+has everything that is new (`Mailroom.deliver`). The thread never waits for a consumer: a request whose last chunk is
 unread keeps its tokens to itself, and the next chunk has all of them.
 """
 
@@ -30,7 +30,8 @@ PR_SET_TIMERSLACK = 29  # prctl(2)
 
 
 class Mailbox:
-    """A consumer's end, on the event loop: at most one chunk that is unread, the last one included."""
+    """A consumer's end, on the event loop. It holds at most one unread chunk: what comes before it is read is added to
+    it."""
 
     def __init__(self) -> None:
         self.chunk: StreamChunk | None = None
@@ -40,6 +41,7 @@ class Mailbox:
         self.news = asyncio.Event()
 
     def put(self, mail: Mail) -> None:
+        """Takes mail in and wakes the consumer."""
         if mail.chunk is not None:
             self.chunk = mail.chunk if self.chunk is None else self.chunk.followed_by(mail.chunk)
         if mail.error is not None:
@@ -49,13 +51,14 @@ class Mailbox:
 
 
 class Mailroom:
-    """The requests of one event loop that have not ended, by id. Touched on that loop only."""
+    """The requests of one event loop that have not ended, by id. Nobody touches it but on that loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.requests: dict[str, StreamedRequest] = {}
 
     def deliver(self, mails: list[Mail]) -> None:
+        """Puts mails into their requests' mailboxes, and forgets the requests that have ended."""
         for mail in mails:
             if mail.last:
                 self.requests.pop(mail.request.request_id, None)
@@ -64,18 +67,19 @@ class Mailroom:
 
 @dataclass(eq=False)
 class StreamedRequest:
-    """A request as the engine's thread and the event loop share it.
-
-    wanted: its consumer has read the last chunk; set by the consumer as it reads, cleared by the thread as it sends, so
-    they take turns.
-    deadline: when it ends whatever it has, on the clock of time.monotonic; inf: never.
-    """
+    """A request as the engine's thread and the event loop share it."""
 
     sequence: Sequence
+    """The request itself, which the thread alone changes."""
     mailroom: Mailroom
+    """The event loop's end."""
     deadline: float
+    """When it ends whatever it has, in seconds of time.monotonic; inf: never."""
     mailbox: Mailbox = field(default_factory=Mailbox)
+    """The consumer's end."""
     wanted: bool = True
+    """Whether the consumer is ready for a chunk: set by the consumer as it reads, cleared by the thread as it sends, so
+    they take turns."""
 
     def __post_init__(self) -> None:
         self.request_id = self.sequence.request_id
@@ -83,17 +87,25 @@ class StreamedRequest:
 
 
 class Mail(NamedTuple):
+    """Something new about a request, from the thread to the event loop."""
+
     request: StreamedRequest
+    """The request."""
     chunk: StreamChunk | None
+    """New output; None for none."""
     error: BaseException | None
+    """What ended the request, if an exception did."""
     last: bool
+    """Whether nothing more will come."""
 
 
 class Command(NamedTuple):
-    """What the thread is to do. kind "stop" ends it once no request is left."""
+    """Something that the event loop asks of the thread."""
 
     kind: Literal["add", "abort", "abort all", "stop"]
+    """What to do; "stop" ends the thread once no request is left."""
     request: StreamedRequest | None = None
+    """The request to add or abort."""
 
 
 def stop(commands: queue.SimpleQueue[Command]) -> None:
@@ -107,7 +119,8 @@ _threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
-    """A thread that is inside a kernel when the interpreter ends would take the process down with it."""
+    """Stops every engine's thread when the interpreter ends: one that is inside a kernel then would take the process
+    down with it."""
     for thread in list(_threads):
         stop(thread.commands)
         thread.join()
@@ -131,6 +144,7 @@ class EngineThread:
     """Steps the core while there are requests, and sleeps while there are none."""
 
     def __init__(self, core: EngineCore, *, shorten_switch_interval: bool = True) -> None:
+        """Starts the thread. shorten_switch_interval: see `_shorten_switch_interval`."""
         self.core, self._shorten_switch_interval = core, shorten_switch_interval
         self.broken: BaseException | None = None  # what ended the thread, if it was a fault of ours
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -143,10 +157,11 @@ class EngineThread:
         _threads.add(self)
 
     def send(self, command: Command) -> None:
-        """Any thread may call it, a finaliser too."""
+        """Queues a command. Any thread may call it, a finaliser too."""
         self.commands.put(command)
 
     def join(self) -> None:
+        """Waits for the thread to end."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -167,8 +182,8 @@ class EngineThread:
         self._publish(changed)
 
     def _receive(self) -> list[Sequence]:
-        """Obeys all commands there are, waiting for the first one while there are no requests; -> the sequences that
-        ended."""
+        """Obeys all commands there are, waiting for the first one while there are no requests. Returns the sequences
+        that ended."""
         ended: list[Sequence] = []
         may_wait = not self._requests
         while True:
@@ -194,7 +209,7 @@ class EngineThread:
             self.core.add(request.sequence)
 
     def _end_late_requests(self) -> list[Sequence]:
-        """Ends the requests whose deadline has passed; -> their sequences."""
+        """Ends the requests whose deadline has passed, and returns their sequences."""
         now = time.monotonic()
         if now < self._next_deadline:
             return []
@@ -236,7 +251,7 @@ class EngineThread:
             self._unsent.discard(request)
 
     def _fail_everyone(self, error: BaseException) -> None:
-        """The thread ends by an error: everyone who waits gets it, and `broken` refuses whoever comes."""
+        """Gives the error that ends the thread to everyone who waits, and to whoever comes later, by `broken`."""
         self.broken = error
         requests = list(self._requests.values())
         while True:
@@ -251,7 +266,7 @@ class EngineThread:
 
 
 def _post(mailroom: Mailroom, mails: list[Mail]) -> bool:
-    """False where the event loop is closed."""
+    """Queues mails on their event loop; returns False where that is closed."""
     try:
         mailroom.loop.call_soon_threadsafe(mailroom.deliver, mails)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""`specdec inspect`: what a checkpoint is, what it needs, and whether its MTP layer works."""
+"""Inspects a checkpoint: what it is, what it needs, and whether its MTP layer works."""
 
 from __future__ import annotations
 
@@ -69,57 +69,73 @@ the original one is left as it was. If you want to change the original list, use
 
 @dataclass(frozen=True)
 class MTPCheck:
-    """How often the MTP layer's first draft is the target's own greedy choice, on a sample text.
-
-    chance: the same for drafts assigned to positions at random. An MTP layer whose tensors were lost,
-    or are wired wrongly, agrees no more often than that.
-    """
+    """How often the MTP layer's first draft is the target's own greedy choice, on a sample text."""
 
     num_positions: int
+    """Positions of the text that were compared."""
     acceptance: float
+    """Share of them at which the draft is the target's choice."""
     chance: float
+    """The same share for drafts assigned to positions at random. An MTP layer whose tensors were lost, or are wired
+    wrongly, agrees no more often than that."""
 
     @property
     def near_chance(self) -> bool:
+        """Whether the MTP layer does not work with this target."""
         return self.acceptance < self.chance + 0.05
 
 
 @dataclass(frozen=True)
 class TensorCounts:
-    """`ignored`: copies of the target's tensors inside the MTP layer, and the like."""
+    """How many tensors a checkpoint has."""
 
     target: int
+    """Tensors of the target."""
     mtp: int
+    """Tensors of the MTP layer."""
     ignored: int
+    """Tensors that are not loaded: copies of the target's inside the MTP layer, and the like."""
 
 
 @dataclass(frozen=True)
 class CudaReport:
-    """missing: in one text, empty where everything is there. paths: by GPU, the visible one last. reserve_bytes: set
-    aside of each GPU in `fits`. floors: the least times of decode steps."""
+    """What concerns CUDA: whether its backend can run here, and what a model needs of GPUs."""
 
     requirements: list[Requirement]
+    """What the backend needs, and what of it is here."""
     missing: str
+    """What is lacking, in one text; empty where nothing is."""
     paths: dict[str, Paths]
+    """The kernels that GPUs get, by their names, the visible GPU last."""
     reserve_bytes: int
+    """Bytes of each GPU that `fits` sets aside."""
     fits: list[Fit]
+    """On which GPUs the model fits."""
     floors: list[Floor]
+    """The least times of decode steps."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`tensors` is None where only a config.json was given. `mtp_check` is None where it could not run;
-    `mtp_check_skipped` says why. `cuda`: where it was asked for."""
+    """What `specdec inspect` says of a checkpoint."""
 
     folder: Path
+    """The checkpoint's folder."""
     config: Glm4MoeConfig
+    """Its configuration."""
     memory: list[MemoryLine]
+    """Memory that it needs, by dtype."""
     tensors: TensorCounts | None
+    """How many tensors there are; None where only a config.json was given."""
     mtp_check: MTPCheck | None
+    """Whether the MTP layer works; None where that could not be checked."""
     mtp_check_skipped: str | None
+    """Why it could not be checked; None where it was."""
     cuda: CudaReport | None
+    """The report on CUDA; None unless it was asked for."""
 
     def as_dict(self) -> dict[str, object]:
+        """Returns a document for JSON."""
         config = asdict(self.config)
         config["dtype"] = str(self.config.dtype).removeprefix("torch.")
         return {
@@ -134,8 +150,12 @@ class Inspection:
 
 
 def inspect_checkpoint(folder: Path, *, with_cuda: bool = False, progress: Progress = silent) -> Inspection:
-    """Raises CheckpointError for anything that would keep the checkpoint from loading. with_cuda: report on the CUDA
-    backend, too. progress: hears of loading and of the check."""
+    """Inspects a checkpoint. Raises CheckpointError for anything that would keep it from loading.
+
+    folder: the checkpoint's; one with only a config.json will do.
+    with_cuda: whether to report on the CUDA backend, too.
+    progress: hears of loading and of the check.
+    """
     if any(folder.glob("*.safetensors")):
         checkpoint = open_checkpoint(folder)
         index, config = checkpoint.index, checkpoint.config
@@ -160,7 +180,7 @@ def _count_tensors(index: CheckpointIndex) -> TensorCounts:
 
 
 def _try_mtp_check(checkpoint: Checkpoint, progress: Progress) -> tuple[MTPCheck | None, str | None]:
-    """Loads the weights, which checks every tensor; -> the check, or why there is none."""
+    """Loads the weights, which checks every tensor; returns the check of the MTP layer, or why there is none."""
     backend = resolve_backend("cpu", "auto", "auto", checkpoint.config, progress)
     engine_config = EngineConfig(num_pages=-(-MAX_SAMPLE_TOKENS // EngineConfig.page_size))
     try:
@@ -178,6 +198,7 @@ def _try_mtp_check(checkpoint: Checkpoint, progress: Progress) -> tuple[MTPCheck
 
 
 def report_cuda(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bool]) -> CudaReport:
+    """Returns the report on CUDA. is_fp8: which modules are in FP8 where the checkpoint is."""
     found, visible = requirements(), visible_capability()
     chosen = {name: paths(capability) for name, capability in known_capabilities().items()}
     if visible is not None and visible >= LEAST_CAPABILITY:
@@ -195,9 +216,9 @@ def report_cuda(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bo
 
 @torch.inference_mode()
 def teacher_forced(runtime: Runtime, token_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Target and MTP layer once over a text of n >= 2 tokens, from the pool's first pages on, which must be free.
+    """Runs target and MTP layer once over a text of n >= 2 tokens, in the pool's first pages, which must be free.
 
-    -> the target's logits [n, V], row i for token i+1, and the first drafts' [n-1, V], row i for token i+2.
+    Returns the target's logits [n, V], row i for token i+1, and the first drafts' [n-1, V], row i for token i+2.
     """
     model, cache = runtime.model, runtime.kv_cache
     assert model.mtp is not None, "there is no MTP layer"

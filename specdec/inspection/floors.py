@@ -27,28 +27,30 @@ class Floor:
     """The least time of one decode step for one sequence, by number of draft tokens from 0 on.
 
     `ModelBytes.step` says what a step reads. Keys and values are left out, whatever the context.
-
-    gpu: its name.
-    gpu_bytes_per_s: memory bandwidth of one of them.
-    num_gpus: the fewest that hold the weights, each of which reads an equal share; None where the largest number in
-        `specdec.inspection.memory.NUM_GPUS` does not.
-    checkpoint: "bfloat16" or "fp8".
-    step_bytes: all GPUs together, with the weights as their kernels hold them.
-    step_s: seconds; None where `num_gpus` is.
     """
 
     gpu: str
+    """The GPU's name."""
     gpu_bytes_per_s: float
+    """Memory bandwidth of one GPU, bytes per second."""
     num_gpus: int | None
+    """The fewest GPUs that hold the weights, each of which reads an equal share; None where the largest number in
+    `specdec.inspection.memory.NUM_GPUS` does not."""
     checkpoint: str
+    """Weights of the checkpoint, "bfloat16" or "fp8"."""
     step_bytes: list[float]
+    """Bytes that all GPUs together read in a step, with the weights as their kernels hold them, by K."""
     step_s: list[float] | None
+    """Seconds of a step, by K; None where `num_gpus` is."""
 
 
 def floors(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bool], fits: list[Fit]) -> list[Floor]:
-    """The floors of every GPU and checkpoint. Without an MTP layer there is K = 0 alone.
+    """Returns the floors of every GPU and checkpoint. Without an MTP layer there is K = 0 alone.
 
-    is_fp8: which modules are in FP8 where the checkpoint is. fits: of the same model, see `inspection.memory.fits`.
+    config: the model's.
+    has_mtp: whether it has an MTP layer.
+    is_fp8: which modules are in FP8 where the checkpoint is.
+    fits: of the same model, see `specdec.inspection.memory.fits`.
     """
     read = cache(lambda kinds: _step_bytes(config, has_mtp, is_fp8, kinds))
     found = []
@@ -68,7 +70,8 @@ def _fewest(fits: list[Fit], gpu: str, checkpoint: str) -> int | None:
 def _step_bytes(
     config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bool], kinds: frozenset[Fp8Kind]
 ) -> list[float]:
-    """By K, counted on a model without memory: in bfloat16, but for those `kinds` of matrices that stay in FP8."""
+    """Returns the bytes that a step reads, by K, counted on a model without memory. Weights are in bfloat16, apart from
+    those `kinds` of matrices that stay in FP8."""
     kernels = _AsStored(torch.device("meta"), torch.bfloat16)
     model = build_model(config, kernels, with_mtp=has_mtp)
     store_fp8(model.parts(), is_fp8, kinds)

@@ -1,4 +1,4 @@
-"""How much memory a model needs, from its config alone, and on which GPUs that fits."""
+"""Computes how much memory a model needs, from its config alone, and on which GPUs that fits."""
 
 from __future__ import annotations
 
@@ -20,23 +20,30 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class MemoryLine:
-    """Bytes of the weights in one dtype, and of the KV cache per token in the same dtype; with weights in "fp8" in
-    bfloat16."""
+    """Memory that a model needs in one dtype."""
 
     dtype: str
+    """Dtype of the weights: "bfloat16", "float32" or "fp8"."""
     weight_bytes: int
+    """Bytes of all weights."""
     mtp_weight_bytes: int
+    """Bytes of the MTP layer's weights among them."""
     kv_bytes_per_token: int
+    """Bytes of the KV cache per token, in the same dtype; in bfloat16 where the weights are in FP8."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """bytes_per_s: the bandwidth of its memory."""
+    """A kind of GPU."""
 
     name: str
+    """Its name."""
     capability: Capability
+    """Its compute capability."""
     memory_bytes: int
+    """Bytes of its memory."""
     bytes_per_s: float
+    """Bandwidth of its memory, bytes per second."""
 
 
 # Total memory as nvidia-smi prints it, in MiB; what is sold as 80 or 141 GB differs from it either way. A100 and H100:
@@ -53,28 +60,34 @@ GPUS = (
     GPU("B200", (10, 0), 183359 * MIB, 8000e9),
 )
 NUM_GPUS = (1, 2, 4, 8)
-# Of each GPU, for what is neither weights nor cache. An estimate: CUDA's context 0.5 GiB, workspaces of attention and
-# experts 0.5, CUDA graphs 1, activations of 8,192 rows and logits of 256 rows in fp32, a few copies of each, 2.
+# Bytes of each GPU that are set aside for what is neither weights nor cache. An estimate: CUDA's context 0.5 GiB,
+# workspaces of attention and experts 0.5, CUDA graphs 1, activations of 8,192 rows and logits of 256 rows in fp32, a
+# few copies of each, 2.
 RESERVE_BYTES = 4 * GIB
 NOTHING: frozenset[Fp8Kind] = frozenset()
 
 
 @dataclass(frozen=True)
 class Fit:
-    """checkpoint: "bfloat16" or "fp8". weight_bytes: as the GPU's kernels hold it, which may have to dequantise FP8.
-    kv_tokens: how many tokens the KV cache has room for, weights and cache split evenly over the GPUs; None where not
-    even the weights fit."""
+    """Whether a model fits on a number of GPUs of one kind, and with how much cache."""
 
     gpu: str
+    """The GPU's name."""
     gpu_memory_bytes: int
+    """Bytes of memory of one GPU."""
     num_gpus: int
+    """How many there are."""
     checkpoint: str
+    """Weights of the checkpoint, "bfloat16" or "fp8"."""
     weight_bytes: int
+    """Bytes of the weights as the GPU's kernels hold them, which may have to dequantise FP8."""
     kv_tokens: int | None
+    """Tokens that the KV cache has room for, weights and cache split evenly over the GPUs; None where not even the
+    weights fit."""
 
 
 def memory_table(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bool]) -> list[MemoryLine]:
-    """is_fp8: which modules are in FP8 where the checkpoint is."""
+    """Returns the memory that a model needs in each dtype. is_fp8: which modules are in FP8 where the checkpoint is."""
     lines = []
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32), ("fp8", torch.bfloat16)):
         kinds = FP8_KINDS if name == "fp8" else NOTHING
@@ -84,7 +97,8 @@ def memory_table(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], b
 
 
 def fits(config: Glm4MoeConfig, has_mtp: bool, is_fp8: Callable[[str], bool]) -> list[Fit]:
-    """By GPU, checkpoint and number of GPUs."""
+    """Returns whether a model fits, for each GPU, checkpoint and number of GPUs, in this order. is_fp8: which modules
+    are in FP8 where the checkpoint is."""
     held = cache(lambda kinds: _weight_bytes(config, has_mtp, is_fp8, kinds, torch.bfloat16))
     kv_bytes = _kv_bytes(config, has_mtp, torch.bfloat16)
     found = []
@@ -108,12 +122,12 @@ def _weight_bytes(
 
 
 def _kv_bytes(config: Glm4MoeConfig, has_mtp: bool, dtype: torch.dtype) -> int:
-    """Of one token."""
+    """Returns the bytes of one token in the KV cache."""
     return page_bytes(config, config.num_hidden_layers + has_mtp, 1, dtype)
 
 
 def known_capabilities() -> dict[str, Capability]:
-    """Names of the GPUs of each capability, oldest first."""
+    """Returns each compute capability, oldest first, by the names of the GPUs that have it."""
     names: dict[Capability, list[str]] = {}
     for gpu in sorted(GPUS, key=lambda gpu: gpu.capability):
         names.setdefault(gpu.capability, []).append(gpu.name)

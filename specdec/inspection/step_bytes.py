@@ -1,4 +1,4 @@
-"""How many bytes of weights the forwards of a decode step read from memory.
+"""Counts the bytes of weights that the forwards of a decode step read from memory.
 
 A forward reads every weight once, however many rows it has; but of the embeddings one row per token, and of a layer's
 routed experts only those that some row chose. Keys, values and activations are not counted here.
@@ -17,24 +17,24 @@ from specdec.model.weights import LoadedModel
 
 @dataclass(frozen=True)
 class DecoderBytes:
-    """Bytes of weights of a decoder, as its kernels hold them; without the head, which target and MTP layer share.
-
-    fixed: read by every forward: all but embeddings and routed experts.
-    embedding_row: one token's embedding.
-    expert: by layer, one routed expert; 0 in a dense layer.
-    """
+    """Bytes of weights of a decoder, as its kernels hold them; without the head, which target and MTP layer share."""
 
     fixed: int
+    """Bytes that every forward reads: all but embeddings and routed experts."""
     embedding_row: int
+    """Bytes of one token's embedding."""
     expert: tuple[int, ...]
+    """Bytes of one routed expert, by layer; 0 in a dense layer."""
 
     def read(self, num_rows: int, distinct: Iterable[float]) -> float:
-        """Bytes that a forward of `num_rows` rows reads. distinct: by layer, how many experts the rows chose."""
+        """Returns the bytes that a forward of `num_rows` rows reads. distinct: how many experts the rows chose, by
+        layer."""
         experts = sum(size * num for size, num in zip(self.expert, distinct, strict=True))
         return self.fixed + num_rows * self.embedding_row + experts
 
 
 def decoder_bytes(decoder: Decoder) -> DecoderBytes:
+    """Counts the bytes of a decoder's weights."""
     weights, kernels = decoder.weights, decoder.kernels
     fixed = sum(_layer_bytes(kernels, layer) for layer in weights.layers) + weights.norm.nbytes
     if weights.fusion is not None:
@@ -70,8 +70,8 @@ def _expert_bytes(kernels: AnyBackend, mlp: MLPWeights | MoEWeights) -> int:
 
 
 def expected_distinct(num_experts: int, experts_per_token: int, num_rows: int) -> float:
-    """Experts of one layer that `num_rows` rows choose between them on average, if each row chooses its
-    `experts_per_token` of the `num_experts` evenly and independently: E (1 - (1 - k / E)^T).
+    """Returns how many experts of a layer are chosen by any of T rows on average, if each row chooses its k of the E
+    experts evenly and independently: E (1 - (1 - k / E)^T).
 
     Consecutive tokens of a text choose alike more often, so that fewer are read in practice.
     """
@@ -80,17 +80,22 @@ def expected_distinct(num_experts: int, experts_per_token: int, num_rows: int) -
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """Bytes of weights that decode steps of a model read. mtp: None without an MTP layer."""
+    """Bytes of weights that decode steps of a model read."""
 
     target: DecoderBytes
+    """The target's decoder."""
     mtp: DecoderBytes | None
+    """The MTP layer's decoder; None without one."""
     head: int
+    """Bytes of the head."""
     num_experts: int
+    """Routed experts of a layer, E."""
     experts_per_token: int
+    """Experts that a row chooses, k."""
 
     @classmethod
     def of(cls, model: LoadedModel) -> ModelBytes:
-        """The bytes of a model that is packed and prepared; its tensors may be without memory."""
+        """Counts the bytes of a model that is packed and prepared; its tensors may be without memory."""
         target, mtp, config = model.target, model.mtp, model.config
         return cls(
             target=decoder_bytes(target.decoder),
@@ -101,7 +106,7 @@ class ModelBytes:
         )
 
     def step(self, num_draft_tokens: int) -> float:
-        """Expected bytes of one decode step for one sequence, K = `num_draft_tokens`.
+        """Returns the expected bytes of one decode step for one sequence, K = `num_draft_tokens`.
 
         The target verifies the last token and K drafts, K + 1 rows. The MTP layer runs K times: over the K + 1 pairs
         that are pending where all drafts of the step before were accepted, then over one pair at a time. Every forward

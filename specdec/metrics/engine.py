@@ -1,4 +1,4 @@
-"""What an engine did since it was made: requests, tokens, speculation, times."""
+"""Counts what an engine did since it was made: requests, tokens, speculation, times."""
 
 from __future__ import annotations
 
@@ -24,52 +24,67 @@ STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 
 @dataclass
 class EngineStats:
-    """Counts and times of an engine; a snapshot is a copy.
-
-    num_running, num_waiting, num_used_pages: now; num_pages, prefix_caching: of the cache. num_requests: accepted ones,
-    every one of which is running, waiting or in `finished` (by finish reason). num_rejected: refused because the queue
-    was full. num_prompt_tokens: of requests whose first token is there. num_prefix_queries, num_prefix_hits: their
-    tokens that the prefix cache was asked for, and had. num_steps, steps_s: steps and their seconds, failed ones
-    included.
-    Histograms in seconds: queue, prefill, decode, latency (arrival to last token) and time_per_output_token (after the
-    first one) of requests that ended by "stop" or "length"; first_token of all; inter_token: from commit to commit,
-    each of which may bring several tokens. step_tokens: rows of computed prompts and tokens generated, per step.
-    compared_s, plain_s: of the steps that decoded requests with speculation, what they took, and what the same tokens
-    would have taken without, as far as the costs are known. draft_length: of "auto" requests; None without an MTP
-    layer.
-    """
+    """Counts and times of an engine since it was made. `Engine.stats` returns a copy, which does not change."""
 
     num_pages: int
+    """Pages of the KV cache."""
     prefix_caching: bool = True
+    """Whether the prefix cache is on."""
     num_running: int = 0
+    """Requests that take part in steps now."""
     num_waiting: int = 0
+    """Requests that wait now."""
     num_used_pages: int = 0
+    """Pages that requests hold now."""
     num_requests: int = 0
+    """Accepted requests, every one of which is running, waiting or counted in `finished`."""
     num_rejected: int = 0
+    """Requests that were refused because the queue was full."""
     finished: dict[FinishReason, int] = field(default_factory=lambda: dict.fromkeys(get_args(FinishReason), 0))
+    """Requests that have ended, by finish reason."""
     num_prompt_tokens: int = 0
+    """Prompt tokens of requests whose first token is there."""
     num_output_tokens: int = 0
+    """Tokens generated."""
     num_prefix_queries: int = 0
+    """Tokens among num_prompt_tokens that were looked up in the prefix cache."""
     num_prefix_hits: int = 0
+    """Tokens among num_prefix_queries that the prefix cache had."""
     num_preemptions: int = 0
+    """How often requests that have ended had lost their pages."""
     num_steps: int = 0
+    """Engine steps, failed ones included."""
     num_failed_steps: int = 0
+    """Steps in which a stage failed."""
     steps_s: float = 0.0
+    """Seconds of all steps, failed ones included."""
     drafts: DraftStats = field(default_factory=DraftStats)
+    """Verifications of all requests."""
     queue: Histogram = field(default_factory=lambda: Histogram(REQUEST_BOUNDS))
+    """Seconds from arrival to the first step, of requests that ended by "stop" or "length"."""
     prefill: Histogram = field(default_factory=lambda: Histogram(REQUEST_BOUNDS))
+    """Seconds from the first step to the first token, of requests that ended by "stop" or "length"."""
     decode: Histogram = field(default_factory=lambda: Histogram(REQUEST_BOUNDS))
+    """Seconds from the first to the last token, of requests that ended by "stop" or "length"."""
     latency: Histogram = field(default_factory=lambda: Histogram(REQUEST_BOUNDS))
+    """Seconds from arrival to the last token, of requests that ended by "stop" or "length"."""
     first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_BOUNDS))
+    """Seconds from arrival to the first token, of all requests."""
     inter_token: Histogram = field(default_factory=lambda: Histogram(TOKEN_BOUNDS))
+    """Seconds from commit to commit of a request, each of which may bring several tokens."""
     time_per_output_token: Histogram = field(default_factory=lambda: Histogram(TOKEN_BOUNDS))
+    """Seconds per token after the first one, of requests that ended by "stop" or "length"."""
     step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKEN_BOUNDS))
+    """Rows of prompts computed and tokens generated, per step."""
     compared_s: float = 0.0
+    """Seconds of the steps that decoded requests with speculation, as far as costs are known."""
     plain_s: float = 0.0
+    """Seconds that the tokens of these steps would have taken without speculation, by the cost table."""
     draft_length: DraftLengthStats | None = None
+    """What was decided for "auto" requests; None without an MTP layer."""
 
     def record_state(self, scheduler: Scheduler) -> None:
-        """How many requests run and wait and how many pages are used, after anything that may change it."""
+        """Reads how many requests run and wait and how many pages are used, after anything that may change it."""
         self.num_running, self.num_waiting = len(scheduler.running), len(scheduler.waiting)
         self.num_used_pages = self.num_pages - scheduler.pool.num_free
 
@@ -83,8 +98,11 @@ class EngineStats:
     ) -> None:
         """Counts a step, failed or not, and changes no sequence.
 
-        records: what the step added to each scheduled sequence, None where it decided no token; not counted for a
-        request that the step failed for. start_s, end_s: seconds of time.perf_counter. costs: what plain steps cost.
+        scheduled: the sequences of the step.
+        records: what the step added to each of them, None where it decided no token; not counted for a request that the
+            step failed for.
+        start_s, end_s: when the step began and ended, in seconds of time.perf_counter.
+        costs: knows what plain steps cost.
         """
         self.num_steps += 1
         self.steps_s += end_s - start_s
@@ -108,7 +126,7 @@ class EngineStats:
             self._compare(costs, end_s - start_s, num_rows, num_decoding, num_tokens - num_deciding)
 
     def record_finished(self, sequence: Sequence) -> None:
-        """A request's end, for whatever reason; once."""
+        """Counts a request's end, for whatever reason; call it once."""
         reason, stats = sequence.finish_reason, sequence.stats
         assert reason is not None
         self.finished[reason] += 1
@@ -136,8 +154,17 @@ class EngineStats:
             self.inter_token.observe(commit.interval_s)
 
     def _compare(self, costs: DraftLength, step_s: float, num_rows: int, num_decoding: int, num_more: int) -> None:
-        """Plain decoding would have done this step's rows without drafts, and for the `num_more` tokens that drafts
-        brought further steps of the decoding requests."""
+        """Counts what a step took, and what plain decoding would have taken.
+
+        That would have done this step's rows without drafts, and then further steps of the decoding requests for the
+        tokens that drafts brought.
+
+        costs: knows what plain steps cost.
+        step_s: what the step took.
+        num_rows: its rows without drafts.
+        num_decoding: requests that decoded in it.
+        num_more: tokens that drafts brought.
+        """
         first_s, further_s = costs.plain_step_s(num_rows), costs.plain_step_s(num_decoding)
         if first_s is not None and further_s is not None:
             self.compared_s += step_s
@@ -145,15 +172,17 @@ class EngineStats:
 
     @property
     def saved_s(self) -> float | None:
-        """Seconds that speculation gained (below 0: cost) by the estimate; None where there is none."""
+        """Seconds that speculation saved by the estimate, below 0 where it cost time; None where there is no
+        estimate."""
         return self.plain_s - self.compared_s if self.compared_s else None
 
     @property
     def speedup(self) -> float | None:
+        """How many times faster steps were than plain decoding, by the estimate; None where there is none."""
         return self.plain_s / self.compared_s if self.compared_s else None
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON, see docs/json.md."""
+        """Returns a document for JSON, see docs/json.md."""
         histograms = ("queue", "prefill", "decode", "latency", "first_token", "inter_token", "time_per_output_token")
         return {
             "num_requests": self.num_requests,

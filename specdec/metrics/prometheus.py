@@ -15,7 +15,11 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def render(stats: EngineStats, model_name: str | None = None) -> str:
-    """model_name: the value of the label of this name, which vLLM's metrics have; None leaves the label out."""
+    """Returns the text that a Prometheus server reads.
+
+    stats: from `Engine.stats` or `AsyncEngine.stats`.
+    model_name: the value of the label of this name, which vLLM's metrics have; None leaves the label out.
+    """
     labels = {} if model_name is None else {"model_name": model_name}
     return "".join(f"{line}\n" for line in _lines(stats, labels))
 
@@ -143,7 +147,7 @@ def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
 
 
 def _number(value: float) -> str:
-    """A count as an integer, a bound as prometheus_client writes it ("1.0", "+Inf")."""
+    """Returns a count as an integer, a bound as prometheus_client writes it ("1.0", "+Inf")."""
     return str(value) if isinstance(value, int) else "+Inf" if value == math.inf else repr(float(value))
 
 

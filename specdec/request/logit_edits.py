@@ -1,4 +1,4 @@
-"""What a request's parameters do to single logits, kept up with its tokens.
+"""Keeps up, with a request's tokens, what its parameters do to single logits.
 
 `specdec.kernels.data.LogitEdits` says what is done to a row, drafts before it included: the transform is the same
 function of the context whether drafts led there or not.
@@ -15,7 +15,7 @@ from specdec.kernels.data import LogitEdits
 
 
 class RequestEdits:
-    """A request's `LogitEdits`, as of its committed tokens."""
+    """A request's `LogitEdits`, kept up with its committed tokens."""
 
     @classmethod
     def of(
@@ -25,7 +25,13 @@ class RequestEdits:
         end_token_ids: frozenset[int],
         prompt_token_ids: Seq[int],
     ) -> RequestEdits | None:
-        """bad_words: as token ids. None where the parameters ask for nothing."""
+        """Returns a request's edits; None where its parameters ask for none.
+
+        params: the request's.
+        bad_words: its bad words as token ids.
+        end_token_ids: the tokens that end it.
+        prompt_token_ids: its prompt.
+        """
         if not (params.biases or bad_words or params.min_tokens or params.penalises):
             return None
         return cls(params, bad_words, end_token_ids, prompt_token_ids)
@@ -57,12 +63,12 @@ class RequestEdits:
 
     @property
     def current(self) -> LogitEdits | None:
-        """Of the next token's row; None where there is nothing to do."""
+        """Edits of the row that decides the next token; None where there is nothing to do."""
         e = self._edits
         return e if e.ends_banned or e.bias_ids or e.word_tokens or e.counted_ids else None
 
     def advance(self, token_id: int) -> None:
-        """A token is committed."""
+        """Takes a token into account that was committed."""
         self._count(token_id, 1)
         self._remember([token_id])
         self._edits.ends_banned = max(0, self._edits.ends_banned - 1)

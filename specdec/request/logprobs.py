@@ -17,22 +17,24 @@ from specdec.model.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """One output token's natural log-probabilities, and those of the most probable tokens in its place.
+    """One output token's log-probabilities (natural logarithms), and those of the most probable tokens in its place.
 
     Texts are those of single tokens: U+FFFD where a token's bytes are no whole character.
     """
 
     token_id: int
+    """The token."""
     logprob: float
-    """The token's, by the model's own softmax, before anything of the request's."""
+    """Log-probability of the token by the model's own softmax, before anything that the request's parameters do."""
     processed_logprob: float
-    """The token's, by the distribution it was drawn from, after bias, bans, penalties, temperature and truncation; at
-    temperature 0 by the softmax of the logits whose argmax it is."""
+    """Log-probability of the token by the distribution it was drawn from, after bias, bans, penalties, temperature and
+    truncation; at temperature 0 by the softmax of the logits whose argmax it is."""
     top: list[tuple[int, float]]
     """Token ids and log-probabilities of the most probable tokens by the model's own softmax, in descending order, as
     many as SamplingParams.logprobs."""
     processed_top: list[tuple[int, float]]
-    """The same by the distribution that the token was drawn from; impossible tokens are left out."""
+    """Token ids and log-probabilities of the most probable tokens by the distribution that the token was drawn from;
+    impossible tokens are left out."""
     token: str = ""
     """The token's text."""
     bytes: list[int] | None = None
@@ -43,7 +45,7 @@ class TokenLogprobs:
     """The texts of the tokens in `processed_top`."""
 
     def with_texts(self, tokenizer: Tokenizer) -> TokenLogprobs:
-        """The same with the texts of its tokens."""
+        """Returns a copy that has the texts of its tokens."""
         token, token_bytes = tokenizer.token_text(self.token_id)
         return replace(
             self,
@@ -54,7 +56,7 @@ class TokenLogprobs:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """A document for JSON, see docs/json.md."""
+        """Returns a document for JSON, see docs/json.md."""
         return {
             "token_id": self.token_id,
             "token": self.token,
@@ -69,17 +71,20 @@ class TokenLogprobs:
 
 
 class DecidedRows(NamedTuple):
-    """A request's tokens [n] and the rows [n or more, V] that decided them, processed ones with the temperature in
-    them; num_top of their log-probabilities are wanted."""
+    """A request's tokens and the rows of logits that decided them."""
 
     token_ids: list[int]
+    """[n]: the tokens."""
     raw_logits: Tensor
+    """[n or more, V]: logits as the model gives them."""
     processed_logits: Tensor
+    """[n or more, V]: logits after the request's own transform, the temperature included."""
     num_top: int
+    """How many of the most probable tokens are wanted."""
 
 
 def token_logprobs(requests: Seq[DecidedRows]) -> list[list[TokenLogprobs]]:
-    """Of each request's tokens. What is computed on a device is read once, for all of them."""
+    """Returns the log-probabilities of each request's tokens. What is computed on a device is read once, for all."""
     computed = [
         _numbers(law, token_id, request.num_top)
         for request in requests
@@ -91,8 +96,8 @@ def token_logprobs(requests: Seq[DecidedRows]) -> list[list[TokenLogprobs]]:
 
 
 def _numbers(logits: Tensor, token_id: int, num_top: int) -> Tensor:
-    """Logits [V] -> what `_read_law` takes: the token's log-probability, the largest ones in any order, their ids, and
-    the lowest ids of those that equal the least of them, negative."""
+    """Returns the numbers of one row that `_read_law` takes: the token's log-probability, the largest ones in any
+    order, their ids, and the lowest ids of those that equal the least of them, negative. logits: [V]."""
     law = logits.double().log_softmax(-1)  # a row at a time: sums over several may differ in the last bit
     parts = [law[token_id : token_id + 1]]
     if num_top > 0:
@@ -111,7 +116,8 @@ def _read(numbers: Iterator[float], token_id: int, num_top: int, vocab_size: int
 
 
 def _read_law(numbers: Iterator[float], num: int, vocab_size: int) -> tuple[float, list[tuple[int, float]]]:
-    """The lowest ids first among equals; impossible tokens are left out."""
+    """Returns a token's log-probability, and ids and log-probabilities of the most probable tokens in descending order,
+    the lowest ids first among equals; impossible tokens are left out."""
     logprob = next(numbers)
     largest, ids, tied = (list(islice(numbers, num)) for _ in range(3))
     least = min(largest, default=0.0)

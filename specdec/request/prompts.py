@@ -1,4 +1,4 @@
-"""What users pass as prompts and parameters -> lists of text or token ids, and one SamplingParams each."""
+"""Turns what users pass as prompts and parameters into lists of text or token ids, and one SamplingParams each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ Prompt = str | Seq[int]
 
 
 def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[str | list[int]]:
-    """One prompt, or several, each text or token ids (lists, tuples, NumPy or torch integers).
+    """Returns prompts as a list. prompts: one, or several, each text or token ids (lists, tuples, NumPy or torch
+    integers); a sequence of integers is one prompt.
 
-    A sequence of integers is one prompt. Raises ValueError for anything else.
+    Raises ValueError for anything else.
     """
     if isinstance(prompts, str):
         return [prompts]
@@ -27,16 +28,19 @@ def as_batch(prompts: Prompt | Iterable[Prompt]) -> list[str | list[int]]:
 
 
 def as_prompt(prompt: Prompt) -> str | list[int]:
+    """Returns one prompt as text or token ids. Raises ValueError for anything else."""
     return prompt if isinstance(prompt, str) else _as_token_ids(_as_list(prompt))
 
 
 def as_params(params: SamplingParams) -> SamplingParams:
+    """Returns the parameters. Raises ValueError where they are none."""
     require(isinstance(params, SamplingParams), f"params = {params!r} must be a SamplingParams")
     return params
 
 
 def params_per_prompt(params: SamplingParams | Iterable[SamplingParams], num_prompts: int) -> list[SamplingParams]:
-    """One SamplingParams for all prompts, or one for each."""
+    """Returns one SamplingParams for each prompt. params: one for all, or one for each. Raises ValueError for anything
+    else."""
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
     given: list[Any] = (
@@ -59,7 +63,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _is_integer(value: Any) -> bool:
-    """Python's integers and NumPy's or torch's scalars; an array of one is none."""
+    """Returns whether it is an integer, Python's or a scalar of NumPy's or torch's; an array of one is none."""
     return hasattr(value, "__index__") and not isinstance(value, bool) and getattr(value, "ndim", 0) == 0
 
 

@@ -22,15 +22,19 @@ _MASK = 2**64 - 1
 
 
 def draw_seed() -> int:
-    """A fresh seed for a request that brings none."""
+    """Draws a seed for a request that brings none."""
     return secrets.randbits(SEED_BITS)
 
 
 def sample_seed(seed: int, sample: int) -> int:
-    """Derives the seed of a request's sample 0, 1, ... from the request's own, which is that of sample 0.
+    """Derives the seed of a request's sample: the request's own for sample 0, else the upper 53 bits of a number by
+    SplitMix64 (Steele et al. 2014).
 
-    The others are the upper 53 bits of SplitMix64's numbers (Steele et al. 2014). Those differ for different samples in
-    all 64 bits; that two of a request's 128 samples agree in the upper 53 has a probability below 1e-12.
+    Those numbers differ for different samples in all 64 bits; that two of a request's 128 samples agree in the upper 53
+    has a probability below 1e-12.
+
+    seed: the request's.
+    sample: the number of the sample, from 0.
     """
     if sample == 0:
         return seed

@@ -32,50 +32,65 @@ Rule = Literal["greedy", "coupled", "block", "token"]
 
 @dataclass(eq=False)
 class Sequence:
-    """A request under way.
-
-    token_ids: prompt and output. num_computed_tokens: tokens whose target KV rows are valid; always
-    below len(token_ids) while it runs. num_mtp_tokens: committed pairs in the MTP layer's cache.
-    pending_hidden: the target's hidden states of the computed tokens that have no MTP row yet, in order, in any
-    number of pieces; num_mtp_tokens and their rows sum to num_computed_tokens where the MTP layer works for it. Empty
-    elsewhere.
-    max_total_tokens: prompt and output together never exceed it. bad_words: as token ids. edits: what the parameters
-    do to the next token's logits. logprobs: of the output's tokens. priority: lower ones first, equal ones in order of
-    arrival, which the scheduler sets. leader: another sample of the same prompt, whose pages this one will share.
-    num_published_pages: of page_table, the first ones that the prefix cache knows. error: what ended it, where
-    finish_reason is "error". rule: temperature 0 is greedy whatever was asked for. speculates: whether it drafts; never
-    a request of one token, which is decided without drafts. has_mtp: whether the engine drafts with the MTP layer.
-    uses_mtp: whether that layer works for it.
-    """
+    """A request under way."""
 
     request_id: str
+    """The request's id."""
     prompt_token_ids: list[int]
+    """The prompt's tokens."""
     params: SamplingParams
+    """How it is sampled and when it ends."""
     speculation: SpeculationParams
+    """How it drafts and verifies."""
     seed: int
+    """Key of all its random numbers."""
     max_total_tokens: int
+    """The most tokens of prompt and output together."""
     end_token_ids: frozenset[int]
+    """Tokens that end it."""
     output: OutputText
+    """The output's text."""
     bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of token ids that must not come about."""
     priority: int = 0
+    """Lower ones run first, equal ones in order of arrival."""
     leader: Sequence | None = None
+    """Sample 0 of the same prompt, whose pages this one will share; None for sample 0 itself."""
     has_mtp: bool = True
+    """Whether the engine drafts with the MTP layer."""
     arrival: int = 0
+    """Number in the order of arrival, which the scheduler sets."""
     rule: Rule = field(init=False)
+    """The verification rule; temperature 0 is greedy whatever was asked for."""
     speculates: bool = field(init=False)
+    """Whether it drafts; never a request of one token, which is decided without drafts."""
     uses_mtp: bool = field(init=False)
+    """Whether the MTP layer works for it."""
     num_prompt_tokens: int = field(init=False)
+    """Number of the prompt's tokens."""
     token_ids: list[int] = field(init=False)
+    """Committed tokens, prompt and output."""
     page_table: list[int] = field(default_factory=list)
+    """Its pages, in order; empty while it waits."""
     num_published_pages: int = 0
+    """Number of its pages, the first ones, that the prefix cache knows."""
     num_computed_tokens: int = 0
+    """Tokens whose target KV rows are valid; always below len(token_ids) while it runs."""
     num_mtp_tokens: int = 0
+    """Committed pairs in the MTP layer's cache."""
     pending_hidden: list[HiddenRows] = field(default_factory=list)
+    """The target's hidden states of the computed tokens that have no MTP row yet, in order, in any number of pieces.
+    Their rows and num_mtp_tokens sum to num_computed_tokens where the MTP layer works for it; empty elsewhere."""
     finish_reason: FinishReason | None = None
+    """Why it has ended; None before that."""
     error: Exception | None = None
+    """What ended it, where finish_reason is "error"."""
     edits: RequestEdits | None = field(init=False)
+    """What the parameters do to the next token's logits; None where they ask for nothing."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Log-probabilities of the output's tokens, where they are asked for."""
     stats: SequenceStats = field(default_factory=SequenceStats)
+    """Counts and times."""
 
     def __post_init__(self) -> None:
         self.rule = "greedy" if self.params.greedy else self.speculation.verification
@@ -86,7 +101,8 @@ class Sequence:
         self.edits = RequestEdits.of(self.params, self.bad_words, self.end_token_ids, self.prompt_token_ids)
 
     def admit(self, pages: list[int], num_cached_pages: int, page_size: int) -> None:
-        """It runs from now on. The first pages are the prefix cache's: their rows are computed, the MTP layer's too."""
+        """Makes the sequence run on `pages`, of which the first `num_cached_pages` come from the prefix cache with
+        target and MTP rows already computed."""
         self.page_table, self.num_published_pages = pages, num_cached_pages
         self.num_computed_tokens = num_cached_pages * page_size
         self.num_mtp_tokens = self.num_computed_tokens if self.uses_mtp else 0
@@ -95,14 +111,14 @@ class Sequence:
             self.stats.scheduled_s = time.perf_counter()
 
     def preempt(self) -> list[int]:
-        """It waits again; tokens, text and statistics stay. -> its pages."""
+        """Makes the sequence wait again, and returns its pages; tokens, text and statistics stay."""
         self.num_computed_tokens = self.num_mtp_tokens = 0
         self.pending_hidden = []
         self.stats.num_preemptions += 1
         return self.give_up_pages()
 
     def give_up_pages(self) -> list[int]:
-        """Of a request that is preempted or has ended."""
+        """Detaches and returns the sequence's pages, on preemption or at its end."""
         pages, self.page_table, self.num_published_pages = self.page_table, [], 0
         return pages
 
@@ -121,47 +137,52 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Requests run in ascending order of it."""
+        """What requests are sorted by: they run in ascending order of it."""
         return self.priority, self.arrival
 
     @property
     def num_pending_pairs(self) -> int:
-        """Rows of `pending_hidden`."""
+        """Number of pairs that have no MTP row yet: rows of `pending_hidden`."""
         return self.num_computed_tokens - self.num_mtp_tokens if self.pending_hidden else 0
 
     @property
     def samples_drafts(self) -> bool:
-        """Drafts are drawn from the MTP layer's distribution; greedy ones are point masses."""
+        """Whether drafts are drawn from the MTP layer's distribution; greedy ones are point masses."""
         return not self.params.greedy and self.speculation.draft_sampling == "sampled"
 
     @property
     def logit_edits(self) -> LogitEdits | None:
-        """Of the next token's row; None where there is nothing to do."""
+        """Edits of the row that decides the next token; None where there is nothing to do."""
         return None if self.edits is None else self.edits.current
 
     @property
     def output_token_ids(self) -> list[int]:
+        """Committed tokens after the prompt."""
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_output_tokens(self) -> int:
+        """Number of committed tokens after the prompt."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
+        """Committed tokens that have no target KV row yet."""
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Tokens to compute on admission, before it decodes. The last token of a request that was preempted while it
-        drafted waits for its drafts, as it did before: where iterations start does not depend on preemption."""
+        """Tokens to compute after admission before decoding starts. For a request preempted while drafting this leaves
+        out the last token: it is computed with its drafts, so iterations start where they would have without the
+        preemption."""
         return len(self.token_ids) - (self.speculates and self.num_output_tokens > 0)
 
     @property
     def num_final_rows(self) -> int:
-        """Rows of committed tokens that nothing overwrites any more, those of the MTP layer included if it works."""
+        """Rows of committed tokens that nothing overwrites any more, in the MTP layer's cache as well if it works."""
         return self.num_mtp_tokens if self.uses_mtp else min(self.num_computed_tokens, len(self.token_ids) - 1)
 
     @property
     def finished(self) -> bool:
+        """Whether it has ended."""
         return self.finish_reason is not None

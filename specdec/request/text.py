@@ -7,7 +7,8 @@ from specdec.model.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class OutputText:
-    """`text` grows with the tokens; `take` hands out what can no longer be part of a stop string.
+    """The text of a request's output, which grows with the tokens; `take` hands out what no stop string can cut any
+    more.
 
     Without stop strings nothing waits for the text, so tokens are decoded only when somebody asks for it.
     """
@@ -24,11 +25,12 @@ class OutputText:
 
     @property
     def text(self) -> str:
+        """The whole text so far."""
         self._text += self._decode_rest()
         return self._text
 
     def push(self, token_id: int) -> bool:
-        """Adds a token's text; True when it completes a stop string (the text is cut then)."""
+        """Adds a token's text. Returns whether that completes a stop string; the text is cut then."""
         if not self._stop:
             self._undecoded.append(token_id)
             return False
@@ -36,12 +38,12 @@ class OutputText:
         return self._append(self._detokenizer.push([token_id]))
 
     def flush(self) -> bool:
-        """Adds what the detokeniser holds back, at the end of the output; True as for `push`."""
+        """Adds what the detokeniser holds back; call it at the end of the output. Returns as `push` does."""
         return not self.stopped and self._append(self._decode_rest() + self._detokenizer.flush())
 
     def take(self, *, finished: bool) -> str:
-        """The text that is new since the last call; without `finished`, a possible start of a stop
-        string at the very end stays back."""
+        """Returns the text that is new since the last call. finished: nothing more comes; otherwise a possible start of
+        a stop string at the very end stays back."""
         text = self.text
         end = len(text) if finished else len(text) - self._possible_stop()
         start, self._taken = self._taken, max(self._taken, end)
@@ -70,7 +72,7 @@ class OutputText:
         return True
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Returns the length of the longest end of the text that a stop string begins with."""
         if self.stopped:
             return 0
         for length in range(min(self._longest_stop - 1, len(self._text)), 0, -1):

@@ -1,4 +1,4 @@
-"""Ragged extends -> `ForwardBatch`: what one forward of the target or the MTP layer reads."""
+"""Packs ragged extends into a `ForwardBatch`, which one forward of the target or the MTP layer reads."""
 
 from __future__ import annotations
 
@@ -9,22 +9,29 @@ from specdec.kernels import AttentionMetadata
 
 
 class Extend(NamedTuple):
-    """One sequence's part of a forward: tokens at positions `start`, `start` + 1, ..."""
+    """One sequence's part of a forward."""
 
     token_ids: list[int]
+    """Its tokens, at positions `start`, `start` + 1, ..."""
     start: int
+    """Position of the first one: how many tokens of the sequence are cached before it."""
     page_table: list[int]
+    """The sequence's pages, in order."""
 
 
 class ForwardBatch(NamedTuple):
-    """T packed tokens of all extends, in order. `row_starts` [B]: each extend's first row."""
+    """What a forward reads: the tokens of B extends, packed in their order."""
 
-    input_ids: list[int]  # [T]
+    input_ids: list[int]
+    """[T]: the tokens."""
     metadata: AttentionMetadata
+    """Where they live in the cache."""
     row_starts: list[int]
+    """[B]: each extend's first row."""
 
 
 def build_batch(extends: Seq[Extend], page_size: int) -> ForwardBatch:
+    """Packs extends for one forward. page_size: tokens of a page."""
     input_ids: list[int] = []
     row_starts: list[int] = []
     for extend in extends:

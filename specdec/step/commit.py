@@ -1,5 +1,8 @@
-"""Stage 4, commit: what verification decided becomes part of each sequence. The only stage that changes one, its
-statistics included; what it added is a `CommitRecord` for the engine's."""
+"""Stage 4, commit: what verification decided becomes part of each sequence.
+
+It is the only stage that changes a sequence, the sequence's statistics included. What it added is returned as a
+`CommitRecord`, for the engine's statistics.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,20 @@ from specdec.request.stats import CommitRecord
 from specdec.step.scheduler import ScheduledSequence
 from specdec.step.verify import TargetResult
 
-MAX_PIECES = 256  # of pending hidden states, before they are copied into one tensor
-MAX_SHARED_ROWS = 64
+MAX_PIECES = 256  # pieces of pending hidden states, before they are copied into one tensor
+MAX_SHARED_ROWS = 64  # a tensor of up to so many rows is kept alive for any number of them
 
 
 class CommitError(RowsError):
-    """The commit failed with `error` for one sequence: those before it are complete, those after it as they were.
-
-    records: what `commit` would have returned, None from the one that failed on.
-    """
+    """The commit failed for one sequence: those before it are complete, those after it as they were."""
 
     def __init__(self, row: int, error: Exception, records: list[CommitRecord | None]) -> None:
+        """Describes the failure.
+
+        row: place of the sequence in the step.
+        error: what failed.
+        records: what `commit` would have returned, None from the sequence that failed on.
+        """
         super().__init__([row], error)
         self.records = records
 
@@ -76,7 +82,7 @@ def _commit_cache_rows(s: ScheduledSequence, num_rows: int, hidden: HiddenRows) 
 
 
 def _queue(pending: list[HiddenRows], rows: HiddenRows) -> None:
-    """Rows that may wait for the MTP layer: copied where they would keep a much larger tensor alive."""
+    """Appends hidden states that wait for the MTP layer, copying them if they would keep a much larger tensor alive."""
     size = rows.hidden.shape[0]
     if size > MAX_SHARED_ROWS and size > 4 * rows.num_rows:
         rows = HiddenRows(rows.tensor().clone(), 0, rows.num_rows)
@@ -87,7 +93,7 @@ def _queue(pending: list[HiddenRows], rows: HiddenRows) -> None:
 
 
 def _commit_tokens(sequence: Sequence, token_ids: list[int]) -> int:
-    """Appends tokens up to the one that ends the request, which may lie inside the accepted run; -> how many."""
+    """Appends tokens up to the one that ends the request, which may lie inside the accepted run; returns how many."""
     committed, output, edits = sequence.token_ids, sequence.output, sequence.edits
     before = len(committed)
     for token_id in token_ids:

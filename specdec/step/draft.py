@@ -24,7 +24,7 @@ class DraftStage(Protocol):
     """Proposes drafts; may write KV rows of uncommitted tokens, must not change a sequence."""
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
-        """Drafts of all scheduled sequences [B], in their order.
+        """Returns the drafts of all scheduled sequences, [B], in their order.
 
         At most `num_draft_tokens` each, which is 0 for prompts that are still being computed. Raises RowsError where
         it fails for some of them and knows for which.
@@ -67,7 +67,7 @@ class MTPDrafts:
         return drafts.select([place.get(b, -1) for b in range(len(scheduled))])
 
     def _chain(self, scheduled: list[ScheduledSequence]) -> DraftChain:
-        """The pending pairs, with true hidden states, and how many drafts follow the last one of each sequence."""
+        """Returns the pending pairs, with true hidden states, and how many drafts follow each sequence's last one."""
         extends, pending = [], []
         for s in scheduled:
             sequence, first = s.sequence, s.sequence.num_mtp_tokens
@@ -86,7 +86,7 @@ class MTPDrafts:
         )
 
     def _sampling(self, scheduled: list[ScheduledSequence]) -> ChainSampling | None:
-        """How the chain draws; None where it takes every argmax."""
+        """Returns how the chain draws; None where every draft is the argmax."""
         sequences = [s.sequence for s in scheduled]
         streams = [draft_stream(s) for s in sequences]
         confidences = [s.speculation.min_draft_confidence for s in sequences]

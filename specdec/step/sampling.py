@@ -1,6 +1,5 @@
-"""Which law a request's rows follow and which noise decides them: one description for target rows and draft rows.
-
-The kernels do the work (`specdec.kernels.data.RowSampling`).
+"""Describes which distribution a request's rows follow and which noise decides them, for target rows and draft rows
+alike. The kernels do the work (`specdec.kernels.data.RowSampling`).
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from specdec.request.sequence import Rule, Sequence
 
 
 def row_sampling(sequences: Seq[Sequence], streams: list[int]) -> RowSampling:
-    """Of the row that decides the next token of each; noise from the given streams."""
+    """Describes, for each sequence, how the row that decides its next token is sampled. streams[i]: where sequence i's
+    noise comes from, a `Stream` or GREEDY."""
     laws = [s.params.row_law for s in sequences]
     positions = [len(s.token_ids) for s in sequences]
     return RowSampling(
@@ -29,11 +29,12 @@ def row_sampling(sequences: Seq[Sequence], streams: list[int]) -> RowSampling:
 
 
 def target_stream(rule: Rule) -> int:
-    """The noise of the target's own tokens, for the rules that compare drafts with them."""
+    """Returns the noise of the target's own tokens, for the rules that compare drafts with them."""
     return GREEDY if rule == "greedy" else Stream.TARGET
 
 
 def draft_stream(sequence: Sequence) -> int:
+    """Returns the noise of a sequence's drafts: under coupled verification the target's own."""
     if not sequence.samples_drafts:
         return GREEDY
     return Stream.TARGET if sequence.rule == "coupled" else Stream.DRAFT

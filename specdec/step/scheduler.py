@@ -1,9 +1,9 @@
-"""Which sequences take part in a step, and with how many tokens. No torch here.
+"""Chooses which sequences take part in a step, and with how many tokens. No torch here.
 
-In order of priority, then of arrival. Requests that decode come first, so a long prompt never stalls them; prompts get
+The order is priority, then arrival. Requests that decode come first, so a long prompt never stalls them; prompts get
 what is left of the token budget, in chunks. A request is admitted when a slot is free and the pool has pages for its
-tokens and first drafts, and gets more as it grows. When there are none, the last in order of those that run gives up
-its pages and waits again, before all who came after it; its tokens stay, and it computes their rows anew.
+tokens and first drafts, and gets more as it grows. When pages run out, the running request that is last in order gives
+up its pages and waits again, before all who came after it; its tokens stay, and it computes their rows anew.
 """
 
 from __future__ import annotations
@@ -24,29 +24,31 @@ _order = attrgetter("order")
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """A sequence's share of one step: `num_new_tokens` committed tokens to compute, then drafts.
-
-    num_new_tokens is a prefill chunk, or 1 in decoding. The sequence samples when nothing of it stays
-    uncomputed; only then it may draft. The scheduler gives the most drafts, `DraftLength.choose` may lower them.
-    flushes: the MTP layer runs over the pending pairs though nothing is drafted.
-    """
+    """A sequence's share of one step: committed tokens to compute, then drafts. The sequence samples when none of its
+    tokens stays uncomputed; only then it may draft."""
 
     sequence: Sequence
+    """The sequence."""
     num_new_tokens: int
+    """Committed tokens to compute: a prefill chunk, or 1 in decoding."""
     num_draft_tokens: int
+    """The most drafts; the scheduler sets it, `DraftLength.choose` may lower it."""
     flushes: bool = False
+    """Whether the MTP layer runs over the pending pairs though nothing is drafted."""
 
     @property
     def samples(self) -> bool:
+        """Whether the step decides tokens of the sequence."""
         return self.num_new_tokens == self.sequence.num_uncomputed_tokens
 
     @property
     def extends_mtp(self) -> bool:
-        """The MTP layer runs over the pending pairs in this step. Where the draft length is automatic those of the
-        output wait until drafts need them; those of a prompt never do, so that others may take over its pages."""
+        """Whether the MTP layer runs over the pending pairs in this step. Where the draft length is automatic, pairs of
+        the output wait until drafts need them; pairs of a prompt never do, so that others may take over its pages."""
         return self.extends_mtp_with(self.num_draft_tokens)
 
     def extends_mtp_with(self, num_draft_tokens: int) -> bool:
+        """Returns whether the MTP layer would run over the pending pairs with so many drafts."""
         sequence = self.sequence
         return bool(sequence.pending_hidden) and (
             num_draft_tokens > 0
@@ -58,7 +60,10 @@ class ScheduledSequence:
 
 
 class Scheduler:
-    """waiting and running are in order: lower priority numbers first, then those that arrived first."""
+    """Queues requests, gives them pages, and chooses each step's.
+
+    waiting, running: requests in order, lower priority numbers first, then those that arrived first.
+    """
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool = pool
@@ -70,6 +75,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
+        """Whether no request waits or runs."""
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
@@ -86,7 +92,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=_order)
 
     def schedule(self) -> list[ScheduledSequence]:
-        """The next step: all that decode, then chunks of those that do not yet."""
+        """Returns the next step: all sequences that decode, then chunks of those that do not yet."""
         page_size = self.pool.page_size
         for sequence in self.running:
             if sequence.num_final_rows >= (sequence.num_published_pages + 1) * page_size:
@@ -103,7 +109,7 @@ class Scheduler:
         return scheduled
 
     def remove_finished(self) -> None:
-        """Takes the finished out of those that run and gives their pages back."""
+        """Takes finished requests out of those that run and gives their pages back."""
         finished = [s for s in self.running if s.finish_reason is not None]
         if finished:
             self.running = [s for s in self.running if not s.finished]
@@ -120,7 +126,7 @@ class Scheduler:
                 self.pool.release(sequence.give_up_pages())
 
     def start_over(self) -> None:
-        """Nobody runs, and every page is free, however a step that was interrupted has left them."""
+        """Makes nobody run and every page free, whatever an interrupted step has left behind."""
         running, self.running = self.running, []
         self._refused = None, 0
         self.pool.reset()
@@ -140,8 +146,9 @@ class Scheduler:
         self.pool.check_integrity([s.page_table for s in self.running])
 
     def _decoding(self) -> list[ScheduledSequence]:
-        """Those with one token to compute, with their drafts and pages for both. K is never cut for lack of pages, so
-        that tokens do not depend on it: the last in order, which may be the one that lacks them, is preempted."""
+        """Schedules every sequence that has one token left to compute, with drafts and pages for all of them. When
+        pages run out the last sequence in order is preempted (possibly this one); K is never reduced, because the
+        rejection rules' tokens depend on K."""
         scheduled, page_size = [], self.pool.page_size
         for sequence in self.running:  # which preemption shortens from its end
             num_tokens = len(sequence.token_ids)
@@ -153,7 +160,7 @@ class Scheduler:
         return scheduled
 
     def _grow(self, sequence: Sequence, num_rows: int) -> bool:
-        """Gives a running sequence pages for so many rows; False where it lost its place instead."""
+        """Gives a running sequence pages for so many rows; returns False where it lost its place instead."""
         missing = self.pool.pages_for(num_rows) - len(sequence.page_table)
         while missing > self.pool.num_free:
             if self._preempt_last() is sequence:
@@ -169,13 +176,15 @@ class Scheduler:
         return sequence
 
     def _prefilling(self) -> Iterator[Sequence]:
-        """Those that run and have more than one token to compute, then new ones for as long as they are asked for."""
+        """Yields running sequences that still prefill, then admits waiting ones, one for each further item the caller
+        takes."""
         yield from [s for s in self.running if s.num_computed_tokens < len(s.token_ids) - 1]
         while (sequence := self._admit()) is not None:
             yield sequence
 
     def _admit(self) -> Sequence | None:
-        """The next that waits, running now; None without a slot, or without pages for its tokens and first drafts."""
+        """Makes the next waiting sequence run and returns it; None without a slot, or without pages for its tokens and
+        first drafts."""
         if len(self.running) == self.max_num_seqs:
             return None
         sequence = next((s for s in self.waiting if not self._shares_soon(s)), None)
@@ -197,8 +206,9 @@ class Scheduler:
         return sequence
 
     def _shares_soon(self, sequence: Sequence) -> bool:
-        """Another sample of the same prompt computes the pages that this one will share. They are all there once it has
-        drafted, for then the MTP layer has run over its prompt; nobody waits for longer."""
+        """Returns whether the leader (sample 0 of the same prompt) still computes prompt pages that this sample will
+        reuse. That ends at the latest when the leader has drafted once, since the MTP layer has run over its prompt
+        then."""
         leader = sequence.leader
         if leader is None or leader.finished or not self.pool.prefix_caching or leader.stats.num_target_forwards > 1:
             return False
@@ -213,8 +223,8 @@ class Scheduler:
 
     @staticmethod
     def _num_draft_tokens(sequence: Sequence, num_tokens: int) -> int:
-        """K, clipped so that drafts and the token after them still fit. The first token is decided without drafts, so
-        that where iterations start depends neither on chunks nor on what was cached."""
+        """Returns K, clipped so that drafts and the token after them still fit. The first token is decided without
+        drafts, so that where iterations start depends neither on chunks nor on what was cached."""
         if num_tokens == sequence.num_prompt_tokens:
             return 0
         return min(sequence.speculation.max_draft_tokens, sequence.max_total_tokens - num_tokens - 1)

@@ -20,7 +20,8 @@ class Verifier(Protocol):
     """Decides tokens; may write KV rows of uncommitted tokens, must not change a sequence."""
 
     def verify(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> TargetResult:
-        """What each scheduled sequence emits. Raises RowsError where it fails for some of them and knows for which."""
+        """Decides what each scheduled sequence emits. Raises RowsError where it fails for some of them and knows for
+        which."""
         ...
 
 
@@ -45,24 +46,30 @@ def step(scheduler: Scheduler, draft_length: DraftLength, drafter: DraftStage, v
 
 
 class Decision(NamedTuple):
-    """A step's decision about one request. start: the number of tokens before those that it decided."""
+    """A step's decision about one request."""
 
     request_id: str
+    """The request."""
     start: int
+    """Number of its tokens before those that were decided."""
     draft_token_ids: list[int]
-    output_token_ids: list[int]  # as the rule decided: what ends the request may lie inside
+    """The drafts that were verified."""
+    output_token_ids: list[int]
+    """The tokens as the rule decided; what ends the request may lie inside."""
 
 
 class StepResult(NamedTuple):
-    """What a step did, after its commit. records: what it added to each scheduled sequence; None for those of which it
-    decided no token."""
+    """What a step did, after its commit."""
 
     scheduled: list[ScheduledSequence]
+    """The sequences that took part."""
     records: list[CommitRecord | None]
+    """What the step added to each of them; None where it decided no token."""
     result: TargetResult
+    """What verification decided about each of them."""
 
     def decisions(self) -> list[Decision]:
-        """Of every sequence that decided tokens."""
+        """Returns the decision about every sequence that decided tokens."""
         rows = zip(self.scheduled, self.result.draft_token_ids, self.result.output_token_ids)
         return [
             Decision(s.sequence.request_id, s.sequence.num_computed_tokens - len(output) + 1, drafts, output)
@@ -72,8 +79,12 @@ class StepResult(NamedTuple):
 
 
 class StepError(Exception):
-    """A stage failed with `error`. failed: the sequences that it failed for, all of them where the stage does not know.
-    records: of those that had committed when it failed, in the order of `scheduled`; None for the others.
+    """A stage failed with `error`.
+
+    scheduled: the sequences of the step.
+    failed: those that it failed for, all of them where the stage does not know.
+    records: what the step added to those that had committed when it failed, in the order of `scheduled`; None for the
+        others.
 
     Only commit changes a sequence, and it knows for which one it failed. So the others are as they were before the
     step, or have committed it: drafts and the rows written for them are made again in their next step.

@@ -42,16 +42,16 @@ RULES: dict[Rule, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TargetResult:
-    """What verification decided, of every scheduled sequence [B]."""
+    """What verification decided about each of B scheduled sequences."""
 
     output_token_ids: list[list[int]]
-    """What the sequence emits, its accepted drafts and one token more; empty where it does not sample."""
+    """[B]: what the sequence emits, its accepted drafts and one token more; empty where it does not sample."""
     draft_token_ids: list[list[int]]
-    """What was verified, known by now wherever it was made, and perhaps less than there were rows for."""
+    """[B]: the drafts that were verified, known by now wherever they were made, perhaps fewer than rows for them."""
     hidden: list[HiddenRows]
-    """The target's hidden states of its rows, the new tokens and then the drafts."""
+    """[B]: the target's hidden states of the sequence's rows, the new tokens and then the drafts."""
     logprobs: list[list[TokenLogprobs]]
-    """One per emitted token, where the request asks for them."""
+    """[B]: log-probabilities, one entry per emitted token; empty where the request does not ask for them."""
 
 
 class TargetVerifier:
@@ -61,8 +61,8 @@ class TargetVerifier:
         self.target, self.kv_cache, self.page_size = target, kv_cache, page_size
 
     def verify(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> TargetResult:
-        """One forward over the new tokens and drafts [B] of all. Raises RowsError of the sequences whose logits, or
-        whose draft model's, are not finite."""
+        """Runs one forward over the new tokens and drafts of all B sequences, and decides by each one's rule. Raises
+        RowsError of the sequences whose logits, or whose draft model's, are not finite."""
         # 1) What the forward runs over, and what is to be decided after it: by those that sample in this step.
         batch = self._build_batch(scheduled, drafts)
         deciding = [b for b, s in enumerate(scheduled) if s.samples]
@@ -90,7 +90,7 @@ class TargetVerifier:
         )
 
     def _build_batch(self, scheduled: Seq[ScheduledSequence], drafts: Drafts) -> ForwardBatch:
-        """Every sequence's new tokens, and after them room for its drafts, which the backend fills in."""
+        """Packs every sequence's new tokens, and after them room for its drafts, which the backend fills in."""
         extends = []
         for s, count in zip(scheduled, drafts.counts):
             start = s.sequence.num_computed_tokens
@@ -100,7 +100,7 @@ class TargetVerifier:
 
 
 def _spread(places: list[int], values: list[list[Item]], num: int) -> list[list[Item]]:
-    """[num] lists: those of `values` in their places, the others empty."""
+    """Returns num lists: those of `values` in their places, the others empty."""
     if len(places) == num:
         return values
     spread: list[list[Item]] = [[] for _ in range(num)]
@@ -110,6 +110,9 @@ def _spread(places: list[int], values: list[list[Item]], num: int) -> list[list[
 
 
 def _check_finite(deciding: list[int], verified: Verified) -> None:
+    """Raises RowsError of the sequences, by their places in the step, that were decided from logits that are not
+    finite.
+    """
     for whose, broken in (
         ("the MTP layer", [b for b, ids in zip(deciding, verified.draft_token_ids) if NOT_FINITE in ids]),
         ("the target", [b for b, ids in zip(deciding, verified.token_ids) if ids[-1] < 0]),
@@ -119,7 +122,7 @@ def _check_finite(deciding: list[int], verified: Verified) -> None:
 
 
 def _logprobs(sequences: list[Sequence], asked: VerifyBatch, verified: Verified) -> list[list[TokenLogprobs]]:
-    """Each sequence's tokens' log-probabilities; none where it does not ask."""
+    """Returns the log-probabilities of each deciding sequence's tokens; none where it does not ask."""
     if verified.raw is None or verified.processed is None:
         return [[] for _ in sequences]
     rows = [count + 1 for count in asked.drafts.counts]

@@ -1,4 +1,4 @@
-"""A Glm4Moe checkpoint -> a GGUF file of architecture glm4moe, MTP layer included.
+"""Converts a Glm4Moe checkpoint into a GGUF file of architecture glm4moe, MTP layer included.
 
 Matrices keep their values in bf16 or f32; norms, biases and routers are f32. Experts are stacked, nothing is
 permuted. The vocabulary is a dummy without end tokens: the file is for prompts of token ids.
@@ -62,17 +62,21 @@ class Stored:
     """A tensor as it lies in a safetensors file."""
 
     path: Path
+    """The file."""
     dtype: str
+    """Its dtype there, "BF16" or "F32"."""
     shape: tuple[int, ...]
+    """Its shape."""
     offset: int
+    """Where it begins, in bytes."""
 
     def read(self) -> NDArray[Any]:
-        """The raw elements, bf16 as 16-bit integers, mapped rather than loaded."""
+        """Returns the raw elements, bf16 as 16-bit integers, mapped rather than loaded."""
         return np.memmap(self.path, STORED_DTYPES[self.dtype], "r", self.offset, self.shape)
 
 
 def convert(settings: Settings) -> Path:
-    """Writes the GGUF file unless the work folder has it already; -> its path."""
+    """Writes the GGUF file unless the work folder has it already; returns its path."""
     checkpoint = Path(settings.checkpoint).resolve()
     stored = _stored_tensors(checkpoint)
     identity = f"{checkpoint} {[path.stat().st_mtime_ns for path in sorted(checkpoint.glob('*.safetensors'))]}"
@@ -89,7 +93,7 @@ def convert(settings: Settings) -> Path:
 
 
 def _stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint, without the MTP layer's copies of embeddings and head."""
+    """Returns every tensor of a checkpoint by name, without the MTP layer's copies of embeddings and head."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -104,7 +108,7 @@ def _stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _groups(stored: dict[str, Stored]) -> dict[str, list[Stored]]:
-    """GGUF name -> the tensor, or the experts in order that it stacks."""
+    """Returns by GGUF name the tensor, or the experts in order that it stacks."""
     groups: dict[str, list[Stored]] = {}
     by_number = sorted(stored, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
     for name in by_number:
@@ -123,7 +127,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _write(path: Path, config: dict[str, Any], stored: dict[str, Stored], matrix_dtype: str) -> None:
-    """First the header with every tensor's shape, then the tensors one after the other."""
+    """Writes the header with every tensor's shape, then the tensors one after the other."""
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     _add_facts(writer, config, matrix_dtype)
     groups = _groups(stored)

@@ -19,6 +19,7 @@ _JSON = {"Content-Type": "application/json"}
 
 
 def load(settings: Settings) -> tuple[str, Generate]:
+    """Starts the server; returns llama.cpp's version and a function that generates."""
     server = xllamacpp.Server(_params(settings))
 
     def generate(prompts: list[list[int]], max_tokens: int) -> Answer:
@@ -60,7 +61,7 @@ def _params(settings: Settings) -> Any:
 
 
 def _answer(results: Any, seconds: float) -> Answer:
-    """One prompt's result is an object of its own, several are a list of them."""
+    """Returns the answer to a request. One prompt's result is an object of its own, several are a list of them."""
     results = [results] if isinstance(results, dict) else sorted(results, key=lambda result: result["index"])
     drafted, accepted = (
         sum(result["timings"].get(name, 0) for result in results) for name in ("draft_n", "draft_n_accepted")

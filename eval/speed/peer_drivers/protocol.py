@@ -20,36 +20,43 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """What is fixed while the engine is loaded.
-
-    work_folder: an existing folder for files that outlive the driver, such as a converted checkpoint.
-    max_model_len: prompt plus output of one request, in tokens. max_num_seqs: prompts of one request.
-    """
+    """What is fixed while the engine is loaded."""
 
     checkpoint: str
+    """Absolute path of the checkpoint's folder."""
     work_folder: str
+    """Absolute path of an existing folder for files that outlive the driver, such as a converted checkpoint."""
     dtype: str
+    """Dtype of the weights, "bfloat16" or "float32"."""
     num_threads: int
+    """CPU threads."""
     num_speculative_tokens: int
+    """K; 0 is plain decoding."""
     max_num_seqs: int
+    """The most prompts of one request."""
     max_model_len: int
+    """The most tokens of prompt and output together."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """See the module's docstring; None where the engine does not tell."""
+    """The answer to a request."""
 
     seconds: float
+    """Wall time of the whole batch."""
     token_ids: list[list[int]]
+    """[B]: the tokens that were generated."""
     num_draft_tokens: int | None = None
+    """Drafts in all; None where the engine does not tell."""
     num_accepted_tokens: int | None = None
+    """Drafts accepted; None where the engine does not tell."""
 
 
 Generate = Callable[[list[list[int]], int], Answer]
 
 
 def serve(load: Callable[[Settings], tuple[str, Generate]]) -> None:
-    """Loads the engine, which gives (its version, its generate function), and answers until stdin ends.
+    """Loads the engine and answers until stdin ends. load: returns the engine's version and a function that generates.
 
     Whatever the engine itself prints goes to stderr: file descriptor 1 points there from here on.
     """

@@ -1,4 +1,4 @@
-"""transformers' generate(); with drafts `use_mtp=True`, which knows K = 1 and one prompt at a time.
+"""Drives transformers' generate(); with drafts `use_mtp=True`, which knows K = 1 and one prompt at a time.
 
 The MTP layer, which generate() reads from the checkpoint at every call, is kept between calls.
 """
@@ -34,6 +34,7 @@ class CountingGenerator(MTPCandidateGenerator):
 
 
 def load(settings: Settings) -> tuple[str, Generate]:
+    """Loads the model; returns transformers' version and a function that generates."""
     torch.set_num_threads(settings.num_threads)
     config = transformers.AutoConfig.from_pretrained(settings.checkpoint)
     model_class = transformers.Glm4MoeForCausalLM
@@ -62,7 +63,7 @@ def load(settings: Settings) -> tuple[str, Generate]:
 
 
 def _left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> token ids and attention mask [B, longest prompt]."""
+    """Returns token ids and attention mask, [B, longest prompt]."""
     length = max(len(prompt) for prompt in prompts)
     input_ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -25,6 +25,7 @@ COUNTERS = ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_
 
 
 def load(settings: Settings) -> tuple[str, Generate]:
+    """Loads the model; returns vLLM's version and a function that generates."""
     import vllm  # in the environment that main() prepared
 
     options: dict[str, Any] = {}
@@ -55,7 +56,7 @@ def load(settings: Settings) -> tuple[str, Generate]:
 
 
 def _counts(engine: Any) -> list[int]:
-    """Drafted and accepted tokens since the engine was loaded."""
+    """Returns drafted and accepted tokens since the engine was loaded."""
     found = {metric.name: metric.value for metric in engine.get_metrics() if metric.name in COUNTERS}
     return [int(found.get(name, 0)) for name in COUNTERS]
 

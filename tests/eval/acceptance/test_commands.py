@@ -42,7 +42,7 @@ def results(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("acceptance") / "out"
     result = run("acceptance", *arguments, *SMALL, "--output", str(folder))
     assert result.exit_code == 0, result.stderr
-    assert "checks of acceptance against the model's own laws passed" in result.stdout
+    assert "checks of acceptance against the model's own distributions passed" in result.stdout
     return folder
 
 

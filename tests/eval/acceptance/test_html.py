@@ -213,7 +213,7 @@ def test_a_failed_check_comes_first() -> None:
     source = render_html(made)
     page = Page(source)
     message = made["cells"][-1]["check"]["message"]
-    assert "1 of 4 checks against the model's own laws FAILED." in page.text
+    assert "1 of 4 checks against the model's own distributions FAILED." in page.text
     assert f"temperature 0.6, batch size 1, block verification, K = 2: {message}" in page.text
     assert source.index("FAILED") < source.index('class="verdicts"')
     assert source.index('role="alert"') < source.index(message.split(":")[0])

@@ -228,7 +228,7 @@ def test_failed_checks_are_told_with_their_message() -> None:
     out = console()
     print_results(made, out)
     text = printed(out)
-    assert "1 of 2 checks against the model's own laws FAILED." in text
+    assert "1 of 2 checks against the model's own distributions FAILED." in text
     joined = " ".join(text.split())
     assert "FAILED, temperature 0.6, batch size 1, coupled verification, K = 2: broken [/] at [red]1[/red]" in joined
     (row,) = [line for line in text.splitlines() if line.split()[:2] == ["coupled", "2"]]

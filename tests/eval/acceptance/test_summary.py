@@ -120,11 +120,11 @@ def test_failed_checks_are_counted_among_those_made() -> None:
     made = document()
     num_checks = sum(speculative(c) for c in made["cells"])
     assert failed_checks(made) == []
-    assert check_verdict(made) == f"All {num_checks} checks of acceptance against the model's own laws passed."
+    assert check_verdict(made) == f"All {num_checks} checks of acceptance against the model's own distributions passed."
     made["cells"][-1]["check"] = check(3, passed=False)
     assert failed_checks(made) == [made["cells"][-1]]
-    assert check_verdict(made) == f"1 of {num_checks} checks against the model's own laws FAILED."
-    assert check_verdict(without_values(made)) == "Acceptance was not checked against the model's own laws."
+    assert check_verdict(made) == f"1 of {num_checks} checks against the model's own distributions FAILED."
+    assert check_verdict(without_values(made)) == "Acceptance was not checked against the model's own distributions."
 
 
 def test_estimates_are_written_with_what_is_known() -> None:
