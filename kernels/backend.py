@@ -2,7 +2,7 @@
 
 A backend is a class with these attributes and methods and a branch in `specdec.kernels.select`. It may put them
 together from single operations (`specdec.kernels.operations`), of which `specdec.kernels.reference` has plain ones, or
-run each call as one kernel. `specdec.kernels.data` has what passes through it.
+run each call as one kernel. `specdec.kernels.data` and `specdec.kernels.decisions` have what passes through it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,8 @@ from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from specdec.kernels.data import (
-    AttentionMetadata,
-    DecoderOutput,
-    DecoderWeights,
-    DraftChain,
-    Drafts,
-    HiddenRows,
-    Verified,
-    VerifyBatch,
-)
+from specdec.kernels.data import AttentionMetadata, DecoderOutput, DecoderWeights, HiddenRows
+from specdec.kernels.decisions import DraftChain, Drafts, Verified, VerifyBatch
 from specdec.kernels.fp8 import Fp8Kind, Fp8Matrix
 from specdec.kernels.progress import Progress, silent
 

@@ -15,15 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from specdec.kernels.data import (
-    AttentionMetadata,
-    DecoderOutput,
-    HiddenRows,
-    LogitEdits,
-    Residuals,
-    RoutingConfig,
-    RowSampling,
-)
+from specdec.kernels.data import AttentionMetadata, DecoderOutput, HiddenRows, RoutingConfig
+from specdec.kernels.decisions import LogitEdits, Residuals, RowSampling
 
 
 @runtime_checkable

@@ -15,17 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels import speculation
-from specdec.kernels.data import (
+from specdec.kernels.data import AttentionMetadata, DecoderOutput, DecoderWeights, HiddenRows, RoutingConfig
+from specdec.kernels.decisions import (
     GREEDY,
-    AttentionMetadata,
-    DecoderOutput,
-    DecoderWeights,
     DraftChain,
     Drafts,
-    HiddenRows,
     LogitEdits,
     Residuals,
-    RoutingConfig,
     RowSampling,
     Verified,
     VerifyBatch,

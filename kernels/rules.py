@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from specdec.kernels.data import Residuals
+from specdec.kernels.decisions import Residuals
 from specdec.kernels.operations import Operations
 from specdec.kernels.philox import Stream
 

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import rules
-from specdec.kernels.data import (
+from specdec.kernels.data import AttentionMetadata, DecoderOutput, HiddenRows
+from specdec.kernels.decisions import (
     BLOCK_VERIFICATION,
     EXACT_MATCH,
     NOT_DRAFTED,
     NOT_FINITE,
-    AttentionMetadata,
     ChainSampling,
-    DecoderOutput,
     DraftChain,
     Drafts,
-    HiddenRows,
     Verified,
     VerifyBatch,
     room_for_probs,

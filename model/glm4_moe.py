@@ -8,7 +8,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from specdec.kernels import AnyBackend, AttentionMetadata
-from specdec.kernels.data import DecoderShape, DecoderWeights, Verified, VerifyBatch
+from specdec.kernels.data import DecoderShape, DecoderWeights
+from specdec.kernels.decisions import Verified, VerifyBatch
 from specdec.model.config import Glm4MoeConfig
 from specdec.model.layers import Decoder, DecoderLayer, Embedding, Linear, Matrices, RMSNorm, RotaryEmbedding
 

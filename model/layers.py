@@ -21,18 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels import AnyBackend, AttentionMetadata, DecoderOutput
-from specdec.kernels.data import (
-    AttentionWeights,
-    DecoderWeights,
-    DraftChain,
-    Drafts,
-    HiddenRows,
-    LayerWeights,
-    MLPWeights,
-    MoEWeights,
-    Verified,
-    VerifyBatch,
-)
+from specdec.kernels.data import AttentionWeights, DecoderWeights, HiddenRows, LayerWeights, MLPWeights, MoEWeights
+from specdec.kernels.decisions import DraftChain, Drafts, Verified, VerifyBatch
 from specdec.kernels.fp8 import E4M3, Fp8Kind, Fp8Matrix
 from specdec.model.config import Glm4MoeConfig
 

@@ -20,7 +20,7 @@ from specdec import SpeculationParams
 from specdec.eval.acceptance.laws import at_drafts, conditional_acceptance, entropy, overlap
 from specdec.eval.acceptance.records import Analysis, Floats
 from specdec.eval.acceptance.replay import Chains, Context, Reader
-from specdec.kernels.data import GREEDY, RowSampling
+from specdec.kernels.decisions import GREEDY, RowSampling
 from specdec.kernels.operations import Operations
 from specdec.kernels.reference import lowest_argmax
 from specdec.request.seeds import Stream

@@ -26,7 +26,8 @@ from torch import Tensor
 from specdec import Engine
 from specdec.cache.pages import allocate_kv_cache, page_bytes
 from specdec.errors import ModelError
-from specdec.kernels.data import DecoderOutput, RowSampling
+from specdec.kernels.data import DecoderOutput
+from specdec.kernels.decisions import RowSampling
 from specdec.kernels.operations import operations_of
 from specdec.step.batch import Extend, build_batch
 

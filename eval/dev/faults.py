@@ -7,7 +7,7 @@ from enum import Enum
 
 from specdec.engine.core import EngineCore
 from specdec.errors import RowsError
-from specdec.kernels.data import Drafts
+from specdec.kernels.decisions import Drafts
 from specdec.request.text import OutputText
 from specdec.step.scheduler import ScheduledSequence
 from specdec.step.verify import TargetResult

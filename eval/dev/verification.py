@@ -25,7 +25,8 @@ from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.config import VerificationRule as Rule
 from specdec.eval.calls import Method, timed_calls, wrapped
 from specdec.kernels import AnyBackend, AttentionMetadata, RoutingConfig
-from specdec.kernels.data import DecoderShape, DecoderWeights, Drafts, RowSampling, VerifyBatch
+from specdec.kernels.data import DecoderShape, DecoderWeights
+from specdec.kernels.decisions import Drafts, RowSampling, VerifyBatch
 from specdec.request.logit_edits import RequestEdits
 from specdec.request.seeds import Stream
 from specdec.step.verify import RULES as RULE_NUMBERS

@@ -39,17 +39,13 @@ from specdec.kernels.cpu.weights import (
     pack_gate_up,
     routing_struct,
 )
-from specdec.kernels.data import (
+from specdec.kernels.data import AttentionMetadata, DecoderOutput, DecoderWeights, HiddenRows, RoutingConfig
+from specdec.kernels.decisions import (
     NOT_DRAFTED,
-    AttentionMetadata,
-    DecoderOutput,
-    DecoderWeights,
     DraftChain,
     Drafts,
-    HiddenRows,
     LogitEdits,
     Residuals,
-    RoutingConfig,
     RowSampling,
     Verified,
     VerifyBatch,

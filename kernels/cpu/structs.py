@@ -1,4 +1,5 @@
-"""Makes the structures of native.py, which a call hands to the C++ library, from the values of `specdec.kernels.data`.
+"""Makes the structures of native.py, which a call hands to the C++ library, from what `specdec.kernels.data` and
+`specdec.kernels.decisions` define.
 
 Structures hold addresses. Arrays that were made for them live in their attribute `alive`; tensors and edits are the
 caller's to keep.
@@ -18,15 +19,8 @@ from torch import Tensor
 
 from specdec.kernels.cpu import native
 from specdec.kernels.cpu.weights import PreparedDecoder, address
-from specdec.kernels.data import (
-    AttentionMetadata,
-    ChainSampling,
-    HiddenRows,
-    LogitEdits,
-    Residuals,
-    RowSampling,
-    VerifyBatch,
-)
+from specdec.kernels.data import AttentionMetadata, HiddenRows
+from specdec.kernels.decisions import ChainSampling, LogitEdits, Residuals, RowSampling, VerifyBatch
 
 
 def at(values: array[Any]) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import rules
-from specdec.kernels.data import EXACT_MATCH, GREEDY, NOT_DRAFTED, NOT_FINITE, DraftChain, Verified, VerifyBatch
+from specdec.kernels.decisions import EXACT_MATCH, GREEDY, NOT_DRAFTED, NOT_FINITE, DraftChain, Verified, VerifyBatch
 from specdec.kernels.flashinfer.drafts import deciding, on_host
 from specdec.kernels.flashinfer.transfer import upload
 

@@ -24,16 +24,8 @@ from flashinfer.rope import apply_rope_with_cos_sin_cache_inplace
 from torch import Tensor
 
 from specdec.kernels import speculation
-from specdec.kernels.data import (
-    AttentionMetadata,
-    DecoderOutput,
-    DecoderWeights,
-    DraftChain,
-    Drafts,
-    HiddenRows,
-    Verified,
-    VerifyBatch,
-)
+from specdec.kernels.data import AttentionMetadata, DecoderOutput, DecoderWeights, HiddenRows
+from specdec.kernels.decisions import DraftChain, Drafts, Verified, VerifyBatch
 from specdec.kernels.decoder import ForwardInputs, run_layers
 from specdec.kernels.flashinfer import argmax, drafts, sampled
 from specdec.kernels.flashinfer.argmax import ArgmaxDraws

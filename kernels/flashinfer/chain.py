@@ -11,7 +11,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from specdec.kernels.data import AttentionMetadata, DecoderOutput, DraftChain, Drafts
+from specdec.kernels.data import AttentionMetadata, DecoderOutput
+from specdec.kernels.decisions import DraftChain, Drafts
 from specdec.kernels.flashinfer.transfer import upload
 from specdec.kernels.speculation import one_more_row
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.data import NOT_DRAFTED, Drafts, VerifyBatch
+from specdec.kernels.decisions import NOT_DRAFTED, Drafts, VerifyBatch
 from specdec.kernels.flashinfer.transfer import upload
 
 

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from specdec.kernels.data import LogitEdits
+from specdec.kernels.decisions import LogitEdits
 from specdec.kernels.triton import Batch, Decider, Drawer, edit_words
 
 Worker = TypeVar("Worker", Decider, Drawer)

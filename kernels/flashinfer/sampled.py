@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from specdec.kernels.data import DraftChain, Verified, VerifyBatch, room_for_probs
+from specdec.kernels.decisions import DraftChain, Verified, VerifyBatch, room_for_probs
 from specdec.kernels.flashinfer import drafts
 from specdec.kernels.flashinfer.kept import Kept
 from specdec.kernels.flashinfer.transfer import upload

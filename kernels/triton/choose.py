@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels import data
+from specdec.kernels import decisions
 from specdec.kernels.triton.layout import POSITION, RULE, SCALE, SEED, START, STREAM
 from specdec.kernels.triton.noise import gumbel_noise
 from specdec.kernels.triton.slots import (
@@ -23,8 +23,8 @@ from specdec.kernels.triton.slots import (
     tile_ids,
 )
 
-EXACT_MATCH = tl.constexpr(data.EXACT_MATCH)
-GREEDY = tl.constexpr(data.GREEDY)
+EXACT_MATCH = tl.constexpr(decisions.EXACT_MATCH)
+GREEDY = tl.constexpr(decisions.GREEDY)
 
 
 class Choice:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels import data
+from specdec.kernels import decisions
 from specdec.kernels.triton.choose import Choice
 from specdec.kernels.triton.edits import edit_
 from specdec.kernels.triton.layout import CONFIDENCE, LAW, Batch
@@ -18,8 +18,8 @@ from specdec.kernels.triton.slots import UNFUSED, Tiling, drafted_slots, field, 
 from specdec.kernels.triton.softmax import Softmax, row_sum
 from specdec.kernels.triton.truncate import Truncation
 
-NOT_DRAFTED = tl.constexpr(data.NOT_DRAFTED)
-NOT_FINITE = tl.constexpr(data.NOT_FINITE)
+NOT_DRAFTED = tl.constexpr(decisions.NOT_DRAFTED)
+NOT_FINITE = tl.constexpr(decisions.NOT_FINITE)
 
 
 class Drawer:

@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.data import (
+from specdec.kernels.decisions import (
     EXACT_MATCH,
     NOT_DRAFTED,
     TOKEN_REJECTION,

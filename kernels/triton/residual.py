@@ -15,7 +15,7 @@ P_ROW, Q_ROW, EXCLUDED, PLACE = (tl.constexpr(i) for i in range(4))
 
 
 class Laws(NamedTuple):
-    """Residual distributions on the device, see `specdec.kernels.data.Residuals`."""
+    """Residual distributions on the device, see `specdec.kernels.decisions.Residuals`."""
 
     p: Tensor
     """[R, V] fp32: the target's probabilities."""

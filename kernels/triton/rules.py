@@ -6,15 +6,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specdec.kernels import data
+from specdec.kernels import decisions
 from specdec.kernels.philox import Stream
 from specdec.kernels.triton.layout import LAST, POSITION, PROB_ROW, ROW, RULE, SEED
 from specdec.kernels.triton.noise import uniform
 from specdec.kernels.triton.residual import EXCLUDED, P_ROW, PLACE, Q_ROW
 from specdec.kernels.triton.slots import draft_at, field, load_tiles
 
-EXACT_MATCH = tl.constexpr(data.EXACT_MATCH)
-BLOCK = tl.constexpr(data.BLOCK_VERIFICATION)
+EXACT_MATCH = tl.constexpr(decisions.EXACT_MATCH)
+BLOCK = tl.constexpr(decisions.BLOCK_VERIFICATION)
 ACCEPT = tl.constexpr(int(Stream.ACCEPT))
 RESIDUAL = tl.constexpr(int(Stream.RESIDUAL))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kernels.data import GREEDY, LogitEdits, Residuals, RowSampling
+from specdec.kernels.decisions import GREEDY, LogitEdits, Residuals, RowSampling
 from specdec.kernels.triton import layout
 from specdec.kernels.triton.choose import Choice
 from specdec.kernels.triton.edits import edit_

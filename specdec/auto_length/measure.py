@@ -16,7 +16,8 @@ from specdec.cache.pages import allocate_kv_cache
 from specdec.config import MAX_SPECULATIVE_TOKENS, EngineConfig, SamplingParams, SpeculationParams
 from specdec.cost import CostTable
 from specdec.errors import RowsError
-from specdec.kernels.data import Drafts, HiddenRows
+from specdec.kernels.data import HiddenRows
+from specdec.kernels.decisions import Drafts
 from specdec.loading import Runtime
 from specdec.model.tokenizer import Tokenizer
 from specdec.request.sequence import Sequence

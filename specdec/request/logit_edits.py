@@ -1,6 +1,6 @@
 """Keeps up, with a request's tokens, what its parameters do to single logits.
 
-`specdec.kernels.data.LogitEdits` says what is done to a row, drafts before it included: the transform is the same
+`specdec.kernels.decisions.LogitEdits` says what is done to a row, drafts before it included: the transform is the same
 function of the context whether drafts led there or not.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from itertools import accumulate
 
 from specdec.config import SamplingParams
-from specdec.kernels.data import LogitEdits
+from specdec.kernels.decisions import LogitEdits
 
 
 class RequestEdits:

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from specdec.config import SamplingParams, SpeculationParams
-from specdec.kernels.data import HiddenRows, LogitEdits
+from specdec.kernels.data import HiddenRows
+from specdec.kernels.decisions import LogitEdits
 from specdec.request.logit_edits import RequestEdits
 from specdec.request.logprobs import TokenLogprobs
 from specdec.request.stats import SequenceStats

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from specdec.config import Recycling
-from specdec.kernels.data import GREEDY, ChainSampling, DraftChain, Drafts
+from specdec.kernels.decisions import GREEDY, ChainSampling, DraftChain, Drafts
 from specdec.model.glm4_moe import Glm4MoeForCausalLM
 from specdec.model.mtp import MTPLayer
 from specdec.request.seeds import Stream

@@ -14,7 +14,7 @@ from operator import index
 from typing import Any, Protocol
 
 from specdec.errors import DrafterError, RowsError
-from specdec.kernels.data import Drafts
+from specdec.kernels.decisions import Drafts
 from specdec.step.scheduler import ScheduledSequence
 
 

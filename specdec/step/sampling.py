@@ -1,12 +1,12 @@
 """Describes which distribution a request's rows follow and which noise decides them, for target rows and draft rows
-alike. The kernels do the work (`specdec.kernels.data.RowSampling`).
+alike. The kernels do the work (`specdec.kernels.decisions.RowSampling`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from specdec.kernels.data import GREEDY, RowSampling
+from specdec.kernels.decisions import GREEDY, RowSampling
 from specdec.request.seeds import Stream
 from specdec.request.sequence import Rule, Sequence
 

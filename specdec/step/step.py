@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple, Protocol
 
 from specdec.errors import RowsError
-from specdec.kernels.data import Drafts
+from specdec.kernels.decisions import Drafts
 from specdec.request.sequence import Sequence
 from specdec.request.stats import CommitRecord
 from specdec.step.commit import CommitError, commit

@@ -13,13 +13,13 @@ from typing import TypeVar
 from torch import Tensor
 
 from specdec.errors import ModelError, RowsError
-from specdec.kernels.data import (
+from specdec.kernels.data import HiddenRows
+from specdec.kernels.decisions import (
     BLOCK_VERIFICATION,
     EXACT_MATCH,
     NOT_FINITE,
     TOKEN_REJECTION,
     Drafts,
-    HiddenRows,
     Verified,
     VerifyBatch,
 )

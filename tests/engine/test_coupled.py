@@ -14,7 +14,7 @@ import torch
 
 from specdec import Engine, SamplingParams, SpeculationParams
 from specdec.kernels import rules
-from specdec.kernels.data import RowSampling
+from specdec.kernels.decisions import RowSampling
 from specdec.kernels.philox import gumbel_noise
 from specdec.step import draft, verify
 from support.enumeration import Enumerator, RandomModel

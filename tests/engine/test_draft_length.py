@@ -19,7 +19,7 @@ from specdec.auto_length.lengths import Candidate, StepBase, best_lengths
 from specdec.auto_length.measure import cost_table, measure_costs, trials
 from specdec.config import MAX_SPECULATIVE_TOKENS
 from specdec.cost import CostTable, StepTimes
-from specdec.kernels.data import Drafts
+from specdec.kernels.decisions import Drafts
 from specdec.request.sequence import Sequence
 from specdec.step import batch
 from specdec.step.draft_length import FixedDraftLength

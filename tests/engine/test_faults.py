@@ -25,7 +25,7 @@ from specdec.engine.core import EngineCore
 from specdec.engine.thread import EngineThread
 from specdec.eval.dev.faults import Fault, FaultPlan, InjectedError
 from specdec.eval.dev.soak import SoakOptions, make_cases, soak
-from specdec.kernels.data import NOT_FINITE, Drafts
+from specdec.kernels.decisions import NOT_FINITE, Drafts
 from specdec.metrics.engine import EngineStats
 from specdec.request.sequence import Sequence
 from specdec.request.stats import SequenceStats

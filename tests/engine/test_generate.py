@@ -24,7 +24,7 @@ from specdec import (
     SpeculationParams,
 )
 from specdec.cache.pages import allocate_kv_cache
-from specdec.kernels.data import Drafts
+from specdec.kernels.decisions import Drafts
 from specdec.kernels.reference import ReferenceKernels
 from specdec.model.layers import Decoder
 from specdec.step.batch import Extend, build_batch

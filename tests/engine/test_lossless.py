@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdec import SamplingParams, SpeculationParams
 from specdec.kernels import rules
-from specdec.kernels.data import GREEDY, Drafts, LogitEdits, Residuals, RowSampling
+from specdec.kernels.decisions import GREEDY, Drafts, LogitEdits, Residuals, RowSampling
 from specdec.kernels.rules import Proposal
 from specdec.request.seeds import Stream
 from specdec.step import draft

@@ -38,7 +38,7 @@ from specdec.eval.lossless.law import PlainTarget, edited_logits, truncated_prob
 from specdec.eval.lossless.plan import Combination, combinations, make_plan
 from specdec.kernels import rules, speculation
 from specdec.kernels.cpu import CpuKernels
-from specdec.kernels.data import LogitEdits, Residuals
+from specdec.kernels.decisions import LogitEdits, Residuals
 from specdec.request.logit_edits import RequestEdits
 from support.fakes import EXACT_DTYPES, KERNELS, tiny_config, write_checkpoint
 from support.laws import law_by_transformers

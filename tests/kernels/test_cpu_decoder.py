@@ -17,7 +17,8 @@ from torch import Tensor
 
 from specdec.kernels import AttentionMetadata, speculation
 from specdec.kernels.cpu import CpuKernels
-from specdec.kernels.data import (
+from specdec.kernels.data import HiddenRows
+from specdec.kernels.decisions import (
     BLOCK_VERIFICATION,
     EXACT_MATCH,
     GREEDY,
@@ -26,7 +27,6 @@ from specdec.kernels.data import (
     ChainSampling,
     DraftChain,
     Drafts,
-    HiddenRows,
     LogitEdits,
     VerifyBatch,
 )
@@ -349,7 +349,7 @@ def test_one_thread_pool_for_torch_and_the_kernels(first: str) -> None:
 import os, torch
 torch.set_num_threads(1)
 from specdec.kernels.cpu import CpuKernels
-from specdec.kernels.data import DraftChain
+from specdec.kernels.decisions import (DraftChain)
 kernels, weight, x = CpuKernels(torch.float32), torch.ones(512, 512), torch.ones(64, 512)
 packed = kernels.pack(weight)
 def count(): return len(os.listdir("/proc/self/task"))

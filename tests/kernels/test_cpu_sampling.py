@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdec.kernels import philox
 from specdec.kernels.cpu import CpuKernels, build
-from specdec.kernels.data import GREEDY, Residuals, RowSampling
+from specdec.kernels.decisions import GREEDY, Residuals, RowSampling
 from specdec.kernels.reference import lowest_argmax
 from support.fakes import WHY_NO_COMPILER, randn
 from support.sampled_rows import (

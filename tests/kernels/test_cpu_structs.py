@@ -10,7 +10,7 @@ import torch
 
 from specdec.kernels import AttentionMetadata
 from specdec.kernels.cpu.structs import VerificationCall, batch_struct, one_array
-from specdec.kernels.data import Drafts, VerifyBatch
+from specdec.kernels.decisions import Drafts, VerifyBatch
 from support.sampled_rows import mixed_rows
 
 LISTS: dict[str, list[list[int]]] = {

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test-flashinfer")
 
-from specdec.kernels.data import LogitEdits
+from specdec.kernels.decisions import LogitEdits
 from specdec.kernels.flashinfer.kept import Kept
 from specdec.kernels.triton import Drawer, edit_words
 from support import flashinfer_fakes

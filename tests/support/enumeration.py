@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from specdec import Drafter, Engine, SamplingParams
-from specdec.kernels.data import DecoderOutput, HiddenRows, Residuals, RowSampling
+from specdec.kernels.data import DecoderOutput, HiddenRows
+from specdec.kernels.decisions import Residuals, RowSampling
 from specdec.kernels.reference import ReferenceKernels, residual_law
 from specdec.kernels.rules import Proposal, verify_by_rejection
 from specdec.request.seeds import Stream

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence as Seq
 
 from specdec import AsyncEngine
-from specdec.kernels.data import Drafts
+from specdec.kernels.decisions import Drafts
 from specdec.step.scheduler import ScheduledSequence
 from specdec.step.verify import TargetResult
 

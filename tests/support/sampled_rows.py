@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import AnyBackend, select
-from specdec.kernels.data import GREEDY, LogitEdits, Residuals, RowSampling
+from specdec.kernels.decisions import GREEDY, LogitEdits, Residuals, RowSampling
 from specdec.kernels.reference import residual_law
 from support.fakes import randn
 

@@ -8,7 +8,7 @@
 
 namespace specdec {
 
-constexpr int64_t NOT_DRAFTED = -1, NOT_FINITE = -2;  // as in specdec.kernels.data
+constexpr int64_t NOT_DRAFTED = -1, NOT_FINITE = -2;  // as in specdec.kernels.decisions
 
 struct DraftSampling {
   Sampling rows;                 // of the first step

@@ -1,4 +1,4 @@
-// What a request's parameters do to single logits. See specdec.kernels.data.LogitEdits.
+// What a request's parameters do to single logits. See specdec.kernels.decisions.LogitEdits.
 #pragma once
 
 #include <algorithm>

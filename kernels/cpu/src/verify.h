@@ -7,7 +7,7 @@
 
 namespace specdec {
 
-enum Rule : int64_t { EXACT_MATCH = 0, TOKEN_REJECTION = 1, BLOCK_VERIFICATION = 2 };  // as in specdec.kernels.data
+enum Rule : int64_t { EXACT_MATCH = 0, TOKEN_REJECTION = 1, BLOCK_VERIFICATION = 2 };  // as in specdec.kernels.decisions
 enum Stream : uint32_t { ACCEPT = 2, RESIDUAL = 3 };  // as in specdec.kernels.philox
 
 struct Verification {

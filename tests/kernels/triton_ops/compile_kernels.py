@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from specdec.kernels.data import BLOCK_VERIFICATION, TOKEN_REJECTION, Drafts, VerifyBatch
+from specdec.kernels.decisions import BLOCK_VERIFICATION, TOKEN_REJECTION, Drafts, VerifyBatch
 from specdec.kernels.triton import Batch, Decider, Drawer, TritonSampling
 from support.sampled_rows import random_edits, sampling
 

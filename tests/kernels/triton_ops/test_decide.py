@@ -12,16 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec.kernels import speculation
-from specdec.kernels.data import (
-    BLOCK_VERIFICATION,
-    EXACT_MATCH,
-    GREEDY,
-    TOKEN_REJECTION,
-    AttentionMetadata,
-    DecoderOutput,
-    Drafts,
-    VerifyBatch,
-)
+from specdec.kernels.data import AttentionMetadata, DecoderOutput
+from specdec.kernels.decisions import BLOCK_VERIFICATION, EXACT_MATCH, GREEDY, TOKEN_REJECTION, Drafts, VerifyBatch
 from specdec.kernels.reference import ReferenceKernels
 from specdec.kernels.triton import Batch, Decider, edit_words
 from support.fakes import randn

@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import speculation
-from specdec.kernels.data import (
-    NOT_DRAFTED,
-    NOT_FINITE,
-    AttentionMetadata,
-    ChainSampling,
-    DecoderOutput,
-    DraftChain,
-    Drafts,
-    HiddenRows,
-    room_for_probs,
-)
+from specdec.kernels.data import AttentionMetadata, DecoderOutput, HiddenRows
+from specdec.kernels.decisions import NOT_DRAFTED, NOT_FINITE, ChainSampling, DraftChain, Drafts, room_for_probs
 from specdec.kernels.reference import ReferenceKernels
 from specdec.kernels.triton import Batch, Drawer
 from support.fakes import randn

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.data import BLOCK_VERIFICATION, TOKEN_REJECTION, Drafts, Residuals, VerifyBatch
+from specdec.kernels.decisions import BLOCK_VERIFICATION, TOKEN_REJECTION, Drafts, Residuals, VerifyBatch
 from specdec.kernels.reference import residual_law
 from specdec.kernels.triton import Batch, Decider, rules
 from support.enumeration import Context, Law, RandomModel, completed, distance, target_law

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from specdec.kernels import select
-from specdec.kernels.data import GREEDY, Residuals, RowSampling
+from specdec.kernels.decisions import GREEDY, Residuals, RowSampling
 from specdec.kernels.triton import TritonSampling, slots, truncate
 from support.fakes import randn
 from support.sampled_rows import (
