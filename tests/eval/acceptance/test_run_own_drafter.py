@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from specdec import SpeculationParams
 from specdec.cli import app
-from specdec.config import Verification
+from specdec.config import VerificationRule
 from specdec.errors import CheckpointError
 from specdec.eval.acceptance.analyse import Completion, analyse
 from specdec.eval.acceptance.html import render_html
@@ -58,7 +58,7 @@ def test_expected_acceptance_is_the_targets_probability_of_each_draft(tmp_path: 
     tokens, starts = rng.integers(5, size=12).tolist(), [2, 5, 9, 12]
     given = [rng.integers(5, size=k).tolist() for k in (K, 1, K, 2)]
     reader = Reader(tables.engine, K)
-    for rule in get_args(Verification):
+    for rule in get_args(VerificationRule):
         for temperature in (0.0, 0.7):
             speculation = SpeculationParams(K, rule, "greedy")
             (a,) = analyse(reader, [Completion(tokens, 3, starts, given)], temperature, speculation)
