@@ -3,13 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT := class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n
 
-.PHONY: demo test test-flashinfer test-gpu compile-gpu lint check certify sanitize format clean
+.PHONY: demo test test-fast test-flashinfer test-gpu compile-gpu lint check certify sanitize format clean
 
 demo: .venv/run.stamp  ## generate from the bundled checkpoint
 	printf '$(PROMPT)' | $(BIN)/specdec generate --prompt-file - --max-tokens 96 --temperature 0.6 --seed 1
 
+# Two processes of one thread each, a file to one of them: faster than two threads, which most tests do not need, and those
+# that do set them. 2 GiB each.
+JOBS ?= 2
+PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: .venv/test.stamp  ## the whole test-suite, on the CPU wherever it runs
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: .venv/test.stamp  ## without the tests that take long: under two minutes
+	$(PYTEST) -m "not slow"
 
 # FlashInfer's Python imports beside a CPU torch; what it compiles is replaced by fakes. 560 MB under build/.
 FLASHINFER := build/flashinfer

@@ -9,6 +9,8 @@ import torch
 
 from support.fakes import WHY_NO_COMPILER, write_checkpoint
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; tables are to be as wide as without a terminal
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 

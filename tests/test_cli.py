@@ -90,6 +90,7 @@ def test_prompts_come_from_arguments_files_and_stdin(planted: str, tmp_path: Pat
     assert len({tuple(d["token_ids"]) for d in documents}) == 1
 
 
+@pytest.mark.slow
 def test_sampling_options_reach_the_engine(planted: str) -> None:
     def tokens(*options: str) -> list[int]:
         code, stdout, stderr = run("generate", "hello", "--model", planted, "--max-tokens", "20", "--json", *options)
@@ -273,6 +274,7 @@ def test_inspect_needs_only_a_config(tmp_path: Path) -> None:
     assert_one_line(result[0], 1, *result[1:], "does not exist")
 
 
+@pytest.mark.slow
 def test_inspect_says_what_cuda_needs_and_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a config alone, which may be that of an FP8 checkpoint; nothing that is missing is an error."""
     raw = GLM_4_5_AIR
@@ -339,6 +341,7 @@ def test_inspect_does_without_the_self_check_where_it_cannot_run(
     assert "num_hidden_layers" in stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(planted: str, tmp_path: Path) -> None:
     command = f"{sys.executable} -m specdec generate hello --model {planted} --max-tokens 200; echo $? >&2"
     done = subprocess.run(["bash", "-c", f"({command}) | head -c 1"], capture_output=True, cwd=tmp_path)
@@ -361,6 +364,7 @@ def test_version_and_help() -> None:
     assert "--num-speculative-tokens" in stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_130_and_keeps_what_was_generated(tmp_path: Path) -> None:
     folder = write_planted_checkpoint(tmp_path, tiny_config(max_position_embeddings=100_000, eos_token_id=None))
     command = [sys.executable, "-m", "specdec", "generate", "hello", "--model", str(folder), "--max-tokens", "90000"]

@@ -24,17 +24,20 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_batch() -> None:
     output = run("batch.py", "import os", "class A:", "--max-tokens", "8")
     assert output.count("tokens per verification") == 2
     assert "import os" in output
 
 
+@pytest.mark.slow
 def test_chat() -> None:
     output = run("chat_stream.py", "--max-tokens", "8", "--message", "sort a list", "--message", "reverse it")
     assert len(output.strip()) > 4
 
 
+@pytest.mark.slow
 def test_per_request_speculation() -> None:
     lines = run("per_request_speculation.py", "--max-tokens", "24").splitlines()
     assert [line.endswith("the same tokens") for line in lines] == [True, True, True, False, False, True]
@@ -130,6 +133,7 @@ def test_a_client_that_goes_away_aborts_its_request(port: int) -> None:
     asyncio.run(asyncio.wait_for(work(), PATIENCE_S))
 
 
+@pytest.mark.slow
 def test_own_drafter() -> None:
     lines = run("own_drafter.py").splitlines()
     assert lines[-1] == "--- the same tokens as without drafts: True"

@@ -234,6 +234,7 @@ def test_a_failure_between_the_stages_names_the_requests(
     assert "of the scheduler" in heard.text
 
 
+@pytest.mark.slow
 def test_the_library_configures_nothing(planted: Path) -> None:
     """No handler that writes, no level, no line on stderr though a step fails."""
     script = f"""
@@ -320,6 +321,7 @@ def test_without_a_terminal_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) ->
     assert file.getvalue() == "".join(f"line {done}\n" for done in range(6))
 
 
+@pytest.mark.slow
 def test_generate_measures_before_auto_requests(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task of its own: the stream has no bar."""
     report = Heard()

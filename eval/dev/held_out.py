@@ -196,7 +196,7 @@ def markdown(text: TextFigures, windows: WindowFigures, cells: list[dict[str, An
         "| draft 1 | draft 2 | draft 3 | mean acceptance length |",
         "|---|---|---|---|---|",
     ]
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: -cell["temperature"]):  # greedy text repeats itself: it comes last
         name = "greedy" if cell["temperature"] == 0 else f"temperature {cell['temperature']:g}"
         group = cell["all"]
         figures = [_figure(e, 3) for e in group["conditional"]] + [_figure(group["mean_acceptance_length"], 2)]

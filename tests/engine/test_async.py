@@ -390,6 +390,7 @@ def test_one_event_loop_at_a_time(planted: Path) -> None:
     assert served.stats().num_requests == sum(served.stats().finished.values()) == 3
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_dropped_ends_its_thread(planted: Path) -> None:
     async def work() -> None:
         async for _ in AsyncEngine.from_pretrained(planted).generate("abc", greedy(5)):
@@ -404,6 +405,7 @@ def test_an_engine_that_is_dropped_ends_its_thread(planted: Path) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_a_process_ends_in_order_though_nobody_shut_the_engine_down(planted: Path) -> None:
     """What is registered before specdec comes after it; a thread in a kernel would then end the process by a signal."""
     script = f"""
@@ -425,6 +427,7 @@ asyncio.run(main())
     assert done.stdout == "['MainThread']\n"
 
 
+@pytest.mark.slow
 def test_an_engine_whose_thread_broke_is_let_go(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         served = AsyncEngine.from_pretrained(planted)
@@ -490,6 +493,7 @@ def sequences_alive() -> list[Sequence]:
     return [thing for thing in gc.get_objects() if type(thing) is Sequence]
 
 
+@pytest.mark.slow
 def test_ended_requests_leave_nothing_behind(planted: Path) -> None:
     async def work() -> None:
         async with serving(planted, max_num_seqs=4) as served:

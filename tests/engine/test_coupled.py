@@ -56,6 +56,7 @@ def test_the_output_is_the_targets_own_sample_path_by_path(tables: Enumerator) -
     assert outputs_are_own_samples(tables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LAW_FIELDS, "everything"])
 def test_it_is_under_every_parameter(tables: Enumerator, name: str) -> None:
     fields = {**LAW_FIELDS, "everything": EVERYTHING}[name]
@@ -95,6 +96,7 @@ def first_draft_acceptance(tables: Enumerator) -> tuple[float, float, float]:
     return float(accepted), exact, 2.576 * (exact * (1 - exact) / num_seeds) ** 0.5
 
 
+@pytest.mark.slow
 def test_acceptance_is_the_closed_form(tables: Enumerator) -> None:
     measured, exact, width = first_draft_acceptance(tables)
     assert 0.2 < exact < 0.9
@@ -109,6 +111,7 @@ def shift_positions(rows: Callable[..., RowSampling]) -> Callable[..., RowSampli
     return shifted
 
 
+@pytest.mark.slow
 def test_mutants_with_noise_of_the_next_position_are_seen(tables: Enumerator, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(verify, "row_sampling", shift_positions(verify.row_sampling))
@@ -134,6 +137,7 @@ COMBINATIONS: list[dict[str, object]] = [
 ]
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_tokens_depend_on_the_seed_alone(tmp_path: Path) -> None:
     """Seeds over temperatures, parameters, K, drafts and batches in random order: zero differences from K = 0 alone."""

@@ -33,6 +33,7 @@ NUM_TOKENS = {1: 5000, 4: 12000, 16: 20000}
 LENGTHS = range(MAX_SPECULATIVE_TOKENS + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
@@ -60,6 +61,7 @@ def test_it_follows_acceptance_that_drifts(table: CostTable, batch_size: int, al
     assert simulation.now_s <= seconds[0] / 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", [MEDIUM, GPU], ids=["medium", "gpu"])
 def test_requests_of_different_acceptance_get_lengths_of_their_own(table: CostTable) -> None:
     def rate(k: int | str) -> float:
@@ -191,6 +193,7 @@ def test_a_mutant_that_looks_at_drafts_is_seen(tmp_path: Path, rule: str) -> Non
     assert distance(tables.law([1, 0], params(rule, 4)), exact(tables, 4)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_the_law_is_exact_with_the_controller_itself(
     tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch
@@ -314,6 +317,7 @@ def test_measuring_ends_when_its_time_is_spent(tmp_path: Path) -> None:
     assert (list(table.target), list(table.mtp_extend), list(table.mtp_step)) == ([1, 4], [1], [1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("max_model_len", [2, 3, 17, 64, 100])
 def test_measuring_stays_inside_the_context(

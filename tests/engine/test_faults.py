@@ -63,6 +63,7 @@ async def outcome(engine: AsyncEngine, number: int) -> list[int] | BaseException
     return tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", list(Fault))
 def test_a_fault_ends_those_it_strikes(planted: Path, expected: list[list[int]], fault: Fault) -> None:
     async def work() -> None:
@@ -299,6 +300,7 @@ def test_a_controller_that_fails_ends_its_step_alone(planted: Path, expected: li
     check(core.stats())
 
 
+@pytest.mark.slow
 def test_a_thread_that_ends_leaves_nobody_waiting(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         engine = AsyncEngine.from_pretrained(planted)
@@ -528,6 +530,7 @@ def test_engine_counts_are_the_sums_of_its_requests(planted: Path) -> None:
     assert stats.first_token.sum == pytest.approx(stats.queue.sum + stats.prefill.sum)
 
 
+@pytest.mark.slow
 def test_a_small_soak(planted: Path) -> None:
     options = SoakOptions(num_requests=300, num_clients=24, abort_share=0.1, fault_share=0.03, seed=1)
     report = asyncio.run(asyncio.wait_for(soak(planted, options, make_cases(planted, 1)), PATIENCE_S))

@@ -56,6 +56,7 @@ def read_by_hand(raw: dict[str, Any], num_draft_tokens: int, *, fp8: bool) -> fl
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raw", [GLM_4_5_AIR, GLM_4_5], ids=["Air", "GLM-4.5"])
 @pytest.mark.parametrize("checkpoint", ["bfloat16", "fp8"])
 def test_bytes_are_those_of_the_checkpoints_tensors(raw: dict[str, Any], checkpoint: str) -> None:
@@ -111,6 +112,7 @@ def test_a_floor_is_the_bytes_over_the_bandwidth_of_the_gpus_that_hold_them(air:
     assert (counts["H100", "fp8"], counts["H200", "fp8"], counts["H200", "bfloat16"]) == (2, 1, 2)
 
 
+@pytest.mark.slow
 def test_bytes_are_as_the_gpus_kernels_hold_them(air: dict[tuple[str, str], Floor]) -> None:
     """FP8 experts are dequantised on a B200, everything on an A100."""
     assert air["A100 80GB", "fp8"].step_bytes == air["A100 80GB", "bfloat16"].step_bytes
@@ -122,6 +124,7 @@ def test_bytes_are_as_the_gpus_kernels_hold_them(air: dict[tuple[str, str], Floo
     assert other - air["H200", "fp8"].step_bytes[0] == 46 * (AIR_ATTENTION - 4 * ((96 + 16) * 128 + 4096))
 
 
+@pytest.mark.slow
 def test_without_an_mtp_layer_nothing_is_drafted(air: dict[tuple[str, str], Floor]) -> None:
     for key, floor in floors_of(GLM_4_5_AIR, has_mtp=False).items():
         assert floor.step_bytes == air[key].step_bytes[:1]

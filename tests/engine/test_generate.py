@@ -54,6 +54,7 @@ def greedy(k: int, max_tokens: int = 48, **fields: object) -> SamplingParams:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_greedy_output_does_not_depend_on_k_batch_pages_or_chunks(planted: Path, engine: Engine) -> None:
     expected = [engine.generate(p, greedy(0))[0].token_ids for p in PROMPTS]
     for k in range(9):
@@ -79,6 +80,7 @@ def test_accepted_drafts_save_target_forwards(engine: Engine) -> None:
     assert stats.mean_acceptance_length == 1 + stats.num_accepted_tokens / stats.num_drafts
 
 
+@pytest.mark.slow
 def test_draft_lengths_of_engine_and_request_are_honoured(planted: Path, engine: Engine) -> None:
     plain = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
     for k in range(9):
@@ -116,6 +118,7 @@ def test_each_draft_step_is_fed_what_it_should(tmp_path: Path, monkeypatch: pyte
         assert torch.equal(fed, (output.normed if recycling == "post_norm" else output.unnormed)[-1:])
 
 
+@pytest.mark.slow
 def test_drafts_use_the_requests_transform(engine: Engine) -> None:
     """With top_k = 1 a sampled draft is the greedy one, so acceptance is greedy's."""
     sampled = SamplingParams(max_tokens=48, temperature=1.3, top_k=1, ignore_eos=True, speculation=SpeculationParams(4))
@@ -137,6 +140,7 @@ def test_pre_norm_recycling_changes_drafts_not_output(planted: Path, engine: Eng
     assert accepted[0] != accepted[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_sampling", ["sampled", "greedy"])
 @pytest.mark.parametrize("rule", ["coupled", "block", "token"])
 def test_seeded_sampling_does_not_depend_on_the_batch(engine: Engine, rule: str, draft_sampling: str) -> None:
@@ -154,6 +158,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch(engine: Engine, rule: str,
     assert engine.generate(PROMPTS[0], params(99))[0].token_ids != alone[0]
 
 
+@pytest.mark.slow
 def test_requests_of_all_kinds_share_a_batch(engine: Engine) -> None:
     """Rules, drafts, temperatures, parameters and lengths mixed: each request as if it were alone."""
     kinds = [
@@ -188,6 +193,7 @@ def test_a_drawn_seed_reproduces_the_output(engine: Engine) -> None:
     assert engine.generate("abc", SamplingParams(max_tokens=20, temperature=1.5))[0].seed != first.seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["coupled", "block", "token"])
 @pytest.mark.parametrize(("k", "draft_sampling"), [(0, "sampled"), (2, "sampled"), (2, "greedy")])
 def test_sampled_outputs_follow_the_targets_law(tmp_path: Path, rule: str, k: int, draft_sampling: str) -> None:
@@ -244,6 +250,7 @@ def exact_law(engine: Engine, prompt: list[int], params: SamplingParams, length:
     return law
 
 
+@pytest.mark.slow
 def test_ending_inside_an_accepted_run_is_the_same_as_without_drafts(engine: Engine) -> None:
     """Every possible place for a stop token and for max_tokens, with K = 6 and K = 0."""
     reference = engine.generate("hello world", greedy(0, max_tokens=24))[0]
@@ -285,6 +292,7 @@ def test_stop_strings_cut_text_and_tokens(engine: Engine) -> None:
         assert "".join(c.text for c in chunks) == text[:at]
 
 
+@pytest.mark.slow
 def test_min_tokens_puts_off_every_end(engine: Engine) -> None:
     reference = engine.generate("hello world", greedy(0, max_tokens=40))[0]
     ending = reference.token_ids[5]
@@ -301,6 +309,7 @@ def test_min_tokens_puts_off_every_end(engine: Engine) -> None:
         assert ended(complete) == complete < ended(complete + 1)
 
 
+@pytest.mark.slow
 def test_logprobs_are_the_models_and_the_laws_under_speculation_too(engine: Engine) -> None:
     fields = {"temperature": 0.8, "top_k": 20, "frequency_penalty": 0.5, "logprobs": 3, "seed": 5, "max_tokens": 30}
     for rule in ("coupled", "block", "token"):
@@ -349,6 +358,7 @@ def test_logprobs_come_with_chunks_and_stop_with_the_output(engine: Engine) -> N
     assert next(engine.stream("abc", greedy(2))).logprobs is None
 
 
+@pytest.mark.slow
 def test_greedy_requests_honour_penalties_and_bans(engine: Engine) -> None:
     """Temperature 0 takes the argmax of the edited logits, with drafts and without."""
     start = engine.tokenizer.encode("hello world")
@@ -373,6 +383,7 @@ def test_greedy_requests_honour_penalties_and_bans(engine: Engine) -> None:
     assert second not in engine.generate(prompt, greedy(3, logit_bias={second: float("-inf")}))[0].token_ids
 
 
+@pytest.mark.slow
 def test_low_confidence_ends_chains_early(engine: Engine) -> None:
     def drafted(confidence: float, temperature: float = 0.0) -> tuple[list[int], list[int]]:
         speculation = SpeculationParams(4, min_draft_confidence=confidence)
@@ -391,6 +402,7 @@ def test_low_confidence_ends_chains_early(engine: Engine) -> None:
         assert sum(full) >= totals[0] > totals[1] > totals[2]
 
 
+@pytest.mark.slow
 def test_end_of_text_ends_unless_ignored(planted: Path, engine: Engine) -> None:
     tokens = engine.generate("a", greedy(3, max_tokens=250))[0].token_ids
     assert 0 in tokens
@@ -401,6 +413,7 @@ def test_end_of_text_ends_unless_ignored(planted: Path, engine: Engine) -> None:
         assert "endoftext" not in ended.text
 
 
+@pytest.mark.slow
 def test_generation_config_gives_end_tokens_and_defaults(planted: Path, engine: Engine, tmp_path: Path) -> None:
     tokens = engine.generate("a", greedy(0, max_tokens=60))[0].token_ids
     second, third = next(t for t in tokens[5:] if t > 2), next(t for t in tokens[20:] if t > 2)
@@ -443,6 +456,7 @@ def test_output_ends_at_the_context_limit(planted: Path) -> None:
         assert (len(output.token_ids), output.finish_reason) == (8, "length")
 
 
+@pytest.mark.slow
 def test_streams_give_what_generate_gives_and_free_their_pages(engine: Engine) -> None:
     expected = engine.generate("hello world", greedy(3))[0]
     stream = engine.stream("hello world", greedy(3))
@@ -604,6 +618,7 @@ def test_broken_weights_raise_instead_of_generating(tmp_path: Path) -> None:
     engine.core.scheduler.pool.check_integrity([])
 
 
+@pytest.mark.slow
 def test_chunked_prefill_keeps_every_mtp_pair(planted: Path, engine: Engine) -> None:
     """The same output and, since every pair of the prompt has its row, the same drafts; chunk sizes below 9, pages and
     hits are in test_pressure.py."""

@@ -15,6 +15,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return golden.write_checkpoints(tmp_path_factory.mktemp("golden"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", ["bundled", "random", "planted"])
 def test_tokens_are_the_recorded_ones(checkpoints: dict[str, str], name: str, backend: str) -> None:

@@ -68,6 +68,7 @@ def error_of(engine: Enumerator, params: SamplingParams, prompt: tuple[int, ...]
 SIZES = [(2, 1, 5), (2, 3, 6), (2, 4, 6), (3, 2, 5), (4, 2, 4), (4, 3, 4), (5, 1, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_sampling", ["sampled", "greedy"])
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize(("vocab_size", "k", "num_tokens"), SIZES)
@@ -80,6 +81,7 @@ def test_rejection_keeps_the_targets_law_through_the_engine(
         assert error_of(engine, replace(PLAIN, max_tokens=num_tokens, speculation=speculation)) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_sampling", ["sampled", "greedy"])
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_chains_that_end_on_low_confidence_keep_the_law(tmp_path: Path, rule: str, draft_sampling: str) -> None:
@@ -102,6 +104,7 @@ def test_chains_that_end_on_low_confidence_keep_the_law(tmp_path: Path, rule: st
         assert {0, 1, k} <= lengths, lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "rule", "draft_sampling"),
     [(0, "token", "sampled"), *((2, *x) for x in itertools.product(["token", "block"], ["sampled", "greedy"]))],
@@ -120,6 +123,7 @@ def test_every_field_changes_the_law_as_defined(
     assert distance(request_law(engine.kernels.tables[0], params, [1]), unchanged) > 0.01, "the field does nothing here"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greedy_drafts", [False, True], ids=["sampled", "one-hot"])
 @pytest.mark.parametrize(("vocab_size", "k"), [(2, 4), (3, 3), (5, 2), (5, 3), (4, 4)])
 def test_one_iteration_keeps_the_law_and_block_accepts_more(vocab_size: int, k: int, greedy_drafts: bool) -> None:
@@ -140,6 +144,7 @@ def test_one_iteration_keeps_the_law_and_block_accepts_more(vocab_size: int, k: 
             assert accepted[True] >= accepted[False] - EXACT
 
 
+@pytest.mark.slow
 def test_the_largest_instance() -> None:
     """Vocabulary 5, K = 4: iterations that start from every last token, so that the law of two is theirs composed."""
 
@@ -287,6 +292,7 @@ MUTANTS: list[tuple[Mutation, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mutate", "rule"), MUTANTS, ids=[f"{m.__name__}-{rule}" for m, rule in MUTANTS])
 def test_mutants_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutate: Mutation, rule: str) -> None:
     engine = enumerator(tmp_path, 3, seed=1, zeros=0.1)

@@ -43,6 +43,7 @@ def test_parameter_counts_are_as_published(name: str, target_billions: float, wi
     assert (target + mtp + copies) / 1e9 == pytest.approx(with_copies_billions, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [AIR, LARGE])
 def test_weights_are_those_of_the_layout(name: str) -> None:
     """Summed tensor by tensor: routers in fp32; in FP8 a byte per weight and a fp32 scale per output channel."""
@@ -64,6 +65,7 @@ def fit(found: list[Fit], gpu: str, checkpoint: str, num_gpus: int) -> Fit:
     return only
 
 
+@pytest.mark.slow
 def test_what_fits_is_the_memory_less_reserve_and_weights() -> None:
     found = fits(config_of(AIR), True, PUBLISHED.covers)
     bf16, _, fp8 = memory_table(config_of(AIR), True, PUBLISHED.covers)
@@ -77,6 +79,7 @@ def test_what_fits_is_the_memory_less_reserve_and_weights() -> None:
     assert on_b200.kv_tokens is None
 
 
+@pytest.mark.slow
 def test_known_placements() -> None:
     """Air in FP8 on one H200 or two H100, in bf16 on four H100; 355B in FP8 on eight H100, in bf16 on eight H200; as
     others run them."""
@@ -90,6 +93,7 @@ def test_known_placements() -> None:
             assert fit(found, gpu, checkpoint, num_gpus // 2).kv_tokens is None
 
 
+@pytest.mark.slow
 def test_an_ignore_list_costs_memory() -> None:
     everything = memory_table(config_of(AIR), True, PUBLISHED.covers)[2]
     attention_plain = Fp8Scheme(("Linear",), (*PUBLISHED.ignore, "re:.*self_attn"))
@@ -106,6 +110,7 @@ def test_every_gpu_is_told_by_its_own_capability() -> None:
     assert len(set(held.values())) == len({fp8_kinds(gpu.capability) for gpu in GPUS})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [AIR, LARGE])
 def test_the_documentation_has_these_figures(name: str) -> None:
     documented = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()

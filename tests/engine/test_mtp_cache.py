@@ -88,6 +88,7 @@ def recompute(model: LoadedModel, token_ids: list[int], hidden: Tensor, drafts: 
     return logits
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_incremental_logits_equal_full_recomputation(model: LoadedModel, recorded: list[Tensor]) -> None:
     rng = random.Random(0)

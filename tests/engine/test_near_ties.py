@@ -40,11 +40,13 @@ def passes(exact: Engine, text: GenerationOutput, at: int, other: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_near_ties_alone_pass(exact: Engine, text: GenerationOutput, runners_up: list[int]) -> None:
     found = [at for at, other in enumerate(runners_up) if passes(exact, text, at, other)]
     assert found == [2, 8], "their margins are 0.06 and 0.74 of the bound, the next larger one 1.5 of it"
 
 
+@pytest.mark.slow
 def test_the_first_difference_of_each_pair_is_looked_at(
     exact: Engine, text: GenerationOutput, runners_up: list[int]
 ) -> None:

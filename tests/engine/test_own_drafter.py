@@ -98,6 +98,7 @@ def test_the_targets_distribution_is_kept_exactly(
     assert distance(engine.law([1], params), expected) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("k", [1, 5])
 def test_coupled_and_greedy_tokens_are_those_without_drafts(folder: Path, k: int, temperature: float) -> None:
@@ -128,6 +129,7 @@ def test_coupled_and_greedy_tokens_are_those_without_drafts(folder: Path, k: int
     assert 0.3 * drafts.num_draft_tokens < drafts.num_accepted_tokens < drafts.num_draft_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["coupled", "block", "token"])
 def test_preemption_and_batches_change_no_token(folder: Path, rule: Any) -> None:
     """Where verifications start is the same too, on which the noise of the rejection rules depends."""

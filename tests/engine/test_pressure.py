@@ -164,6 +164,7 @@ class Schedule:
                 yield f"{sequence.request_id}: {sequence.finish_reason}"
 
 
+@pytest.mark.slow
 def test_tokens_of_500_random_schedules_are_those_of_each_request_alone_without_drafts(engine: Engine) -> None:
     cases = random_cases(random.Random(0), engine, 120)
     preemptions = cached = accepted = aborted = 0
@@ -228,6 +229,7 @@ def differences_with_hits(engine: Engine, page_sizes: tuple[int, ...], chunks: r
     return different, cached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 def test_hits_change_neither_tokens_nor_drafts(engine: Engine, page_size: int) -> None:
     different, cached = differences_with_hits(engine, (page_size,), range(1, 65))
@@ -235,6 +237,7 @@ def test_hits_change_neither_tokens_nor_drafts(engine: Engine, page_size: int) -
     assert cached > len(KINDS) * 64 * 80
 
 
+@pytest.mark.slow
 def test_without_the_cache_chunks_and_pages_change_neither_tokens_nor_drafts(engine: Engine) -> None:
     for kind, page_size in itertools.product(KINDS, (1, 4, 16)):
         expected = cold(engine, kind)
@@ -246,6 +249,7 @@ def test_without_the_cache_chunks_and_pages_change_neither_tokens_nor_drafts(eng
                 assert sequence.stats.num_cached_tokens == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_preemption_changes_neither_tokens_nor_drafts(engine: Engine, kind: str) -> None:
     """The rejection rules' too: iterations start at the same places, with the same drafts."""
@@ -273,6 +277,7 @@ def test_text_logprobs_and_penalties_outlive_preemption(engine: Engine) -> None:
         assert len(ours.logprobs) == ours.num_output_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forgotten", ["the next token", "a token"])
 def test_mutant_keys_that_forget_something_are_seen(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, forgotten: str

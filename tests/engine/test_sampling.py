@@ -64,6 +64,7 @@ def random_case(rng: random.Random) -> tuple[SamplingParams, frozenset[int]]:
     return params, frozenset(rng.sample(range(VOCAB_SIZE), 2))
 
 
+@pytest.mark.slow
 def test_laws_equal_those_of_transformers() -> None:
     """With and without drafts at the end of the context; its tokens are few, so that they repeat."""
     rng = random.Random(0)

@@ -169,6 +169,7 @@ def alone(request: Request) -> Iterable[tuple[int, int]]:
         start += len(request.emitted(start, drafts))
 
 
+@pytest.mark.slow
 def test_500_random_schedules_are_the_simulations_and_end_as_they_must() -> None:
     seen: Counter[str] = Counter()
     for seed in range(NUM_SCHEDULES):
@@ -192,6 +193,7 @@ def some_schedule_fails() -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_no_schedule_fails_without_a_fault() -> None:
     assert not some_schedule_fails()
 

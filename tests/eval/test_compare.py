@@ -325,6 +325,7 @@ def test_documents_are_not_changed() -> None:
     assert (a, b) == before
 
 
+@pytest.mark.slow
 def test_independent_runs_of_the_same_are_seldom_called_different() -> None:
     """5 % at most, of 1,000 pairs; with a loss of 10 standard errors nearly always."""
     generator = np.random.default_rng(0)

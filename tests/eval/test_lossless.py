@@ -188,6 +188,7 @@ def test_the_e_process_of_a_context_is_the_formula() -> None:
     assert log_e_of_context(p, torch.tensor([1000, 0, 0, 1])) == math.inf
 
 
+@pytest.mark.slow
 def test_under_the_law_e_has_mean_one_and_seldom_is_large() -> None:
     p, rng = law(12, 0), np.random.default_rng(1)
     e = log_e_of_context(p, torch.from_numpy(rng.multinomial(8, p.numpy(), 200_000))).exp()
@@ -284,6 +285,7 @@ def failed_parts(certificate: Certificate) -> set[str]:
     return {failure.part for failure in certificate.failures}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_a_lossless_engine_passes(small: Path, few_comparisons: None, kernels: str) -> None:
     stages: dict[str, list[int]] = {}
@@ -350,6 +352,7 @@ def bans_are_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RequestEdits, "current", property(without))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "rule"),
     [
@@ -388,6 +391,7 @@ def combinations_of(certificate: Certificate) -> list[Combination]:
     return make_plan(certificate.options).combinations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_drafts_emitted_in_place_of_choices_fail(
     small: Path, few_comparisons: None, monkeypatch: pytest.MonkeyPatch, kernels: str
@@ -420,6 +424,7 @@ def test_near_ties_are_rounding_where_rows_are_not_invariant(
 # --- The command -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_summary_or_json(small: Path, few_comparisons: None, tmp_path: Path) -> None:
     runner, file = CliRunner(), tmp_path / "certificate.json"
     arguments = ["eval", "lossless", "--model", str(small), "--samples", "120", "-k", "1", "--rules", "coupled,token"]
@@ -440,6 +445,7 @@ def test_the_command_prints_a_summary_or_json(small: Path, few_comparisons: None
     assert "lossless at alpha 1e-06: no test failed" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_command_fails_where_the_engine_does(
     small: Path, few_comparisons: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

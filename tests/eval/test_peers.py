@@ -182,6 +182,7 @@ def test_a_peer_that_cannot_be_parsed(text: str, message: str) -> None:
         parse_peer(text)
 
 
+@pytest.mark.slow
 def test_transformers_as_a_peer_drafts_with_the_mtp_layer(tmp_path: Path, settings: Settings) -> None:
     checkpoint = tmp_path / "planted"
     write_planted_checkpoint(checkpoint, SHAPE)

@@ -65,6 +65,7 @@ def test_successors_are_one_cycle_over_the_whole_vocabulary() -> None:
     assert (len(seen), token) == (300, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_speculative_tokens", [0, 3])
 def test_greedy_text_is_the_cycle_and_every_draft_is_right(planted: Path, num_speculative_tokens: int) -> None:
     outputs = generate(planted, num_speculative_tokens, 40)
@@ -73,6 +74,7 @@ def test_greedy_text_is_the_cycle_and_every_draft_is_right(planted: Path, num_sp
     assert load_recipe(planted).sigma == 0
 
 
+@pytest.mark.slow
 def test_a_wanted_acceptance_is_realised_at_the_first_draft(tmp_path: Path) -> None:
     wanted = 0.6
     recipe = write_planted_checkpoint(tmp_path / "half", SHAPE, acceptance=wanted)

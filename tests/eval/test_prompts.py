@@ -109,6 +109,7 @@ CONVERSATION = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(
     records=st.lists(PLAIN | CONVERSATION, min_size=1, max_size=12),
     blank_lines=st.lists(st.sampled_from(["", " ", "\t", "\r"]), min_size=12, max_size=12),
@@ -367,6 +368,7 @@ def test_stdlib_is_what_it_was() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.python_version() != "3.11.7", reason="the set is of Python 3.11.7's standard library")
 def test_stdlib_is_what_make_stdlib_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (make_stdlib.FOLDER / "stdlib.jsonl").read_bytes()

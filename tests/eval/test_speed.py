@@ -210,6 +210,7 @@ def test_options_are_checked_before_anything_runs(planted: Path) -> None:
         measure_speed(replace(OPTIONS, model=str(planted), prompt_tokens=9, max_tokens=260))
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_or_json_and_refuses_nonsense(planted: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     small = ["eval", "speed", "--model", str(planted), "--batch-sizes", "1", "--draft-lengths", "0,1"]

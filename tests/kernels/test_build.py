@@ -51,6 +51,7 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
     assert_falls_back("cannot be written.*SPECDEC_CACHE moves it")
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_several_processes_may_compile_at_once(tmp_path: Path) -> None:
     """Two start together on an empty cache; both compute, and one whole library is left."""

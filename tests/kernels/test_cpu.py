@@ -40,6 +40,7 @@ def fp32(architecture: str) -> CpuKernels:
     return CpuKernels(torch.float32, architecture=architecture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("out", "size_in"), [(1, 1), (16, 16), (173, 96), (96, 173), (300, 1100), (64, 20)])
 def test_linear_is_right_and_row_invariant(kernels: CpuKernels, out: int, size_in: int) -> None:
     weight, bias, x = randn(out, size_in, seed=1).to(kernels.dtype), randn(out, seed=2), randn(130, size_in)
@@ -53,6 +54,7 @@ def test_linear_is_right_and_row_invariant(kernels: CpuKernels, out: int, size_i
         assert torch.equal(kernels.linear(x[3 : 3 + rows], packed, bias), whole[3 : 3 + rows]), rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hidden", "width", "experts", "k"), [(96, 40, 8, 2), (32, 24, 5, 3), (20, 7, 16, 1)])
 def test_moe_is_right_and_row_invariant(kernels: CpuKernels, hidden: int, width: int, experts: int, k: int) -> None:
     gate_up, down = (
@@ -161,6 +163,7 @@ class PagedSequences:
         return self.kernels.paged_attention(q, self.cache, metadata)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (12, 1, 128), (3, 3, 24), (2, 1, 300)])
 def test_attention_is_right_and_row_invariant(

@@ -82,6 +82,7 @@ def table(sequence: int) -> list[int]:
     return list(range(sequence * pages, (sequence + 1) * pages))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16], ids=["kv-fp32", "kv-bf16"])
 def test_a_decoder_is_its_operations_to_the_bit(model: LoadedModel, kv_dtype: torch.dtype) -> None:
@@ -171,6 +172,7 @@ def assert_its_steps(model: LoadedModel, chains: list[DraftChain]) -> Drafts:
     return ours
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("recycle_unnormed", [False, True])
 def test_a_draft_chain_is_its_steps_to_the_bit(model: LoadedModel, recycle_unnormed: bool) -> None:
@@ -188,6 +190,7 @@ def draft_sampling(
     return ChainSampling(mixed_rows(num, [1, GREEDY, 0]), edits, min_confidence, keep_probs)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("edited", [False, True], ids=["plain", "edited"])
@@ -274,6 +277,7 @@ def verifications(model: LoadedModel, batch: ForwardBatch, seed: int, rules: lis
     )
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("edited", [False, True], ids=["plain", "edited"])
 @pytest.mark.parametrize("rules", [RULES[:1], RULES], ids=["exact", "mixed"])
@@ -342,6 +346,7 @@ def test_no_draft_is_accepted_under_a_law_that_is_not_finite(model: LoadedModel,
         assert verified.token_ids == [[-1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["torch", "kernels"])
 def test_one_thread_pool_for_torch_and_the_kernels(first: str) -> None:
     """As many threads as asked for, whoever starts them: neither adds any to the other's."""

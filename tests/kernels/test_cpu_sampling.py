@@ -74,6 +74,7 @@ def truncated(size: int) -> tuple[Tensor, RowSampling, Tensor, Tensor]:
     return logits, law, expected, torch.stack([in_doubt(logits[r], law.select([r])) for r in range(len(rows))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 6, 64, 173, 5000, GLM_VOCAB])
 def test_truncate_keeps_what_the_reference_keeps(kernels: CpuKernels, size: int) -> None:
     logits, law, expected, doubtful = truncated(size)
@@ -253,6 +254,7 @@ def test_softmax_is_right_and_row_invariant(kernels: CpuKernels, size: int) -> N
         assert torch.equal(kernels.softmax(logits[:rows], scales[:rows]), whole[:rows]), rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 6, 173, 512, 5000, GLM_VOCAB])
 def test_residual_laws_are_right_and_independent_of_each_other(kernels: CpuKernels, size: int) -> None:
     laws = residuals(size)
@@ -308,6 +310,7 @@ def test_uniforms_are_those_of_the_reference(kernels: CpuKernels, num: int) -> N
         assert kernels.uniforms(seeds, stream, positions, starts) == expected
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_instruction_set() -> None:
     logits, law, *_ = truncated(5000)
     laws = residuals(5000)

@@ -72,6 +72,7 @@ def test_a_gpu_machine_lacks_nothing(machine: Machine) -> None:
     assert found["device memory"].found == "3.0 of 4.0 GiB free"
 
 
+@pytest.mark.slow
 def test_looking_does_not_import_flashinfer(tmp_path: Path) -> None:
     module = "specdec.kernels.flashinfer.requirements"
     script = f"import sys, {module} as r; r.requirements(); sys.exit('flashinfer' in sys.modules)"

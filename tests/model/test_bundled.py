@@ -56,6 +56,7 @@ def test_prompts_come_from_modules_that_no_training_step_saw() -> None:
     assert [p.category for p in prompts[:6]] == ["module", "package", "test"] * 2
 
 
+@pytest.mark.slow
 def test_target_logits_equal_transformers(engine: Engine) -> None:
     transformers = pytest.importorskip("transformers")
     cls = transformers.Glm4MoeForCausalLM
@@ -83,6 +84,7 @@ def plain(engine: Engine) -> list[list[int]]:
     return [engine.generate(p.prompt, greedy(0))[0].token_ids for p in load_stdlib()[:NUM_PROMPTS]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
 def test_greedy_output_equals_plain_decoding(engine: Engine, plain: list[list[int]], k: int) -> None:
     prompts = [p.prompt for p in load_stdlib()[:NUM_PROMPTS]]
@@ -102,6 +104,7 @@ def assert_acceptance_is_the_cards(outputs: list[GenerationOutput]) -> None:
         assert abs(accepted / reached - card["all"]["conditional"][position]["value"]) < 0.05
 
 
+@pytest.mark.slow
 def test_greedy_batches_without_speculation_equal_single_requests(engine: Engine, plain: list[list[int]]) -> None:
     batched = engine.generate([p.prompt for p in load_stdlib()[:NUM_PROMPTS]], greedy(0))
     assert [o.token_ids for o in batched] == plain
@@ -123,6 +126,7 @@ def test_the_card_shows_the_measured_results(engine: Engine) -> None:
     assert "python -m specdec.eval.dev.held_out" in card
 
 
+@pytest.mark.slow
 def test_held_out_text_costs_what_the_card_says(engine: Engine) -> None:
     """Nats per token of the held-out prompts, which are excerpts of the card's documents."""
     cache, nats, count = engine.runtime.kv_cache, 0.0, 0

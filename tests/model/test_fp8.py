@@ -104,6 +104,7 @@ def test_loads_as_its_dequantised_twin(
     assert not any(list(part.buffers()) for part, _ in ours.parts()), "what is dequantised keeps no scales"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_the_engine_generates_what_the_twin_does(tmp_path: Path, backend: str, dtype: str) -> None:

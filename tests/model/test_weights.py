@@ -231,6 +231,7 @@ def test_weights_end_where_they_belong(tmp_path: Path, poisoned_empty: None) -> 
     assert torch.equal(layer.mlp.shared_experts.gate_up_proj.weight[:24], t["mlp.shared_experts.gate_proj.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernels", "dtype", "stored"),
     [

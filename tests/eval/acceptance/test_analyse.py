@@ -55,6 +55,7 @@ def acceptance_by_definition(
     return float(np.minimum(p, q / reached if rule == "block" else q).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("drafts", ["sampled", "greedy"])
 @pytest.mark.parametrize("rule", ["coupled", "block", "token"])
@@ -108,6 +109,7 @@ def check_of(
     return with_exact_drafts(metrics.check)
 
 
+@pytest.mark.slow
 def test_a_sound_engine_passes_on_tables(tables: Enumerator) -> None:
     """Coupled verification, whose noise is the engine's own there."""
     check = check_of(tables.engine, Reader(tables.engine, K), [PROMPT] * 400, "coupled", max_tokens=14)
@@ -127,6 +129,7 @@ def prompts(bundled: Engine) -> list[list[int]]:
     return [bundled.checkpoint.encode(p.prompt)[-40:] for p in load_stdlib()[:24]]
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 @pytest.mark.parametrize(
     ("rule", "temperature", "drafts"),
@@ -208,6 +211,7 @@ class replace_fields:
 MUTANTS = [shifted_hidden, stale_rows, no_prompt_pairs, recycled_before_the_norm, noise_of_the_position_before]
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_broken_mtp_path_fails(
@@ -224,6 +228,7 @@ def test_a_broken_mtp_path_fails(
     assert check_of(bundled, reader, prompts[:4], "coupled").passed
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 @pytest.mark.parametrize("mutant", [shifted_hidden, no_prompt_pairs, noise_of_the_position_before])
 def test_acceptance_alone_shows_what_matters(

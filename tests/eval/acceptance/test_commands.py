@@ -66,6 +66,7 @@ def test_acceptance_writes_everything(results: Path) -> None:
     assert {path.name for path in results.iterdir()} == {"cells", "report.html", "results.json", "run.json"}
 
 
+@pytest.mark.slow
 def test_a_folder_with_results_is_kept_unless_resumed(results: Path, arguments: list[str]) -> None:
     before = (results / "results.json").read_bytes()
     again = [*arguments, *SMALL, "--output", str(results)]
@@ -138,6 +139,7 @@ def test_without_matplotlib_acceptance_is_refused_before_any_work(arguments: lis
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_without_matplotlib_everything_else_works(results: Path) -> None:
     imported = run_without_matplotlib("import", "everything")
     assert imported.returncode == 0, imported.stderr

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 K = 3
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_the_engines_own_verifications(tmp_path: Path) -> None:
     """The engine's forwards, traced one request at a time, are the same tokens at the same places."""
     engine = Engine.from_pretrained(

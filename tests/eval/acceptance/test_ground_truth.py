@@ -211,6 +211,7 @@ def widened(figure: tuple[Estimate, float]) -> tuple[tuple[float, float], float]
     return (low, high), value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", ["sampled", "greedy"])
 @pytest.mark.parametrize("rule", ["coupled", "block", "token"])
 def test_every_figure_is_exact_within_its_interval(small: SmallModel, rule: str, drafts: str) -> None:
@@ -231,6 +232,7 @@ def test_every_figure_is_exact_within_its_interval(small: SmallModel, rule: str,
     assert metrics.num_output_tokens / NUM_REQUESTS == pytest.approx(1 + exact.tokens, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "drafts"), [("token", "sampled"), ("block", "sampled"), ("coupled", "greedy")])
 def test_another_settings_values_are_outside(small: SmallModel, rule: str, drafts: str) -> None:
     found = figures(measure(small, "coupled", "sampled"), exactly(small, rule, drafts))

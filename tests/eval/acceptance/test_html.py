@@ -117,6 +117,7 @@ def test_the_page_is_well_formed(rendered: tuple[dict[str, Any], str]) -> None:
     assert {a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a} <= set(ids)
 
 
+@pytest.mark.slow
 def test_nothing_comes_from_elsewhere_and_nothing_runs(rendered: tuple[dict[str, Any], str]) -> None:
     _, source = rendered
     page = Page(source)
@@ -155,6 +156,7 @@ def test_pictures_and_tables_speak(rendered: tuple[dict[str, Any], str]) -> None
         assert f"Left out: {missing}" in page.text
 
 
+@pytest.mark.slow
 def test_every_section_has_its_verdict_and_its_values(rendered: tuple[dict[str, Any], str]) -> None:
     made, source = rendered
     page = Page(source)

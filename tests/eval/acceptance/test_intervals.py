@@ -365,6 +365,7 @@ def population() -> Requests:
     return simulate(20_000, SCENARIOS["moderate"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -389,5 +390,6 @@ def test_percentile_intervals_of_few_requests_do_not() -> None:
     assert coverage(statistic, 16, 1000, percentile).covered < 0.925 < coverage(statistic, 16, 1000).covered
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_calibration_error_holds_the_truth() -> None:
     assert calibration_coverage(population(), 96, 500).covered >= 0.94

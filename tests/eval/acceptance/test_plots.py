@@ -32,6 +32,7 @@ def assert_inside(axes: Axes, xs: list[float], ys: list[float]) -> None:
         assert max(values) <= max(limits), (limits, values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [document(), ONE_CELL, MANY_CELLS], ids=["default", "one cell", "many cells"])
 def test_every_value_and_interval_is_inside_the_axes(made: dict[str, Any]) -> None:
     for chart in build_charts(made).charts:
@@ -81,6 +82,7 @@ def test_rules_differ_by_marker_and_by_colour() -> None:
     assert [line.get_markerfacecolor() == "white" for line in drawn] == [False, False, False, True, False]
 
 
+@pytest.mark.slow
 def test_axes_have_labels_and_the_legend_every_series() -> None:
     for chart in build_charts(document()).charts:
         figure = figure_of(chart)
@@ -95,6 +97,7 @@ def test_axes_have_labels_and_the_legend_every_series() -> None:
             assert all(f"{s.label} {s.detail}" in title for s in panel.series if s.detail)
 
 
+@pytest.mark.slow
 def test_a_chart_is_a_picture_as_wide_as_a_phone_shows() -> None:
     for chart in build_charts(ONE_CELL).charts:
         picture = ElementTree.fromstring(draw(chart))
@@ -118,6 +121,7 @@ def test_names_are_not_read_as_formulas() -> None:
     assert b"</svg>" in draw(chart_of(made, "speedup-batch-1"))
 
 
+@pytest.mark.slow
 def test_pyplot_is_not_used() -> None:
     """It keeps global state and looks for a screen."""
     program = (

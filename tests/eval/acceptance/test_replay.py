@@ -85,6 +85,7 @@ def generate_and_watch(
         return generate(engine, speculation, 0.8), seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", ["sampled", "greedy"])
 @pytest.mark.parametrize("recycling", ["post_norm", "pre_norm"])
 @pytest.mark.parametrize(
@@ -140,6 +141,7 @@ def test_drafts_of_every_rule_are_the_engines_own(planted: Path, rule: Any, temp
                 assert a.alpha.shape == (len(completion.drafts), k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_contexts_together_are_contexts_alone(planted: Path, monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
     engine = Engine.from_pretrained(planted, kernels=kernels, dtype=EXACT_DTYPES[kernels])

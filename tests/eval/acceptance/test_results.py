@@ -89,6 +89,7 @@ def test_a_document_that_could_not_be_read_is_not_written(tmp_path: Path) -> Non
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_every_field_is_asked_for() -> None:
     """Of every object the last one of its list."""
     last = {tuple("[]" if isinstance(key, int) else key for key in path): path for path in paths_of_fields(SMALL)}

@@ -147,6 +147,7 @@ def run_and_kill(options: AcceptanceOptions, output: Path, after: int) -> None:
     assert process.wait() == -signal.SIGKILL, "it was to be killed in the middle"
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_losing_or_repeating_anything(
     folder: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -300,6 +301,7 @@ def test_a_checkpoint_without_an_mtp_layer_is_refused(folder: Path, tmp_path: Pa
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_laws_that_depend_on_the_batch_are_no_yardstick(folder: Path, tmp_path: Path) -> None:
     options = options_of(
         folder, kernels="reference", dtype="bfloat16", batch_sizes=(1,), repeats=1, temperatures=(0.8,), num_prompts=1
@@ -329,6 +331,7 @@ def right_drafts(folder: Path, acceptance: float) -> tuple[Tensor, Tensor]:
     return following, drafts.argmax(-1) == following
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("acceptance", [1.0, 0.6])
 def test_planted_acceptance_is_found(tmp_path: Path, acceptance: float) -> None:
     """Greedy text runs along a known cycle and a draft is right or wrong by the token before it alone."""
@@ -366,6 +369,7 @@ def test_planted_acceptance_is_found(tmp_path: Path, acceptance: float) -> None:
         assert all(b.mean is None or b.acceptance.value == 1 for b in metrics.by_entropy)
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_mutant_that_repeats_a_request_or_takes_another_seed_is_seen(
     folder: Path, undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -84,6 +84,7 @@ def test_lengths_are_sums_and_conditionals_quotients(folder: Path) -> None:
         assert [e.value for e in row.conditional] == pytest.approx([a[0], a[1] / a[0], a[2] / a[1]])
 
 
+@pytest.mark.slow
 def test_groups_and_chunks_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together = values(teacher_forced(options_of(folder)).rows)
     monkeypatch.setattr(replay, "LOGITS_ELEMENTS", 2 * 3 * 259 * 2)  # two contexts
@@ -99,6 +100,7 @@ def test_groups_and_chunks_change_nothing(folder: Path, monkeypatch: pytest.Monk
         assert apart[setting] == pytest.approx(found, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_acceptance_is_that_of_all_drafts(tmp_path: Path) -> None:
     """On tables of logits: every context of a text, averages over noise against sums over all chains of drafts."""
     v, k, prompt = 4, 2, [1, 3, 2, 3, 1, 1]

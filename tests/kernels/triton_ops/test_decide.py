@@ -110,6 +110,7 @@ def decided(decider: Decider, logits: Tensor, v: VerifyBatch) -> list[list[int]]
     return result.tolist()[:num]
 
 
+@pytest.mark.slow
 def test_decisions_are_the_composed_ones(device: torch.device) -> None:
     """One set of buffers for all steps, so that nothing may stay behind in them."""
     decider = Decider(Batch(SIZE, NUM_DRAFTS, device, edit_words=2000), 40)
@@ -124,6 +125,7 @@ def test_decisions_are_the_composed_ones(device: torch.device) -> None:
     assert unsound > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocab_size", "num", "seed"), [(1100, 2, 3), (2, 3, 0), (1, 1, 2)])
 def test_decisions_across_tiles_and_of_tiny_vocabularies(
     device: torch.device, vocab_size: int, num: int, seed: int
@@ -138,6 +140,7 @@ def test_decisions_across_tiles_and_of_tiny_vocabularies(
         assert decided(alone, logits, one) == [composed_tokens(logits, v)[b]]
 
 
+@pytest.mark.slow
 def test_without_drafts(device: torch.device) -> None:
     logits, v = random_step(40, 3, 0)
     v.drafts = Drafts.of([[], [], []])
@@ -147,6 +150,7 @@ def test_without_drafts(device: torch.device) -> None:
     assert decider.decide(logits.to(device), decider.batch.drafts, None).tolist()[:3] == expected
 
 
+@pytest.mark.slow
 def test_each_position_has_a_uniform_of_its_own(device: torch.device) -> None:
     """Drafts that are accepted half of the time, in many sequences."""
     num, rng = 24, random.Random(0)
@@ -165,6 +169,7 @@ def test_each_position_has_a_uniform_of_its_own(device: torch.device) -> None:
     assert {len(tokens) for tokens in expected} == {1, 2, 3, 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["drafts", "counts"])
 def test_drafts_on_the_device_end_where_they_or_their_counts_do(device: torch.device, by: str) -> None:
     logits, v = random_step(40, SIZE, 4)

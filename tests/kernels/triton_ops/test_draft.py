@@ -80,6 +80,7 @@ def draft_sampling(vocab_size: int, seed: int) -> ChainSampling:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [40, 1100])
 def test_drafts_and_laws_are_the_composed_ones(device: torch.device, vocab_size: int) -> None:
     """Laws to the rounding of scale * logit in fp32, which the reference has in its exponent: 2^-24 of up to 40."""
@@ -98,6 +99,7 @@ def test_drafts_and_laws_are_the_composed_ones(device: torch.device, vocab_size:
     assert ended > 0, "no chain was ended by its confidence"
 
 
+@pytest.mark.slow
 def test_logits_that_are_not_finite_end_their_own_chain(device: torch.device) -> None:
     logits = 3 * randn(STEPS, NUM, 40)
     sampling = draft_sampling(40, 0)

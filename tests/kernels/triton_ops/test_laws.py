@@ -100,6 +100,7 @@ def all_drafts(*, sampled: bool) -> Law:
     return {drafts: 1.0}
 
 
+@pytest.mark.slow
 @RULES
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "greedy"])
 def test_the_law_of_an_iteration_is_the_targets(monkeypatch: pytest.MonkeyPatch, rule: int, sampled: bool) -> None:
@@ -121,6 +122,7 @@ def test_the_law_of_an_iteration_is_the_targets(monkeypatch: pytest.MonkeyPatch,
     assert distance(whole, target_law(lambda c: TARGET.logits(c).softmax(-1), CONTEXT, K + 1)) < 1e-6
 
 
+@pytest.mark.slow
 @RULES
 def test_thresholds_are_those_of_the_definitions(monkeypatch: pytest.MonkeyPatch, rule: int) -> None:
     """Uniforms just below and just above each threshold; all of a sequence's are the same."""

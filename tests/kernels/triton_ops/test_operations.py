@@ -65,6 +65,7 @@ def assert_truncated(kernels: TritonSampling, logits: Tensor, law: RowSampling) 
     return ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "every"), [(1, 17), (6, 7), (173, 3), (2500, 17)])
 def test_truncate_keeps_what_the_reference_keeps(kernels: TritonSampling, size: int, every: int) -> None:
     logits, law = cut_rows(size, CUTS, every)
@@ -75,6 +76,7 @@ def test_truncate_keeps_what_the_reference_keeps(kernels: TritonSampling, size: 
         assert torch.equal(few.cpu(), ours[rows]), "a row depends on its neighbours"
 
 
+@pytest.mark.slow
 def test_truncate_at_the_vocabulary_of_glm(kernels: TritonSampling, monkeypatch: pytest.MonkeyPatch) -> None:
     """In few tiles, which spares the interpreter time and changes nothing."""
     if triton.knobs.runtime.interpret:
@@ -85,6 +87,7 @@ def test_truncate_at_the_vocabulary_of_glm(kernels: TritonSampling, monkeypatch:
     assert_truncated(kernels, logits[rows], law.select(rows))
 
 
+@pytest.mark.slow
 def test_truncate_keeps_ties_of_top_k_and_the_lowest_ids_of_top_p(kernels: TritonSampling) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]]).repeat(3, 1).to(kernels.device)
     kernels.truncate_(logits, sampling(3, top_k=[2, 0, 2], top_p=[1.0, 0.7, 0.9]))
@@ -95,11 +98,13 @@ def test_truncate_keeps_ties_of_top_k_and_the_lowest_ids_of_top_p(kernels: Trito
     assert (equal[0] > -INF).nonzero()[:, 0].tolist() == list(range(2250))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 1500])
 def test_rows_that_are_not_sound_become_nan(kernels: TritonSampling, size: int) -> None:
     check_rows_that_are_not_sound(kernels, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "num"), [(1, 1), (6, 13), (173, 26), (2500, 12)])
 def test_choose_is_the_reference_choice(kernels: TritonSampling, size: int, num: int) -> None:
     logits = torch.stack(list(distributions(size).values())).repeat(2, 1)[:num]
@@ -112,6 +117,7 @@ def test_choose_is_the_reference_choice(kernels: TritonSampling, size: int, num:
         assert torch.equal(kernels.choose(logits[rows].to(kernels.device), law.select(rows)).cpu(), ids[rows])
 
 
+@pytest.mark.slow
 def test_choose_at_the_vocabulary_of_glm(kernels: TritonSampling) -> None:
     logits, law = 3 * randn(2, GLM_VOCAB), sampling(2, scales=0.9, streams=[0, GREEDY])
     assert torch.equal(kernels.choose(logits.to(kernels.device), law).cpu(), EXACT.choose(logits, law))
@@ -154,6 +160,7 @@ def test_softmax_is_right_and_row_invariant(kernels: TritonSampling, size: int) 
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [4, 40])
 def test_edits_are_the_reference_edits(kernels: TritonSampling, size: int) -> None:
     """Every operation on a logit is one of fp32, in the reference's order."""
@@ -185,6 +192,7 @@ def test_edits_longer_than_a_block_of_lanes(kernels: TritonSampling) -> None:
     assert torch.equal(ours.cpu(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 6, 1500])
 def test_residual_laws_are_right_and_independent_of_each_other(kernels: TritonSampling, size: int) -> None:
     exact = flat(residuals(size))
