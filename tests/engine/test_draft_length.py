@@ -46,6 +46,7 @@ def test_it_is_as_fast_as_the_best_fixed_length(table: CostTable, batch_size: in
     assert rate >= 0.98 * rates[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alphas", [(0.0, 0.9, 0.0), (0.8, 0.3, 0.8), (0.0, 1.0, 0.7)])
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)

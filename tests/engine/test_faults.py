@@ -483,6 +483,7 @@ class Strike:
         self._armed = False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, InjectedError])
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0].__name__}.{place[1]}")
 @pytest.mark.parametrize("afterwards", [False, True])

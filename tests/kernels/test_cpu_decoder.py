@@ -317,6 +317,7 @@ def test_verification_is_its_operations_to_the_bit(model: LoadedModel, rules: li
     assert len(emitted) > 6
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_verification_sees_logits_that_are_not_finite(model: LoadedModel) -> None:
     kernels, decoder, head = model.target.kernels, model.target.decoder, model.target.head
@@ -332,6 +333,7 @@ def test_verification_sees_logits_that_are_not_finite(model: LoadedModel) -> Non
         assert verified.token_ids[0][-1] == -1
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("rule", RULES)
 def test_no_draft_is_accepted_under_a_law_that_is_not_finite(model: LoadedModel, rule: int) -> None:

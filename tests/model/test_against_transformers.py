@@ -65,6 +65,7 @@ def load_transformers(folder: Path, num_layers: int) -> Any:
     return cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_target_logits_equal_transformers(name: str, kernels: str, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def plain_weights(model: LoadedModel) -> dict[str, Tensor]:
     return {name: p for name, p in named.items() if name not in matrices}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("backend", "dtype"),

@@ -65,6 +65,7 @@ def test_any_missing_mtp_tensor_raises(tmp_path: Path, name: str) -> None:
         load(write(tmp_path, remaining))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TARGET))
 def test_any_missing_target_tensor_raises(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=rf"^the checkpoint lacks 1 tensor: {name}$"):

@@ -101,6 +101,7 @@ def _blank_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html, "draw", lambda *_: b"<svg></svg>")
 
 
+@pytest.mark.slow
 def test_the_page_is_well_formed(rendered: tuple[dict[str, Any], str]) -> None:
     _, source = rendered
     page = Page(source)
@@ -135,6 +136,7 @@ def test_nothing_comes_from_elsewhere_and_nothing_runs(rendered: tuple[dict[str,
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
+@pytest.mark.slow
 def test_pictures_and_tables_speak(rendered: tuple[dict[str, Any], str]) -> None:
     made, source = rendered
     page = Page(source)

@@ -206,6 +206,7 @@ def test_quantiles_of_student_s_t(n: int, quantile: float) -> None:
     assert intervals._student(n) == pytest.approx(quantile, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(5, 2.5), (1.5, 0.7), (30, 1.5), (1, 6)])
 @pytest.mark.parametrize(("n", "loss"), [(8, 0.0), (36, 0.1), (96, 0.0)])
 def test_paired_intervals_hold_the_truth_and_are_narrower(shape: tuple[float, float], n: int, loss: float) -> None:

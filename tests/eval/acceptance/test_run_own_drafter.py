@@ -31,7 +31,7 @@ from specdec.step.verify import TargetResult, TargetVerifier
 from support.enumeration import Enumerator, RandomModel
 from support.fakes import write_checkpoint, write_planted_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 EXAMPLE = Path(__file__).parents[3] / "examples" / "own_drafter.py"
 K = 3
 
@@ -172,7 +172,6 @@ def test_a_sound_engine_passes_with_a_drafter_of_ones_own(measured: dict[str, An
     assert measured["experts"]["num_experts"] == 8
 
 
-@pytest.mark.slow
 def test_the_report_says_whose_drafts_they_are(measured: dict[str, Any], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -207,7 +206,6 @@ def records_other_drafts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StepResult, "decisions", wrong)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mutant", [accepts_rejected_drafts, records_other_drafts])
 def test_a_broken_engine_fails(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
@@ -219,7 +217,6 @@ def test_a_broken_engine_fails(
         assert max(p["z"] for p in cell["check"]["positions"] if p["z"] is not None) > 5
 
 
-@pytest.mark.slow
 def test_a_drafter_that_learns_is_made_anew_for_each_cell(folder: Path, tmp_path: Path) -> None:
     """Plain decoding and all coupled cells have the same tokens: one that had seen another cell would know its own."""
     options = options_of(folder, "Remembers", verification=("coupled",), num_speculative_tokens=(1, 2))
@@ -229,7 +226,6 @@ def test_a_drafter_that_learns_is_made_anew_for_each_cell(folder: Path, tmp_path
     assert [cell["check"]["passed"] for cell in speculative(shared)][1] is False
 
 
-@pytest.mark.slow
 def test_a_drafter_without_drafts_is_no_fault(folder: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -244,7 +240,6 @@ def test_a_drafter_without_drafts_is_no_fault(folder: Path, tmp_path: Path) -> N
     assert "Acceptance was not checked" in page
 
 
-@pytest.mark.slow
 def test_a_checkpoint_without_an_mtp_layer_is_measured(folder: Path, tmp_path: Path) -> None:
     plain = write_checkpoint(tmp_path / "plain", with_mtp=False)
     options = replace(options_of(folder, verification=("block",)), model=str(plain))
@@ -286,7 +281,6 @@ def words_of(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_the_command_measures_and_compares(folder: Path, tmp_path: Path) -> None:
     own, mtp = str(tmp_path / "own"), str(tmp_path / "mtp")
     drafter = ["--drafter", f"{folder}/drafts.py:Successors"]
