@@ -282,7 +282,7 @@ def test_a_file_given_twice_by_other_names_is_an_error(tmp_path: Path) -> None:
         load_prompts([spec, str(tmp_path / "b.jsonl")])
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"prompt": "a"}\n')[:-9]])
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"prompt": "a"}\n')[:-9]], ids=["no gzip", "cut off"])
 def test_a_broken_gzip_file_is_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(content)
