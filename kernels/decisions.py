@@ -235,6 +235,8 @@ class VerifyBatch:
 
     def place(self, input_ids: list[int]) -> list[int]:
         """Returns the forward's tokens [T], with the drafts that the host knows in the places left for them."""
+        if not any(self.drafts.token_ids):
+            return input_ids
         placed = list(input_ids)
         for first, drafts in zip(self.first_rows, self.drafts.token_ids):
             # Where a draft is NOT_FINITE the sequence is lost, but its row must name some token.

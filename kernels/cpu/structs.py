@@ -32,11 +32,8 @@ def one_array(*lists: list[int]) -> tuple[array[int], list[int]]:
     """Returns one array of all lists, as int64 one after the other, and the address of each, valid as long as the array
     lives."""
     values = array("q", reduce(iadd, lists, []))  # faster than an array that grows
-    start, addresses = at(values), []
-    for part in lists:
-        addresses.append(start)
-        start += 8 * len(part)
-    return values, addresses
+    start = at(values)
+    return values, [start + 8 * before for before in accumulate(map(len, lists[:-1]), initial=0)]
 
 
 def zeros(size: int) -> array[int]:
