@@ -6,7 +6,7 @@ PROMPT := class Stack:\n    """A last-in, first-out container."""\n\n    def __i
 .PHONY: demo test test-fast test-flashinfer test-gpu compile-gpu lint check certify sanitize format clean
 
 demo: .venv/run.stamp  ## generate from the bundled checkpoint
-	printf '$(PROMPT)' | $(BIN)/specdec generate --prompt-file - --max-tokens 96 --temperature 0.6 --seed 1
+	printf '$(PROMPT)' | $(BIN)/specdec generate --prompt-file - --max-tokens 96 --temperature 1 --seed 3
 
 # Two processes of one thread each, a file to one of them: faster than two threads, which most tests do not need, and those
 # that do set them. 2 GiB each.
