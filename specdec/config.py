@@ -70,6 +70,19 @@ def _require_speculation(value: Any) -> None:
     )
 
 
+def require_default_recycling(recycling: Recycling, drafter: object) -> None:
+    """Raises ValueError where the MTP layer's recycling is chosen although a drafter of the user's own drafts.
+
+    recycling: what was chosen.
+    drafter: the drafter, or its name, for the message.
+    """
+    require(
+        recycling == "post_norm",
+        f"mtp_recycling = {recycling!r} is about the MTP layer's drafts, and drafter = {drafter!r} drafts in its "
+        "place: leave one of them out",
+    )
+
+
 @dataclass(frozen=True)
 class SpeculationParams(ChecksKeywords):
     """How the MTP head drafts and how drafts are verified; the engine's default, or one request's own."""

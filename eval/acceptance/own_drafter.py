@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from specdec.step.drafter import Drafter
+from specdec.step.drafter import Drafter, is_drafter
 
 FORM = "WHERE:NAME, a Python file or module and what drafts in it, for instance examples/own_drafter.py:NgramDrafter"
 KINDS = "name a class or function that needs no arguments, or an object with a method draft(requests)"
@@ -36,21 +36,21 @@ class DrafterSource:
 
     def make(self) -> Drafter:
         """Returns a new drafter, or always the same one where the name is an object's. ValueError where neither is."""
-        if _drafts(self.found):
-            return _as_drafter(self.found)
+        if is_drafter(self.found):
+            return self.found
         if not callable(self.found):
             raise ValueError(f"drafter = {self.given!r} is an object of {type(self.found).__name__}: {KINDS}")
         try:
             made = self.found()
         except (Exception, SystemExit) as error:
             raise _failure(f"drafter = {self.given!r} cannot be called without arguments", error, KINDS) from error
-        if not _drafts(made):
+        if not is_drafter(made):
             kind = f"the class {made.__name__}" if isinstance(made, type) else f"an object of {type(made).__name__}"
             raise ValueError(
                 f"drafter = {self.given!r} makes {kind}: make an object with a method draft(requests), see "
                 "specdec.Drafter"
             )
-        return _as_drafter(made)
+        return made
 
 
 def load_drafter(given: str) -> DrafterSource:
@@ -65,15 +65,6 @@ def load_drafter(given: str) -> DrafterSource:
         remedy = f"choose among {', '.join(there)}" if there else "define it there"
         raise ValueError(f"drafter = {given!r}: there is no {name} in {where}: {remedy}")
     return DrafterSource(given, getattr(module, name), _sha256(module))
-
-
-def _drafts(found: Any) -> bool:
-    return not isinstance(found, type) and callable(getattr(found, "draft", None))
-
-
-def _as_drafter(found: Any) -> Drafter:
-    drafter: Drafter = found
-    return drafter
 
 
 def _from_file(given: str, path: Path) -> ModuleType:

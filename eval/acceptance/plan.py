@@ -9,7 +9,14 @@ from itertools import pairwise
 from typing import Any, get_args
 
 from specdec import SpeculationParams
-from specdec.config import MAX_SPECULATIVE_TOKENS, MIN_TEMPERATURE, DraftMode, Recycling, VerificationRule
+from specdec.config import (
+    MAX_SPECULATIVE_TOKENS,
+    MIN_TEMPERATURE,
+    DraftMode,
+    Recycling,
+    VerificationRule,
+    require_default_recycling,
+)
 
 MAX_BATCH_SIZE, MAX_TEMPERATURE, MAX_SEED = 256, 100.0, 2**32
 LEAST_PROMPTS_PER_ROUND, BATCHES_PER_ROUND = 4, 2
@@ -105,11 +112,7 @@ class AcceptanceOptions(Settings):
                 "draft_sampling = 'sampled' needs the MTP layer's distributions, and a drafter of your own, "
                 f"{self.drafter!r}, has none: give 'greedy', which is how its drafts are verified"
             )
-        if self.mtp_recycling != "post_norm":
-            raise ValueError(
-                f"mtp_recycling = {self.mtp_recycling!r} is about the MTP layer's drafts, and drafter = "
-                f"{self.drafter!r} drafts in its place: leave one of them out"
-            )
+        require_default_recycling(self.mtp_recycling, self.drafter)
 
     def request_seed(self, prompt: int, turn: int, repeat: int) -> int:
         """Returns a request's seed, which is the same in every cell, so that cells are compared on the same noise."""

@@ -49,10 +49,7 @@ class EngineCore:
         self, checkpoint: Checkpoint, runtime: Runtime, config: EngineConfig, drafter: Drafter | None = None
     ) -> None:
         """drafter: drafts in place of the MTP layer, which the runtime does not have then."""
-        drafts_with: DraftsWith = "mtp" if runtime.model.mtp is not None else "nothing"
-        self.drafter = _make_drafts(runtime, config)
-        if drafter is not None:
-            drafts_with, self.drafter = "drafter", OwnDrafts(drafter, checkpoint.config.vocab_size)
+        drafts_with, self.drafter = _make_drafts(runtime, config, drafter)
         self.admission = Admission(checkpoint, runtime.max_model_len, config.speculation, drafts_with)
         pool = PagePool(runtime.num_pages, config.page_size, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(pool, config.max_num_seqs, config.token_budget)
@@ -222,8 +219,11 @@ def _make_draft_length(checkpoint: Checkpoint, runtime: Runtime, config: EngineC
     return AutoDraftLength(lambda wrong: cost_table(runtime, checkpoint.tokenizer, config, wrong))
 
 
-def _make_drafts(runtime: Runtime, config: EngineConfig) -> DraftStage:
+def _make_drafts(runtime: Runtime, config: EngineConfig, drafter: Drafter | None) -> tuple[DraftsWith, DraftStage]:
+    """Returns what drafts, and the stage that runs it."""
     model, cache = runtime.model, runtime.kv_cache
+    if drafter is not None:
+        return "drafter", OwnDrafts(drafter, model.config.vocab_size)
     if model.mtp is None:
-        return NoDrafts()
-    return MTPDrafts(model.target, model.mtp, cache[-1], config.page_size, config.mtp_recycling)
+        return "nothing", NoDrafts()
+    return "mtp", MTPDrafts(model.target, model.mtp, cache[-1], config.page_size, config.mtp_recycling)

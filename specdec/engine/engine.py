@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from specdec.checks import require_keywords
-from specdec.config import EngineConfig, SamplingParams, SpeculationParams
+from specdec.config import EngineConfig, SamplingParams, SpeculationParams, require_default_recycling
 from specdec.engine.admission import check_without_mtp
 from specdec.engine.core import EngineCore
 from specdec.engine.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
@@ -30,7 +30,7 @@ from specdec.metrics.engine import EngineStats
 from specdec.model.hub import resolve_model
 from specdec.request.prompts import Prompt, as_batch, as_params, as_prompt, params_per_prompt
 from specdec.request.sequence import Sequence
-from specdec.step.drafter import Drafter
+from specdec.step.drafter import Drafter, is_drafter
 
 
 class Engine:
@@ -200,11 +200,7 @@ def _raise_errors(sequences: Iterable[Sequence]) -> None:
 
 def _check_drafter(drafter: Any, config: EngineConfig) -> None:
     """Raises ValueError for what is no drafter, and for a setting of the MTP layer's drafts."""
-    if isinstance(drafter, type) or not callable(getattr(drafter, "draft", None)):
+    if not is_drafter(drafter):
         raise ValueError(f"drafter = {drafter!r} must be an object with a method draft(requests), see specdec.Drafter")
-    if config.mtp_recycling != "post_norm":
-        raise ValueError(
-            f"mtp_recycling = {config.mtp_recycling!r} is about the MTP layer's drafts, and drafter = {drafter!r} "
-            "drafts in its place: leave one of them out"
-        )
+    require_default_recycling(config.mtp_recycling, drafter)
     check_without_mtp(config.speculation or SpeculationParams())

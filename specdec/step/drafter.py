@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from operator import index
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from specdec.errors import DrafterError, RowsError
 from specdec.kernels.decisions import Drafts
@@ -49,6 +49,11 @@ class Drafter(Protocol):
         of `requests`, with that exception. Others go on.
         """
         ...
+
+
+def is_drafter(value: object) -> TypeGuard[Drafter]:
+    """Whether it is an object with a method `draft`; a class of such objects is none itself."""
+    return not isinstance(value, type) and callable(getattr(value, "draft", None))
 
 
 class OwnDrafts:
