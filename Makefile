@@ -11,7 +11,9 @@ demo: .venv/run.stamp  ## generate from the bundled checkpoint
 # Two processes of one thread each, a file to one of them: faster than two threads, which most tests do not need, and those
 # that do set them. 2 GiB each.
 JOBS ?= 2
-PYTEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+ON_CPU := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+SHARED := -n $(JOBS) --dist loadfile
+PYTEST := $(ON_CPU) $(BIN)/python -m pytest $(SHARED)
 
 test: .venv/test.stamp  ## the whole test-suite, on the CPU wherever it runs
 	$(PYTEST)
@@ -22,9 +24,9 @@ test-fast: .venv/test.stamp  ## without the tests that take long: under two minu
 # FlashInfer's Python imports beside a CPU torch; what it compiles is replaced by fakes. 560 MB under build/.
 FLASHINFER := build/flashinfer
 test-flashinfer: .venv/test.stamp $(FLASHINFER)/stamp  ## the FlashInfer backend, without a GPU
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=$(FLASHINFER):tests \
+	$(ON_CPU) TRITON_INTERPRET=1 PYTHONPATH=$(FLASHINFER):tests \
 	FLASHINFER_WORKSPACE_BASE=build/flashinfer-cache \
-	$(BIN)/python -m support.flashinfer_fakes -q
+	$(BIN)/python -m support.flashinfer_fakes $(SHARED) -q
 
 test-gpu: .venv/test.stamp  ## the CUDA backend on a real GPU, with the gpu extra installed; skipped without one
 	$(BIN)/python -m pytest -rs tests/gpu

@@ -19,7 +19,7 @@ pytest.importorskip("flashinfer", reason="FlashInfer is not installed: make test
 
 import triton
 
-from specdec import SamplingParams, SpeculationParams
+from specdec import ModelError, SamplingParams, SpeculationParams
 from specdec.kernels.flashinfer import argmax, backend, chain, drafts, experts, graphs, pages, planner, sampled
 from specdec.kernels.triton import layout
 from specdec.step import verify
@@ -212,5 +212,6 @@ def test_it_is_seen(monkeypatch: pytest.MonkeyPatch, expected: Callable[..., Out
     how = {"cuda_graphs": mutant.graphs, "sampled": mutant.sampled}
     sound, fake = expected(**how), flashinfer_fakes.install(monkeypatch)
     mutate(monkeypatch, mutant)
-    with pytest.raises((AssertionError, ValueError)):
+    # A row that no draft wrote holds what memory held; where that is NaN, the mutant ends in the engine's own error.
+    with pytest.raises((AssertionError, ValueError, ModelError)):
         run(fake, monkeypatch, **how).assert_equal(sound)
