@@ -252,7 +252,7 @@ def _keep_top_p_(row: Tensor, scale: float, top_p: float) -> None:
     Holtzman et al. 2020); the others become -inf."""
     ordered, ids = row.sort(descending=True, stable=True)
     before = (ordered * scale).softmax(-1).cumsum(-1).roll(1)
-    before[0] = 0
+    before[0] = -1  # below every top_p, one that is 0 in fp32 included
     row[ids[before >= top_p]] = float("-inf")
 
 

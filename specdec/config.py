@@ -18,11 +18,14 @@ NumSpeculativeTokens = int | Literal["auto"]
 
 AUTO: Literal["auto"] = "auto"
 MAX_SPECULATIVE_TOKENS = 8
+MAX_COUNT = 2**63 - 1  # what the kernels count with is an int64
 MIN_TEMPERATURE = 1e-5  # below it fp32 logits overflow, and the result is greedy anyway
+MAX_TEMPERATURE = 1e30  # far above it 1 / temperature is 0 in fp32
 SEED_LIMIT = 2**64
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGPROBS = 100
 MAX_SAMPLES = 128  # the most samples of one prompt, as in OpenAI's API
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-5, 1e5  # beyond them fp32 logits overflow
 MAX_PENALTY = 2.0  # the largest presence and frequency penalty, as in OpenAI's API
 
 
@@ -33,9 +36,20 @@ def _require_int_field(owner: Any, name: str, low: int, high: int | None = None,
     object.__setattr__(owner, name, int(value))
 
 
+def _require_number_field(owner: Any, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Checks a number, and makes it Python's float: kernels know no fractions, nor NumPy's scalars."""
+    value = getattr(owner, name)
+    require_number(name, value, low, high, open_low=open_low)
+    object.__setattr__(owner, name, float(value))
+
+
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
-    require(isinstance(value, Iterable) and not isinstance(value, bytes), f"{name} = {value!r} must be a list or tuple")
-    return tuple(value)
+    wrong = f"{name} = {value!r} must be a list or tuple"
+    require(isinstance(value, Iterable) and not isinstance(value, bytes), wrong)
+    try:
+        return tuple(value)
+    except TypeError as error:  # an array without dimensions calls itself iterable
+        raise ValueError(wrong) from error
 
 
 def _as_pairs(name: str, value: Any) -> tuple[tuple[int, float], ...]:
@@ -111,7 +125,7 @@ class SpeculationParams(ChecksKeywords):
             )  # fmt: skip
         require_choice("verification", self.verification, get_args(VerificationRule))
         require_choice("draft_sampling", self.draft_sampling, get_args(DraftMode))
-        require_number("min_draft_confidence", self.min_draft_confidence, 0.0, 1.0)
+        _require_number_field(self, "min_draft_confidence", 0.0, 1.0)
 
     @cached_property
     def automatic(self) -> bool:
@@ -145,7 +159,7 @@ class SamplingParams(ChecksKeywords):
     """Number of tokens before which the request cannot end: until so many are generated, the tokens that would end it
     are impossible and stop strings are not sought."""
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
+    """Divides the logits, 1e-5 to 1e30; 0 is greedy."""
     top_k: int = 0
     """Number of most probable tokens to sample among; 0 is off, and so is -1, which becomes 0."""
     top_p: float = 1.0
@@ -154,7 +168,8 @@ class SamplingParams(ChecksKeywords):
     """Fraction of the most probable token's probability below which tokens are dropped, as in transformers; 0 is
     off."""
     repetition_penalty: float = 1.0
-    """Divides the positive logits of tokens in prompt and output, multiplies the negative ones; 1 is off."""
+    """Divides the positive logits of tokens in prompt and output, multiplies the negative ones, 1e-5 to 1e5; 1 is
+    off."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of the output's tokens; 0 is off."""
     frequency_penalty: float = 0.0
@@ -188,19 +203,20 @@ class SamplingParams(ChecksKeywords):
         _require_int_field(self, "n", 1, MAX_SAMPLES, ": samples of one prompt")
         _require_int_field(self, "max_tokens", 1)
         _require_int_field(self, "min_tokens", 0, self.max_tokens, ": it is at most max_tokens")
-        require_number("temperature", self.temperature, 0.0, math.inf)
+        _require_number_field(self, "temperature", 0.0, math.inf)
         require(
-            self.temperature == 0 or self.temperature >= MIN_TEMPERATURE,
-            f"temperature = {self.temperature!r} must be 0 (greedy) or at least {MIN_TEMPERATURE:g}",
+            self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+            f"temperature = {self.temperature!r} must be 0 (greedy) or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
         )
-        require_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        require_number("min_p", self.min_p, 0.0, 1.0)
-        require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
-        require_number("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
-        require_number("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _require_number_field(self, "top_p", 0.0, 1.0, open_low=True)
+        _require_number_field(self, "min_p", 0.0, 1.0)
+        _require_number_field(self, "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+        _require_number_field(self, "presence_penalty", -MAX_PENALTY, MAX_PENALTY)
+        _require_number_field(self, "frequency_penalty", -MAX_PENALTY, MAX_PENALTY)
         for token, bias in self.biases:
             if bias != -math.inf:
                 require_number(f"logit_bias of token {token}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        object.__setattr__(self, "logit_bias", tuple((token, float(bias)) for token, bias in self.biases))
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             require_bool(name, getattr(self, name))
         for text in self.stop_strings:
@@ -219,7 +235,7 @@ class SamplingParams(ChecksKeywords):
         object.__setattr__(self, "bad_words", tuple(_as_bad_word(word) for word in words))
         object.__setattr__(self, "stop", _as_tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", _as_pairs("logit_bias", self.logit_bias or ()))
+        object.__setattr__(self, "logit_bias", _as_pairs("logit_bias", () if self.logit_bias is None else self.logit_bias))
         _require_int_field(self, "top_k", -1, remedy="; 0 or -1 switches it off")
         object.__setattr__(self, "top_k", max(self.top_k, 0))
 
@@ -232,7 +248,9 @@ class SamplingParams(ChecksKeywords):
     def row_law(self) -> tuple[float, int, float, float]:
         """The distribution of a row of logits: 1 / temperature, top_k, top_p, min_p; at temperature 0 the values that
         leave a row as it is."""
-        return (1.0, 0, 1.0, 0.0) if self.greedy else (1 / self.temperature, self.top_k, self.top_p, self.min_p)
+        if self.greedy:
+            return 1.0, 0, 1.0, 0.0
+        return 1 / self.temperature, min(self.top_k, MAX_COUNT), self.top_p, self.min_p
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
@@ -289,21 +307,21 @@ class EngineConfig(ChecksKeywords):
 
     def __post_init__(self) -> None:
         _require_speculation(self.speculation)
-        _require_int_field(self, "max_num_seqs", 1)
-        _require_int_field(self, "page_size", 1)
+        _require_int_field(self, "max_num_seqs", 1, MAX_COUNT)
+        _require_int_field(self, "page_size", 1, MAX_COUNT)
         require_int(
             "max_num_batched_tokens", self.token_budget, self._least_token_budget,
             remedy=f", so that every one of max_num_seqs = {self.max_num_seqs} requests can be verified in one step",
         )  # fmt: skip
         for name in ("num_pages", "kv_cache_bytes"):
             if getattr(self, name) is not None:
-                _require_int_field(self, name, 1)
+                _require_int_field(self, name, 1, MAX_COUNT)
         require(
             self.num_pages is None or self.kv_cache_bytes is None,
             f"num_pages = {self.num_pages} and kv_cache_bytes = {self.kv_cache_bytes} both size the cache: give one",
         )
         if self.max_model_len is not None:
-            _require_int_field(self, "max_model_len", 2)
+            _require_int_field(self, "max_model_len", 2, MAX_COUNT)
         require_bool("prefix_caching", self.prefix_caching)
         require(
             self.cost_table is None or isinstance(self.cost_table, CostTable),

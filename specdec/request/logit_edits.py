@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence as Seq
 from itertools import accumulate
 
-from specdec.config import SamplingParams
+from specdec.config import MAX_COUNT, SamplingParams
 from specdec.kernels.decisions import LogitEdits
 
 
@@ -50,7 +50,7 @@ class RequestEdits:
             bias_ids=array("q", [token for token, _ in params.biases]),
             biases=array("d", [bias for _, bias in params.biases]),
             end_ids=array("q", sorted(end_token_ids)),
-            ends_banned=params.min_tokens,
+            ends_banned=min(params.min_tokens, MAX_COUNT),
             word_starts=array("q", accumulate(map(len, bad_words), initial=0)),
             word_tokens=array("q", [token for word in bad_words for token in word]),
             repetition=params.repetition_penalty,
