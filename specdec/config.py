@@ -235,7 +235,9 @@ class SamplingParams(ChecksKeywords):
         object.__setattr__(self, "bad_words", tuple(_as_bad_word(word) for word in words))
         object.__setattr__(self, "stop", _as_tuple("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", _as_pairs("logit_bias", () if self.logit_bias is None else self.logit_bias))
+        object.__setattr__(
+            self, "logit_bias", _as_pairs("logit_bias", () if self.logit_bias is None else self.logit_bias)
+        )
         _require_int_field(self, "top_k", -1, remedy="; 0 or -1 switches it off")
         object.__setattr__(self, "top_k", max(self.top_k, 0))
 

@@ -1,4 +1,4 @@
-"""Faults on purpose: stages of an engine's step that fail when a given request takes part for the nth time."""
+"""Faults on purpose: stages of an engine's step that fail from the nth time on that a given request takes part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class InjectedError(RuntimeError):
 
 
 class Fault(Enum):
-    """Where a fault strikes. All but the last two fail every request of their step."""
+    """Where a fault strikes. All but the last two fail a step without saying for whom."""
 
     BEFORE_DRAFT = "before draft"
     """Before the draft stage."""
@@ -35,7 +35,7 @@ class Fault(Enum):
 class FaultPlan:
     """Makes stages fail as planned, by taking their places in the core.
 
-    failed: the ids of the requests that the faults so far struck.
+    failed: the ids of the requests that are at fault in the steps that failed so far.
     """
 
     def __init__(self, core: EngineCore) -> None:
@@ -46,18 +46,18 @@ class FaultPlan:
         core.drafter = core.verifier = self
 
     def plan(self, request_id: str, fault: Fault, nth: int) -> None:
-        """Plans a fault at the request's nth step, if it lives so long."""
+        """Plans a fault from the request's nth step on, if it lives so long."""
         self._planned[request_id] = (fault, nth)
 
     def draft(self, scheduled: Seq[ScheduledSequence]) -> Drafts:
         """Drafts, and raises InjectedError where a fault is due."""
         self._due = {}
         for row, s in enumerate(scheduled):
-            planned = self._planned.pop(s.sequence.request_id, None)
-            if planned is not None and planned[1] > 1:
-                self._planned[s.sequence.request_id] = (planned[0], planned[1] - 1)
-            elif planned is not None:
-                self._due[planned[0]] = (row, s)
+            fault, steps_left = self._planned.get(s.sequence.request_id, (None, 0))
+            if fault is not None and steps_left > 1:
+                self._planned[s.sequence.request_id] = fault, steps_left - 1
+            elif fault is not None:
+                self._due[fault] = row, s
         self._strike(Fault.BEFORE_DRAFT, scheduled)
         result = self._drafter.draft(scheduled)
         self._strike(Fault.AFTER_DRAFT, scheduled)
@@ -78,8 +78,9 @@ class FaultPlan:
         return result
 
     def _strike(self, fault: Fault, scheduled: Seq[ScheduledSequence]) -> None:
-        if self._due.pop(fault, None) is not None:
-            self.failed.update(s.sequence.request_id for s in scheduled)
+        if fault in self._due:
+            if len(scheduled) == 1:
+                self.failed.add(scheduled[0].sequence.request_id)
             raise InjectedError(fault.value)
 
 

@@ -26,7 +26,7 @@ from specdec.step.draft import DraftStage, MTPDrafts, NoDrafts
 from specdec.step.draft_length import DraftLength, FixedDraftLength
 from specdec.step.drafter import Drafter, OwnDrafts
 from specdec.step.scheduler import Scheduler
-from specdec.step.step import Decision, StepError, Verifier, step
+from specdec.step.step import Decision, StepError, StepResult, Verifier, one_at_a_time, step
 from specdec.step.verify import TargetVerifier
 
 log = logging.getLogger(__name__)
@@ -103,17 +103,22 @@ class EngineCore:
 
     def _step(self) -> list[Sequence]:
         start_s, num_failures = time.perf_counter(), 0
+        stages = self.draft_length, self.drafter, self.verifier
+        outcomes: list[StepResult | StepError]
         try:
-            done = step(self.scheduler, self.draft_length, self.drafter, self.verifier)
-            scheduled, records = done.scheduled, done.records
-            if self._trace is not None:
-                self._trace += done.decisions()
+            outcomes = [step(self.scheduler, *stages)]
         except StepError as error:
-            scheduled, records, num_failures = error.scheduled, error.records, 1
-            for sequence in error.failed:
-                self._end(sequence, "error", error.error)
-            self.scheduler.remove_finished()  # those that had committed
-            _log_failure("a step failed", error.failed, error.error)
+            num_failures = 1
+            if error.knows_for_whom:
+                outcomes = [error]
+            else:
+                _log_failure("a step failed, and is tried again one request at a time,", error.failed, error.error)
+                outcomes = one_at_a_time(error.scheduled, *stages)
+            self._end_failed(outcomes)
+        if self._trace is not None:
+            self._trace += [d for outcome in outcomes if isinstance(outcome, StepResult) for d in outcome.decisions()]
+        scheduled = [s for outcome in outcomes for s in outcome.scheduled]
+        records = [record for outcome in outcomes for record in outcome.records]
         sequences = [s.sequence for s in scheduled]
         with self._stats_lock:
             self._stats.record_step(scheduled, records, start_s, time.perf_counter(), self.draft_length)
@@ -122,6 +127,15 @@ class EngineCore:
                 self._stats.draft_length = self.draft_length.snapshot()
             self._count_ended(sequences)
         return sequences
+
+    def _end_failed(self, outcomes: Seq[StepResult | StepError]) -> None:
+        """Ends the requests that a step failed for, and takes out those that it has finished."""
+        for outcome in outcomes:
+            if isinstance(outcome, StepError):
+                for sequence in outcome.failed:
+                    self._end(sequence, "error", outcome.error)
+                _log_failure("a step failed", outcome.failed, outcome.error)
+        self.scheduler.remove_finished()
 
     def end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> bool:
         """Ends a request between two steps, unless it has ended: out of its queue, its pages free, counted.

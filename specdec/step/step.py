@@ -31,8 +31,16 @@ def step(scheduler: Scheduler, draft_length: DraftLength, drafter: DraftStage, v
     A sequence contributes a chunk of its prompt, or its last token plus up to K drafts, to one ragged
     target forward; each of those that decode ends the step with 1 to K+1 new tokens. Raises StepError.
     """
-    scheduled = scheduler.schedule()
-    records: list[CommitRecord | None] = [None] * len(scheduled)
+    result = advance(scheduler.schedule(), draft_length, drafter, verifier)
+    scheduler.remove_finished()
+    return result
+
+
+def advance(
+    scheduled: list[ScheduledSequence], draft_length: DraftLength, drafter: DraftStage, verifier: Verifier
+) -> StepResult:
+    """Runs the stages of a step for what is scheduled. Raises StepError."""
+    records: list[CommitRecord | None] | None = None
     try:
         scheduled = draft_length.choose(scheduled)
         drafts = drafter.draft(scheduled)
@@ -41,8 +49,21 @@ def step(scheduler: Scheduler, draft_length: DraftLength, drafter: DraftStage, v
         draft_length.record(scheduled, result.draft_token_ids, result.output_token_ids)
     except Exception as error:
         raise StepError(scheduled, records, error) from error
-    scheduler.remove_finished()
     return StepResult(scheduled, records, result)
+
+
+def one_at_a_time(
+    scheduled: list[ScheduledSequence], draft_length: DraftLength, drafter: DraftStage, verifier: Verifier
+) -> list[StepResult | StepError]:
+    """Advances each sequence of a step that failed without saying for whom by itself, so that it fails only for those
+    at fault. No token depends on what else is in a step."""
+    outcomes: list[StepResult | StepError] = []
+    for s in scheduled:
+        try:
+            outcomes.append(advance([s], draft_length, drafter, verifier))
+        except StepError as error:
+            outcomes.append(error)
+    return outcomes
 
 
 class Decision(NamedTuple):
@@ -83,6 +104,7 @@ class StepError(Exception):
 
     scheduled: the sequences of the step.
     failed: those that it failed for, all of them where the stage does not know.
+    knows_for_whom: whether only those can have been at fault; False where a smaller step may pass.
     records: what the step added to those that had committed when it failed, in the order of `scheduled`; None for the
         others.
 
@@ -91,11 +113,13 @@ class StepError(Exception):
     """
 
     def __init__(
-        self, scheduled: list[ScheduledSequence], records: list[CommitRecord | None], error: Exception
+        self, scheduled: list[ScheduledSequence], records: list[CommitRecord | None] | None, error: Exception
     ) -> None:
+        """Describes a failure. records: what `commit` returned; None where it had not been reached, or failed."""
         super().__init__(str(error))
         self.scheduled = scheduled
-        self.records = error.records if isinstance(error, CommitError) else records
+        self.knows_for_whom = len(scheduled) == 1 or isinstance(error, RowsError) or records is not None
+        self.records = error.records if isinstance(error, CommitError) else records or [None] * len(scheduled)
         rows = error.rows if isinstance(error, RowsError) else range(len(scheduled))
         self.failed: list[Sequence] = [scheduled[b].sequence for b in rows]
         self.error = error.error if isinstance(error, RowsError) else error

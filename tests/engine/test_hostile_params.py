@@ -17,12 +17,14 @@ from specdec import Engine, NotEnoughMemoryError, SamplingParams, SpeculationPar
 from specdec.config import EngineConfig
 
 INTEGERS = [
-    sign * value + step for value in (0, 2**31, 2**32, 2**53, 2**63, 2**64, 10**400) for sign in (1, -1) for step in (0, -1)
-]  # fmt: skip
+    value + step
+    for size in (0, 2**31, 2**32, 2**53, 2**63, 2**64, 10**400)
+    for value, step in product((size, -size), (0, -1))
+]
 NUMBERS = [
-    math.nan, math.inf, -math.inf, -0.0, 5e-324, 1e-320, 1e-45, 1e-40, 1e-38, 1e-20, 0.5, 1.5, 1e20, 1e38, 3.5e38, 1e300,
-    sys.float_info.max, np.float32("nan"), np.float32(0.5), np.int64(2**62), np.uint64(2**64 - 1), Fraction(1, 3),
-    Decimal("0.5"), 1j,
+    math.nan, math.inf, -math.inf, -0.0, 5e-324, 1e-320, 1e-45, 1e-40, 1e-38, 1e-20, 0.5, 1.5, 1e20, 1e38, 3.5e38,
+    1e300, sys.float_info.max, np.float32("nan"), np.float32(0.5), np.int64(2**62), np.uint64(2**64 - 1),
+    Fraction(1, 3), Decimal("0.5"), 1j,
 ]  # fmt: skip
 OTHERS = [
     True, None, "", "x", "auto", "\0", "\ud800", b"x", (), [], {}, [[]], [None], [1, 2], {0: 1.0}, {"a": 1}, object(),
