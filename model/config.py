@@ -111,6 +111,10 @@ class Glm4MoeConfig:
         for name, low in _LEAST.items():
             value = getattr(self, name)
             require(value >= low, f"{name} = {value} is below {low}")
+            require(value <= _MOST, f"{name} = {value} is above {_MOST}")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            require(least <= value <= most, f"{name} = {value:g} must be from {least:g} to {most:g}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         require(
             heads % kv_heads == 0, f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}"
@@ -134,8 +138,6 @@ class Glm4MoeConfig:
             self.num_nextn_predict_layers <= 1,
             f"num_nextn_predict_layers = {self.num_nextn_predict_layers}: only one MTP layer is supported",
         )
-        require(self.rms_norm_eps > 0, f"rms_norm_eps = {self.rms_norm_eps} must be positive")
-        require(self.rope_theta > 0, f"rope_theta = {self.rope_theta} must be positive")
 
 
 _LEAST = {
@@ -155,6 +157,13 @@ _LEAST = {
     "n_group": 1,
     "topk_group": 1,
     "max_position_embeddings": 1,
+}
+_MOST = 2**31 - 1  # of the same
+_RANGES = {  # what fp32 and the angles of RoPE can take
+    "rms_norm_eps": (1e-30, 1e30),
+    "rope_theta": (1.0, 1e30),
+    "partial_rotary_factor": (0.0, 1.0),
+    "routed_scaling_factor": (-1e30, 1e30),
 }
 
 
