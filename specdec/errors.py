@@ -6,6 +6,7 @@
      +-- NotEnoughMemoryError     (also a ValueError) weights and cache do not fit
      +-- CacheFullError           (also a RuntimeError) a request could never fit into the KV cache
      +-- QueueFullError           (also a RuntimeError) too many requests wait already
+     +-- EngineInUseError         (also a RuntimeError) another call of the engine is under way
      +-- ModelError               (also a RuntimeError) the model computed nonsense
      +-- DrafterError             (also a ValueError) a drafter of the user's own proposed what cannot be drafts
     SpecdecWarning                (a UserWarning) something works, but not as expected
@@ -47,6 +48,10 @@ class CacheFullError(SpecdecError, RuntimeError):
 
 class QueueFullError(SpecdecError, RuntimeError):
     """A request was refused because too many wait already."""
+
+
+class EngineInUseError(SpecdecError, RuntimeError):
+    """An engine was called while another call of it was under way, or in a process that it was not made in."""
 
 
 class ModelError(SpecdecError, RuntimeError):

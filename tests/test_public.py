@@ -20,8 +20,8 @@ from specdec.cli.common import user_errors
 
 PUBLIC = [
     "AsyncEngine", "AsyncTokenStream", "CacheFullError", "CheckpointError", "CostTable", "DraftLengthStats",
-    "DraftRequest", "DraftStats", "Drafter", "DrafterError", "Engine", "EngineConfig", "EngineStats",
-    "FinishReason", "GenerationOutput", "Histogram", "KernelsUnavailableError", "ModelError",
+    "DraftRequest", "DraftStats", "Drafter", "DrafterError", "Engine", "EngineConfig", "EngineInUseError",
+    "EngineStats", "FinishReason", "GenerationOutput", "Histogram", "KernelsUnavailableError", "ModelError",
     "NotEnoughMemoryError", "Prompt", "QueueFullError", "RequestStats", "SamplingParams", "SpecdecError",
     "SpecdecWarning", "SpeculationParams", "StepTimes", "StreamChunk", "TokenLogprobs", "TokenStream",
     "__version__",
@@ -88,6 +88,7 @@ def test_every_error_is_a_specdec_error_and_what_it_was_before() -> None:
         errors.NotEnoughMemoryError: ValueError,
         errors.CacheFullError: RuntimeError,
         errors.QueueFullError: RuntimeError,
+        errors.EngineInUseError: RuntimeError,
         errors.ModelError: RuntimeError,
         errors.DrafterError: ValueError,
     }

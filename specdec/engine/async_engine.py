@@ -16,7 +16,7 @@ from specdec.config import SamplingParams
 from specdec.engine.engine import Engine
 from specdec.engine.outputs import GenerationOutput, StreamChunk
 from specdec.engine.thread import Command, EngineThread, Mailroom, StreamedRequest, stop
-from specdec.errors import QueueFullError
+from specdec.errors import EngineInUseError, QueueFullError
 from specdec.metrics.engine import EngineStats
 from specdec.request.prompts import Prompt, as_params, as_prompt
 
@@ -130,9 +130,9 @@ class AsyncEngine:
         priority: lower ones run first, equal ones in order of arrival.
         deadline_s: seconds from now after which it ends with finish_reason "deadline" and what it has; None for none.
 
-        Raises ValueError for what cannot be asked for, a request_id in use included; QueueFullError; RuntimeError after
-        a shutdown and in another event loop. While it runs the stream may raise CacheFullError, or what made the engine
-        fail for this request.
+        Raises ValueError for what cannot be asked for, a request_id in use included; QueueFullError; EngineInUseError
+        in a process that was forked after the engine was made; RuntimeError after a shutdown and in another event loop.
+        While it runs the stream may raise CacheFullError, or what made the engine fail for this request.
         """
         if isinstance(params, SamplingParams) and params.n > 1:
             raise ValueError(f"n = {params.n}: this is one stream; `samples` gives one for each")
@@ -207,6 +207,11 @@ class AsyncEngine:
     def _check_alive(self) -> None:
         if self._thread.broken is not None:
             raise RuntimeError(f"the engine has failed: {self._thread.broken!r}") from self._thread.broken
+        if self._thread.elsewhere:
+            raise EngineInUseError(
+                f"this AsyncEngine was made before a fork, in process {self._thread.process_id}, and its thread runs "
+                "there alone: make one in each process, after the fork"
+            )
         if self._shut_down:
             raise RuntimeError("the engine is shut down: make a new one")
 

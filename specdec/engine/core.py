@@ -1,4 +1,4 @@
-"""`EngineCore`: scheduler, stages and admission wired together, below the front doors. One thread calls it."""
+"""`EngineCore`: scheduler, stages and admission wired together, below the front doors, which let one thread in."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from specdec.auto_length.measure import cost_table
 from specdec.cache.pages import PagePool
 from specdec.config import EngineConfig
 from specdec.engine.admission import Admission, DraftsWith
+from specdec.errors import EngineInUseError
 from specdec.loading import Checkpoint, Runtime
 from specdec.metrics.engine import EngineStats
 from specdec.request.sequence import FinishReason, Sequence
@@ -61,6 +62,20 @@ class EngineCore:
         self._alive: dict[Sequence, None] = {}  # every request that has not ended
         self._abandoned: deque[Sequence] = deque()
         self._trace: list[Decision] | None = None
+        self._used = threading.Lock()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keeps all other callers out while the context is entered. Raises EngineInUseError where one is in."""
+        if not self._used.acquire(blocking=False):
+            raise EngineInUseError(
+                "another call of this engine is under way, in another thread or in an AsyncEngine: an Engine serves "
+                "one call at a time; make one after the other, or let an AsyncEngine serve many requests at once"
+            )
+        try:
+            yield
+        finally:
+            self._used.release()
 
     def use_device(self) -> None:
         """Makes the engine's CUDA device, if it has one, the calling thread's."""

@@ -16,7 +16,7 @@ from specdec.config import EngineConfig, SamplingParams, SpeculationParams, requ
 from specdec.engine.admission import check_without_mtp
 from specdec.engine.core import EngineCore
 from specdec.engine.outputs import ChunkCutter, GenerationOutput, StreamChunk, TokenStream
-from specdec.errors import warn
+from specdec.errors import EngineInUseError, warn
 from specdec.kernels.progress import Progress, silent
 from specdec.loading import (
     Checkpoint,
@@ -34,7 +34,8 @@ from specdec.step.drafter import Drafter, is_drafter
 
 
 class Engine:
-    """Generates with speculative decoding. Not thread-safe: one thread calls it.
+    """Generates with speculative decoding. It serves one call at a time, from whatever thread; a second one meanwhile
+    raises EngineInUseError.
 
     Build it with `Engine.from_pretrained`.
     """
@@ -111,22 +112,14 @@ class Engine:
         params: one for all, or one per prompt; None is `default_sampling_params()`.
 
         Raises ValueError for what cannot be asked for, CacheFullError for a request that the whole KV cache could not
-        hold, ModelError for logits that are not finite.
+        hold, ModelError for logits that are not finite, EngineInUseError while another call is under way.
         """
         batch = as_batch(prompts)
         per_prompt = params_per_prompt(self.default_sampling_params() if params is None else params, len(batch))
         samples = [self.core.admission.sequences(p, q) for p, q in zip(batch, per_prompt)]
         sequences = [s for of_one_prompt in samples for s in of_one_prompt]
-        own: set[Sequence] = set()
-        try:
-            for sequence in sequences:
-                own.add(sequence)
-                self.core.add(sequence)
-            while not all(s.finished for s in sequences):
-                _raise_errors(s for s in self.core.step() if s in own)
-        finally:
-            for sequence in own:
-                self.core.end(sequence, "abort")
+        with self.core.in_use():
+            self._run(sequences)
         return [GenerationOutput.of(first, others) for first, *others in samples]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
@@ -138,10 +131,9 @@ class Engine:
         """
         one = self.default_sampling_params() if params is None else as_params(params)
         sequence = self.core.admission.sequence(as_prompt(prompt), one)
-        self.core.add(sequence)
-        return TokenStream(
-            sequence, self._chunks(sequence), lambda stopped: self.core.end(stopped, "abort"), self.core.abandon
-        )
+        with self.core.in_use():
+            self.core.add(sequence)
+        return TokenStream(sequence, self._chunks(sequence), self._stop, self.core.abandon)
 
     def chat(
         self,
@@ -166,7 +158,8 @@ class Engine:
     def measure_costs(self) -> None:
         """Measures what forwards cost on this machine (tenths of a second, once in a process), as the first request of
         draft length "auto" does. `stats()` then says what speculation saves."""
-        self.core.draft_length.prepare()
+        with self.core.in_use():
+            self.core.draft_length.prepare()
 
     def default_sampling_params(self) -> SamplingParams:
         """Returns SamplingParams with what the checkpoint's generation_config.json recommends; `do_sample: false` is
@@ -179,17 +172,39 @@ class Engine:
         """Returns what the engine did since it was made: a snapshot."""
         return self.core.stats()
 
+    def _run(self, sequences: list[Sequence]) -> None:
+        """Steps until these requests have ended. Raises the error of one that fails, and aborts the others then."""
+        own: set[Sequence] = set()
+        try:
+            for sequence in sequences:
+                own.add(sequence)
+                self.core.add(sequence)
+            while not all(s.finished for s in sequences):
+                _raise_errors(s for s in self.core.step() if s in own)
+        finally:
+            for sequence in own:
+                self.core.end(sequence, "abort")
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Aborts a stream's request: at once, or before the next step of a call that is under way."""
+        try:
+            with self.core.in_use():
+                self.core.end(sequence, "abort")
+        except EngineInUseError:
+            self.core.abandon(sequence)
+
     def _chunks(self, sequence: Sequence) -> Generator[StreamChunk]:
         cutter = ChunkCutter(sequence)
         while True:
-            _raise_errors([sequence])
-            chunk = cutter.take()
-            if chunk is not None:
-                yield chunk
-            elif sequence.finished:
+            with self.core.in_use():
+                _raise_errors([sequence])
+                chunk = cutter.take()
+                if chunk is None and not sequence.finished:
+                    self.core.step()
+                    continue
+            if chunk is None:
                 return
-            else:
-                self.core.step()
+            yield chunk
 
 
 def _raise_errors(sequences: Iterable[Sequence]) -> None:

@@ -12,11 +12,11 @@ import atexit
 import contextlib
 import ctypes
 import math
+import os
 import queue
 import sys
 import threading
 import time
-import weakref
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -114,16 +114,25 @@ def stop(commands: queue.SimpleQueue[Command]) -> None:
     commands.put(Command("stop"))
 
 
-_threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+_threads: dict[threading.Thread, queue.SimpleQueue[Command]] = {}  # those that may be alive, and what they obey
 
 
 @atexit.register
 def _stop_all() -> None:
     """Stops every engine's thread when the interpreter ends: one that is inside a kernel then would take the process
     down with it."""
-    for thread in list(_threads):
-        stop(thread.commands)
+    for thread, commands in list(_threads.items()):
+        stop(commands)
         thread.join()
+
+
+def _start(thread: threading.Thread, commands: queue.SimpleQueue[Command]) -> None:
+    """Starts a thread that `_stop_all` is to wait for, even where it ends later than all who know its engine: what it
+    frees as it ends is part of that."""
+    for ended in [t for t in list(_threads) if not t.is_alive()]:
+        _threads.pop(ended, None)
+    thread.start()
+    _threads[thread] = commands
 
 
 def _shorten_switch_interval() -> None:
@@ -153,8 +162,13 @@ class EngineThread:
         self._next_deadline = math.inf
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="specdec-engine", daemon=True)
-        self._thread.start()
-        _threads.add(self)
+        self.process_id = os.getpid()
+        _start(self._thread, self.commands)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this is another process than the thread's: a fork takes only the thread along that forks."""
+        return os.getpid() != self.process_id
 
     def send(self, command: Command) -> None:
         """Queues a command. Any thread may call it, a finaliser too."""
@@ -168,9 +182,10 @@ class EngineThread:
         try:
             if self._shorten_switch_interval:
                 _shorten_switch_interval()
-            self.core.use_device()
-            while self._requests or not self._stopping:
-                self._turn()
+            with self.core.in_use():
+                self.core.use_device()
+                while self._requests or not self._stopping:
+                    self._turn()
         except BaseException as error:
             self._fail_everyone(error)
 

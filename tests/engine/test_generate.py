@@ -651,7 +651,7 @@ def test_arguments_are_honoured_or_refused(planted: Path) -> None:
         ({"device": None}, "device = None is unknown"),
         ({"model": 5}, "model = 5 must be a string or a path"),
         ({"num_threads": 0}, "num_threads = 0 must be an integer from 1 to"),
-        ({"page_size": 0}, "page_size = 0 must be an integer, at least 1"),
+        ({"page_size": 0}, "page_size = 0 must be an integer, from 1 to"),
         ({"max_model_len": 257}, "max_model_len = 257 exceeds the checkpoint's 256 positions"),
         ({"num_pages": 4, "kv_cache_bytes": 10**6}, "both size the cache"),
         ({"kv_cache_bytes": 10}, "kv_cache_bytes = 10 is less than one page"),

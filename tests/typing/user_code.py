@@ -23,6 +23,7 @@ from specdec import (
     DraftStats,
     Engine,
     EngineConfig,
+    EngineInUseError,
     EngineStats,
     FinishReason,
     GenerationOutput,
@@ -144,7 +145,7 @@ def watch(stats: EngineStats) -> float | None:
 async def words(engine: AsyncEngine, prompt: Prompt) -> AsyncIterator[str]:
     try:
         stream = engine.generate(prompt, SamplingParams(max_tokens=64), priority=1, deadline_s=2.5)
-    except QueueFullError:
+    except (QueueFullError, EngineInUseError):
         return
     assert_type(stream, AsyncTokenStream)
     try:
