@@ -40,6 +40,7 @@ import asyncio, os, signal, sys
 from specdec import AsyncEngine, SamplingParams
 
 model = sys.argv[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 
 async def serve(engine, read=True, shutdown=False, interrupt=False):
     streams = [engine.generate("abc", SamplingParams(max_tokens=9, seed=i)) for i in range(4)]
